@@ -1,0 +1,196 @@
+"""The strategy interface, and its meaning on a single device: the base class IS `strategy=single`, no special mode.
+
+One strategy holds one model and its optimizer. A recipe with several models (GAN, teacher and student) has one each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from strategies import activation, precision
+from strategies.options import Options
+from strategies.state import Range, Reader, empty_optimizer_state, share, unique_state
+
+
+class World(Protocol):
+    """The ranks of a run, as far as a strategy has to know them (`launch.world.World` is one)."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def local_world_size(self) -> int: ...
+    @property
+    def device(self) -> str: ...
+
+
+BuildModel = Callable[[], nn.Module]
+BuildOptimizer = Callable[[nn.Module], Optimizer]
+Blocks = Callable[[nn.Module], Iterable[nn.Module]]
+
+
+class Strategy:
+    """How one model is trained. Valid after `setup`: `model` (call it), `module` (it, unwrapped), `optimizer`."""
+
+    model: nn.Module
+    module: nn.Module
+    optimizer: Optimizer
+
+    gradient_mean_over = 1
+    """ranks over which the backend averages gradients; `backward` undoes it, since the contract is a sum"""
+
+    def __init__(self, world: World, options: Options) -> None:
+        """Raises ValueError, in words for the user, for options that this strategy cannot honour."""
+        self.world = world
+        self.options = options
+        self.loss_scale = precision.LossScale(options.precision == "fp16")
+        self.trainable: list[nn.Parameter] = []
+
+    # setup ------------------------------------------------------------------------------------------------------------
+
+    def setup(self, build_model: BuildModel, build_optimizer: BuildOptimizer, blocks: Blocks) -> None:
+        """Build, checkpoint activations, compile, shard, then build the optimizer: the order of all strategies.
+
+        `build_model` returns the same weights on every rank. `blocks(module)` are the repeated parts of the model, the
+        unit of activation checkpointing, compilation and sharding; an empty one means the model as a whole.
+        """
+        module = build_model()
+        if self.options.activation_checkpointing:
+            activation.checkpoint_blocks(list(blocks(module)))
+        if self.options.compile:
+            for block in list(blocks(module)) or [module]:
+                # forward is rebound in place: wrapping would change the parameter names
+                block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+        self.module = module
+        self.model = self.shard(module, blocks)
+        self.trainable = [p for p in module.parameters() if p.requires_grad]
+        self.attach(build_optimizer)
+
+    def shard(self, module: nn.Module, blocks: Blocks) -> nn.Module:
+        """Move the parameters to where they live and return what the recipe calls."""
+        return module.to(self.world.device)
+
+    def attach(self, build_optimizer: BuildOptimizer) -> None:
+        """Build the optimizer over the parameters as sharded."""
+        self.optimizer = build_optimizer(self.module)
+
+    # one step ---------------------------------------------------------------------------------------------------------
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The compute precision, for evaluation; `microbatch` enters it by itself."""
+        return precision.autocast(self.options.precision, self.world.device)
+
+    @contextmanager
+    def microbatch(self, last: bool) -> Iterator[None]:
+        """Around forward AND backward of one micro-batch; gradients are reduced over ranks in the `last` of a step only."""
+        with self.autocast():
+            yield
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """Around the micro-batch of another model of the recipe: called, differentiated through, but not trained."""
+        for parameter in self.trainable:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in self.trainable:
+                parameter.requires_grad_(True)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss`, this micro-batch's share of the global mean.
+
+        After the last micro-batch each gradient is the sum over all micro-batches and ranks; the caller never rescales.
+        """
+        with torch.autocast(torch.device(self.world.device).type, enabled=False):
+            (loss * (self.loss_scale.value * self.gradient_mean_over)).backward()  # type: ignore[no-untyped-call]
+
+    def step(self) -> Tensor:
+        """Unscale, clip, update, zero the gradients. Returns the true global gradient norm before clipping (scalar).
+
+        Under fp16 a step whose norm is not finite is skipped, on all ranks alike.
+        """
+        scale = self.loss_scale.value
+        norm = self.grad_norm() / scale
+        if self.loss_scale.accept(norm):
+            self.clip(norm, scale)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.trainable if p.grad is not None]
+
+    def grad_norm(self) -> Tensor:
+        """2-norm of all gradients as they are (still scaled under fp16), over all ranks."""
+        return nn.utils.get_total_norm(self.gradients(), foreach=True)
+
+    def clip(self, norm: Tensor, scale: float) -> None:
+        """Divide the gradients by `scale` and clip them, in one pass over them. `norm` is already unscaled."""
+        gradients = self.gradients()
+        if self.options.clip_norm is not None:
+            factor = (self.options.clip_norm / (norm + 1e-6)).clamp(max=1.0) / scale
+            torch._foreach_mul_(gradients, factor.to(gradients[0].device) if gradients else factor)
+        elif scale != 1.0:
+            torch._foreach_mul_(gradients, 1.0 / scale)
+        if self.options.clip_value is not None:
+            torch._foreach_clamp_min_(gradients, -self.options.clip_value)
+            torch._foreach_clamp_max_(gradients, self.options.clip_value)
+
+    # state ------------------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Range]:
+        """The ranges that this rank writes; those of all ranks together cover each tensor exactly once.
+
+        Names are `model/NAME`, `optimizer/NAME/KEY` and `loss_scale`, the same under every strategy.
+        """
+        tensors = {f"model/{name}": tensor for name, tensor in unique_state(self.module)}
+        for name, parameter in self.module.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer/{name}/{key}"] = value
+        tensors["loss_scale"] = torch.tensor([self.loss_scale.value, self.loss_scale.good_steps], dtype=torch.float64)
+        return {name: written for name, tensor in tensors.items() if (written := self.written(tensor)) is not None}
+
+    def load_state(self, saved: Reader) -> None:
+        """Read the ranges that this rank keeps, whatever the strategy and world size of the writer."""
+        for name, tensor in unique_state(self.module):
+            self.fill(tensor, f"model/{name}", saved)
+        names = {name: parameter for name, parameter in self.module.named_parameters()}
+        for entry, shape in saved.shapes.items():
+            kind, _, rest = entry.partition("/")
+            name, _, key = rest.rpartition("/")
+            if kind == "optimizer" and names[name].requires_grad:
+                value = empty_optimizer_state(self.optimizer, names[name], shape)
+                self.fill(value, entry, saved)
+                self.optimizer.state[names[name]][key] = value
+        self.loss_scale.restore(saved.read("loss_scale", 0, 2))
+
+    def local(self, tensor: Tensor) -> tuple[Tensor, int]:
+        """The part of `tensor` that lives on this rank, and where it starts in the flattened whole."""
+        return tensor.detach(), 0
+
+    def written(self, tensor: Tensor) -> Range | None:
+        """The range of `tensor` that is this rank's to write, if any."""
+        start, stop = share(tensor.numel(), self.world.rank, self.world.world_size)
+        return Range(tensor.detach().reshape(-1)[start:stop], start, tuple(tensor.shape)) if stop > start else None
+
+    def fill(self, tensor: Tensor, name: str, saved: Reader) -> None:
+        """Read this rank's part of `tensor` from `saved`."""
+        part, start = self.local(tensor)
+        part.copy_(saved.read(name, start, start + part.numel()).view(part.shape))
+
+    def export(self) -> dict[str, Tensor]:
+        """All of the model, whole, on the host, with plain names; on rank zero (elsewhere empty). All ranks call it."""
+        return {name: self.whole(tensor) for name, tensor in unique_state(self.module)} if self.world.rank == 0 else {}
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """The full tensor on the host."""
+        return tensor.detach().cpu().clone().contiguous()

@@ -1,0 +1,67 @@
+"""What can be said about a strategy. Plain dataclasses, no torch: the docstring under a field is its line in `--help`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+StrategyName = Literal["single", "ddp", "fsdp", "zero1", "zero2", "zero3"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+
+
+@dataclass(kw_only=True)
+class DDPOptions:
+    """`ddp.*`: torch's DistributedDataParallel."""
+
+    bucket_mb: int = 25
+    """gradients are reduced in buckets of this many MB"""
+    static_graph: bool = False
+    """the set of used parameters never changes: lets DDP skip its bookkeeping"""
+    find_unused_parameters: bool = False
+    """let parameters go without gradient (otherwise an error names them)"""
+
+
+@dataclass(kw_only=True)
+class FSDPOptions:
+    """`fsdp.*`: torch's FSDP2 (`fully_shard`)."""
+
+    shard: Literal["full", "grad", "hybrid"] = "full"
+    """full: parameters, gradients and optimizer state; grad: parameters stay whole between forward and backward;
+    hybrid: full inside groups of fsdp.shard_size ranks, replicated across the groups"""
+    shard_size: int | None = None
+    """ranks that share one copy under fsdp.shard=hybrid (default: the ranks of one node)"""
+    cpu_offload: bool = False
+    """keep parameters, gradients and optimizer state in host memory"""
+    sync_every_micro_batch: bool = False
+    """reduce gradients after each micro-batch: more communication, but no whole gradient is held while accumulating"""
+
+
+@dataclass(kw_only=True)
+class ZeroOptions:
+    """`zero.*`: DeepSpeed ZeRO."""
+
+    cpu_offload: bool = False
+    """keep the optimizer state (under zero3 the parameters too) in host memory"""
+    bucket_mb: int = 50
+    """gradients are reduced in buckets of this many MB"""
+
+
+@dataclass(kw_only=True)
+class Options:
+    """What every strategy is told."""
+
+    strategy: StrategyName | Literal["auto"] = "auto"
+    """how the model is spread over ranks; auto: single on one rank, ddp on more"""
+    precision: Precision = "fp32"
+    """compute precision; parameters, reductions and optimizer state stay fp32"""
+    activation_checkpointing: bool = False
+    """recompute the recipe's blocks in backward instead of keeping their activations"""
+    compile: bool = False
+    """torch.compile the recipe's blocks (the whole model if it names none)"""
+    clip_norm: float | None = None
+    """clip the global gradient norm to this value"""
+    clip_value: float | None = None
+    """clip each gradient element to [-value, value]"""
+    ddp: DDPOptions = field(default_factory=DDPOptions)
+    fsdp: FSDPOptions = field(default_factory=FSDPOptions)
+    zero: ZeroOptions = field(default_factory=ZeroOptions)

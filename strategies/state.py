@@ -1,0 +1,59 @@
+"""The strategy-neutral form of a run's tensors: contiguous ranges of flattened tensors, under plain names.
+
+DDP holds whole tensors, FSDP2 dim-0 shards, ZeRO slices of flat partitions: each is a contiguous range of the flattened
+parameter, so one form serves all, and no rank ever gathers a whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+class Range(NamedTuple):
+    """What one rank writes of one tensor."""
+
+    values: Tensor
+    """1-D, on any device"""
+    start: int
+    """position of `values[0]` in the flattened whole"""
+    shape: tuple[int, ...]
+    """shape of the whole"""
+
+
+class Reader(Protocol):
+    """Saved tensors, read by ranges (`launch.checkpoint` reads them from a checkpoint)."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+    def read(self, name: str, start: int, stop: int) -> Tensor: ...
+
+
+def unique_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and persistent buffers of `module`; a tied tensor comes once, under its first name."""
+    seen: set[int] = set()
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor) and id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield name, tensor
+
+
+def share(numel: int, rank: int, world_size: int) -> tuple[int, int]:
+    """The [start, stop) of a tensor that all ranks hold whole which `rank` writes."""
+    return numel * rank // world_size, numel * (rank + 1) // world_size
+
+
+def empty_optimizer_state(optimizer: Optimizer, parameter: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A tensor to load one saved entry of `optimizer.state[parameter]` into: like the parameter, or a step counter.
+
+    Fused and capturable optimizers want their step counters on the device, the others on the host.
+    """
+    if shape == tuple(parameter.shape):
+        return torch.zeros_like(parameter, requires_grad=False)
+    group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+    on_device = group.get("fused") or group.get("capturable")
+    return torch.zeros(shape, device=parameter.device if on_device else "cpu")
