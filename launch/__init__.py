@@ -1,0 +1,1 @@
+"""A run: what the user starts, and the machinery under it."""

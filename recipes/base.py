@@ -86,12 +86,12 @@ class Recipe:
         """The repeated parts of the model: the unit of activation checkpointing, compilation and sharding."""
         return ()
 
-    def predict(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """What evaluation feeds to each metric's `update`: (predictions, targets)."""
+    def evaluate(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """For recipes with metrics: (loss as in `loss`, predictions, targets), the last two for each metric's `update`."""
         raise NotImplementedError
 
     def metrics(self) -> Mapping[str, Metric]:
-        """Evaluation metrics by name. Without any, evaluation reports the loss alone and never calls `predict`."""
+        """Evaluation metrics by name. Without any, evaluation reports the loss alone and never calls `evaluate`."""
         return {}
 
     # several models ---------------------------------------------------------------------------------------------------
@@ -110,6 +110,15 @@ class Recipe:
         Each loss takes all models by name and a batch, and returns a sum like `loss`.
         """
         return {"model": lambda models, batch: self.loss(models["model"], batch)}
+
+    def score(
+        self, models: dict[str, nn.Module], batch: Batch
+    ) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor] | None]:
+        """Evaluation of one batch: the losses by name, and (predictions, targets) if there are metrics."""
+        if not self.metrics():
+            return {name: loss(models, batch) for name, loss in self.losses().items()}, None
+        loss, predictions, targets = self.evaluate(models["model"], batch)
+        return {"model": loss}, (predictions, targets)
 
 
 def samples(batch: Batch) -> int:

@@ -25,7 +25,7 @@ def checkpoint_blocks(blocks: list[nn.Module]) -> None:
         norms = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
         contexts = partial(_contexts, norms) if norms else None
         keywords = {"context_fn": contexts} if contexts else {}
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, **keywords)  # type: ignore[method-assign]
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, **keywords)
 
 
 def _contexts(norms: list[_BatchNorm]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from strategies import activation, precision
+from strategies.initialise import initialise
 from strategies.options import Options
 from strategies.state import Range, Reader, empty_optimizer_state, share, unique_state
 
@@ -22,13 +23,20 @@ class World(Protocol):
     """The ranks of a run, as far as a strategy has to know them (`launch.world.World` is one)."""
 
     @property
-    def rank(self) -> int: ...
+    def rank(self) -> int:
+        """0 to `world_size` - 1."""
+
     @property
-    def world_size(self) -> int: ...
+    def world_size(self) -> int:
+        """Ranks of the run."""
+
     @property
-    def local_world_size(self) -> int: ...
+    def local_world_size(self) -> int:
+        """Ranks on this node."""
+
     @property
-    def device(self) -> str: ...
+    def device(self) -> str:
+        """Of this rank: `cpu` or `cuda:N`."""
 
 
 BuildModel = Callable[[], nn.Module]
@@ -37,7 +45,10 @@ Blocks = Callable[[nn.Module], Iterable[nn.Module]]
 
 
 class Strategy:
-    """How one model is trained. Valid after `setup`: `model` (call it), `module` (it, unwrapped), `optimizer`."""
+    """How one model is trained. Valid after `setup`: `model` (call it), `module` (it, unwrapped), `optimizer`.
+
+    A model that was set up without optimizer (a fixed teacher) has no `optimizer` and nothing `trainable`.
+    """
 
     model: nn.Module
     module: nn.Module
@@ -55,23 +66,33 @@ class Strategy:
 
     # setup ------------------------------------------------------------------------------------------------------------
 
-    def setup(self, build_model: BuildModel, build_optimizer: BuildOptimizer, blocks: Blocks) -> None:
+    def setup(self, build_model: BuildModel, build_optimizer: BuildOptimizer | None, blocks: Blocks) -> None:
         """Build, checkpoint activations, compile, shard, then build the optimizer: the order of all strategies.
 
         `build_model` returns the same weights on every rank. `blocks(module)` are the repeated parts of the model, the
-        unit of activation checkpointing, compilation and sharding; an empty one means the model as a whole.
+        unit of activation checkpointing, compilation and sharding; an empty one means the model as a whole. Without
+        `build_optimizer` the model is held fixed.
         """
-        module = build_model()
+        module = self.build(build_model)
+        if build_optimizer is None:
+            module.requires_grad_(False).eval()
         if self.options.activation_checkpointing:
             activation.checkpoint_blocks(list(blocks(module)))
         if self.options.compile:
             for block in list(blocks(module)) or [module]:
                 # forward is rebound in place: wrapping would change the parameter names
-                block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+                block.forward = torch.compile(block.forward)
         self.module = module
         self.model = self.shard(module, blocks)
         self.trainable = [p for p in module.parameters() if p.requires_grad]
-        self.attach(build_optimizer)
+        if build_optimizer is not None:
+            self.attach(build_optimizer)
+
+    def build(self, build_model: BuildModel) -> nn.Module:
+        """The model with its initial weights, the same under every strategy."""
+        module = build_model()
+        initialise(module, self.options.seed)
+        return module
 
     def shard(self, module: nn.Module, blocks: Blocks) -> nn.Module:
         """Move the parameters to where they live and return what the recipe calls."""
@@ -80,6 +101,17 @@ class Strategy:
     def attach(self, build_optimizer: BuildOptimizer) -> None:
         """Build the optimizer over the parameters as sharded."""
         self.optimizer = build_optimizer(self.module)
+        optimized = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+        if forgotten := [n for n, p in self.module.named_parameters() if p.requires_grad and id(p) not in optimized]:
+            # nobody would zero their gradients, and clipping would count them
+            raise ValueError(
+                f"trainable but not in the optimizer: {listed(forgotten)}; "
+                "give them to it, or freeze them (requires_grad_(False))"
+            )
+
+    def parameter_count(self) -> int:
+        """Parameters of the whole model, over all ranks; tied ones count once."""
+        return sum(p.numel() for p in self.module.parameters())
 
     # one step ---------------------------------------------------------------------------------------------------------
 
@@ -125,7 +157,12 @@ class Strategy:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
+    def discard(self) -> None:
+        """Drop the gradients of this step instead of making it."""
+        self.optimizer.zero_grad(set_to_none=True)
+
     def gradients(self) -> list[Tensor]:
+        """The gradients, as far as they live on this rank."""
         return [p.grad for p in self.trainable if p.grad is not None]
 
     def grad_norm(self) -> Tensor:
@@ -135,9 +172,11 @@ class Strategy:
     def clip(self, norm: Tensor, scale: float) -> None:
         """Divide the gradients by `scale` and clip them, in one pass over them. `norm` is already unscaled."""
         gradients = self.gradients()
+        if not gradients:
+            return
         if self.options.clip_norm is not None:
             factor = (self.options.clip_norm / (norm + 1e-6)).clamp(max=1.0) / scale
-            torch._foreach_mul_(gradients, factor.to(gradients[0].device) if gradients else factor)
+            torch._foreach_mul_(gradients, factor.to(gradients[0].device))
         elif scale != 1.0:
             torch._foreach_mul_(gradients, 1.0 / scale)
         if self.options.clip_value is not None:
@@ -152,7 +191,7 @@ class Strategy:
         Names are `model/NAME`, `optimizer/NAME/KEY` and `loss_scale`, the same under every strategy.
         """
         tensors = {f"model/{name}": tensor for name, tensor in unique_state(self.module)}
-        for name, parameter in self.module.named_parameters():
+        for name, parameter in self.module.named_parameters() if self.trainable else ():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor):
                     tensors[f"optimizer/{name}/{key}"] = value
@@ -163,12 +202,14 @@ class Strategy:
         """Read the ranges that this rank keeps, whatever the strategy and world size of the writer."""
         for name, tensor in unique_state(self.module):
             self.fill(tensor, f"model/{name}", saved)
-        names = {name: parameter for name, parameter in self.module.named_parameters()}
+        names = dict(self.module.named_parameters())
+        if self.trainable:
+            self.optimizer.state.clear()  # what was not saved (a step that was never made) must not survive
         for entry, shape in saved.shapes.items():
             kind, _, rest = entry.partition("/")
             name, _, key = rest.rpartition("/")
             if kind == "optimizer" and names[name].requires_grad:
-                value = empty_optimizer_state(self.optimizer, names[name], shape)
+                value = empty_optimizer_state(self.optimizer, names[name], key, shape)
                 self.fill(value, entry, saved)
                 self.optimizer.state[names[name]][key] = value
         self.loss_scale.restore(saved.read("loss_scale", 0, 2))
@@ -194,3 +235,8 @@ class Strategy:
     def whole(self, tensor: Tensor) -> Tensor:
         """The full tensor on the host."""
         return tensor.detach().cpu().clone().contiguous()
+
+
+def listed(names: list[str], limit: int = 10) -> str:
+    """The names for a message: the first few and how many more."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

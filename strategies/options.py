@@ -52,6 +52,8 @@ class Options:
 
     strategy: StrategyName | Literal["auto"] = "auto"
     """how the model is spread over ranks; auto: single on one rank, ddp on more"""
+    seed: int = 0
+    """seed of everything random"""
     precision: Precision = "fp32"
     """compute precision; parameters, reductions and optimizer state stay fp32"""
     activation_checkpointing: bool = False

@@ -29,8 +29,11 @@ class Reader(Protocol):
     """Saved tensors, read by ranges (`launch.checkpoint` reads them from a checkpoint)."""
 
     @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
-    def read(self, name: str, start: int, stop: int) -> Tensor: ...
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of each saved tensor, whole, by name."""
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements `start` to `stop` of the flattened tensor, 1-D, on the host."""
 
 
 def unique_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -47,12 +50,12 @@ def share(numel: int, rank: int, world_size: int) -> tuple[int, int]:
     return numel * rank // world_size, numel * (rank + 1) // world_size
 
 
-def empty_optimizer_state(optimizer: Optimizer, parameter: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A tensor to load one saved entry of `optimizer.state[parameter]` into: like the parameter, or a step counter.
+def empty_optimizer_state(optimizer: Optimizer, parameter: Tensor, key: str, shape: tuple[int, ...]) -> Tensor:
+    """A tensor to load the saved `optimizer.state[parameter][key]` into: like the parameter, or a step counter.
 
     Fused and capturable optimizers want their step counters on the device, the others on the host.
     """
-    if shape == tuple(parameter.shape):
+    if shape == tuple(parameter.shape) and (shape or key != "step"):  # a scalar parameter has the shape of a counter
         return torch.zeros_like(parameter, requires_grad=False)
     group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
     on_device = group.get("fused") or group.get("capturable")

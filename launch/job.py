@@ -1,0 +1,165 @@
+"""A run made ready: models under their strategies, data cut for this rank, and how far it has come."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.utils.data import DataLoader, Sampler
+
+from launch import data
+from launch.batchnorm import RunningStatistics
+from launch.command import Settings, accumulation
+from launch.config import Config
+from launch.seeding import seed_device
+from launch.world import World
+from recipes.base import Dataset, Recipe, Splits
+from recipes.parts.schedule import Plateau, Schedule
+from strategies import strategy_class
+from strategies.base import Strategy
+from strategies.precision import set_matmul_precision
+
+
+@dataclass
+class Progress:
+    """How far a run has come; with the strategies' state, all that a checkpoint holds."""
+
+    step: int = 0
+    """optimizer steps done"""
+    best: float | None = None
+    """best objective of any evaluation so far"""
+    best_step: int | None = None
+    bad_evaluations: int = 0
+    """evaluations since the best one"""
+    plateau: Plateau = field(default_factory=Schedule().plateau)
+
+    def state(self) -> dict[str, Any]:
+        """Plain numbers for a checkpoint."""
+        return {**vars(self), "plateau": self.plateau.state()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state()`."""
+        self.plateau.load_state(state["plateau"])
+        vars(self).update({name: value for name, value in state.items() if name != "plateau"})
+
+    def observe(self, scores: Mapping[str, Any], job: Job) -> None:
+        """Take note of an evaluation: is the recipe's objective better than ever, and by enough?"""
+        value, mode = float(scores[job.recipe.objective]), job.recipe.objective_mode
+        gain = 0.0 if self.best is None else value - self.best if mode == "max" else self.best - value
+        if self.best is None or gain > job.config.eval.min_delta:
+            self.best, self.best_step, self.bad_evaluations = value, self.step, 0
+        else:
+            self.bad_evaluations += 1
+        self.plateau.observe(value, mode)
+
+
+@dataclass(kw_only=True)
+class Job:
+    """Everything that the loop needs; built by `prepare`."""
+
+    config: Config
+    recipe: Recipe
+    world: World
+    splits: Splits
+    cut: data.Cut
+    total_steps: int
+    strategies: dict[str, Strategy]
+    statistics: RunningStatistics
+    progress: Progress
+
+    @property
+    def models(self) -> dict[str, nn.Module]:
+        """The models by name, as the recipe calls them."""
+        return {name: strategy.model for name, strategy in self.strategies.items()}
+
+    @property
+    def careful(self) -> bool:
+        """Look at each loss before its step is made. Free on the CPU; on a GPU only where the recipe needs it."""
+        return self.world.device == "cpu" or self.recipe.skip_nonfinite or self.config.debug
+
+    @property
+    def stopping_early(self) -> bool:
+        """Whether the objective has not become better for `eval.patience` evaluations."""
+        patience = self.config.eval.patience
+        return patience is not None and self.progress.bad_evaluations >= patience
+
+    def due(self, every: int | None) -> bool:
+        """Whether something is to be done after this step: each `every` steps, or each epoch, and at the end."""
+        step, size = self.progress.step, len(self.splits.train)
+        if step == self.total_steps:
+            return True
+        if every is not None:
+            return step % every == 0
+        return step * self.cut.batch_size // size > (step - 1) * self.cut.batch_size // size
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the training data so far."""
+        return self.progress.step * self.cut.batch_size / len(self.splits.train)
+
+    def train_loader(self) -> DataLoader[Any]:
+        """This rank's micro-batches from the next step to the last."""
+        sampler = data.TrainSampler(len(self.splits.train), self.cut, self.config.seed, self.progress.step, self.total_steps)
+        return self._loader(self.splits.train, sampler, "train")
+
+    def eval_loader(self, dataset: Dataset) -> tuple[DataLoader[Any], data.EvalSampler]:
+        """Each sample of `dataset` once, over all ranks, and the sampler that knows which micro-batches count."""
+        sampler = data.EvalSampler(len(dataset), self.cut.micro_batch_size, self.world.rank, self.world.world_size)
+        return self._loader(dataset, sampler, "eval"), sampler
+
+    def _loader(self, dataset: Dataset, sampler: Sampler[list[data.Draw]], split: str) -> DataLoader[Any]:
+        workers = data.default_workers(self.world) if self.config.workers is None else self.config.workers
+        return data.loader(dataset, sampler, self.config.seed, split, workers, self.world)
+
+
+def prepare(settings: Settings, world: World) -> Job:
+    """Build data and models. ValueError and FileNotFoundError are the user's to read (an empty data set, a bad option)."""
+    config, recipe = settings.config, settings.recipe
+    set_matmul_precision(config.precision)
+    if config.precision == "tf32" and world.device == "cpu":
+        raise ValueError("precision=tf32 has no effect on a CPU; use fp32 or bf16")
+    if config.sync_batchnorm and world.device == "cpu":
+        raise ValueError("sync_batchnorm=true needs CUDA; on a CPU a fixed micro_batch_size keeps BatchNorm independent of ranks")
+    splits = recipe.build_data()
+    for name, split in vars(splits).items():
+        if split is not None and len(split) == 0:
+            raise ValueError(f"the {name} split of recipe={config.recipe} is empty")
+    many = accumulation(config, world)
+    micro = config.batch_size // (many * world.world_size)
+    cut = data.Cut(micro_batch_size=micro, accumulation=many, rank=world.rank, world_size=world.world_size)
+    strategies = build_strategies(config, recipe, world)
+    return Job(
+        config=config,
+        recipe=recipe,
+        world=world,
+        splits=splits,
+        cut=cut,
+        total_steps=config.steps or -(-(config.epochs or 0) * len(splits.train) // config.batch_size),
+        strategies=strategies,
+        statistics=RunningStatistics(strategy.module for strategy in strategies.values()),
+        progress=Progress(plateau=recipe.schedule.plateau()),
+    )
+
+
+def build_strategies(config: Config, recipe: Recipe, world: World) -> dict[str, Strategy]:
+    """One strategy for each model of the recipe, set up in the recipe's order; the same weights on every rank."""
+    optimizers = recipe.optimizers()
+    strategies: dict[str, Strategy] = {}
+    for name, build_model in recipe.models().items():
+        strategy = strategy_class(config.strategy)(world, config)
+        build = partial(_seeded_model, build_model, config, name)
+        strategy.setup(build, optimizers.get(name), recipe.blocks)
+        if name in optimizers:
+            for group in strategy.optimizer.param_groups:
+                group.setdefault("initial_lr", group["lr"])
+        strategies[name] = strategy
+    return strategies
+
+
+def _seeded_model(build_model: Any, config: Config, name: str) -> nn.Module:
+    seed_device(config.seed, "weights", name)
+    model: nn.Module = build_model()
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if config.sync_batchnorm else model

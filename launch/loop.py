@@ -1,0 +1,139 @@
+"""The loop. It reads like the textbook's, and knows of no backend, launcher or file format."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from launch.data import steps_of, to_device
+from launch.nonfinite import check_gradients, check_loss
+from launch.seeding import seed_device
+from launch.world import total
+from recipes.base import Recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from launch.job import Job
+    from launch.record import Record
+    from recipes.base import Batch, Dataset
+    from strategies.base import Strategy
+
+
+def train(job: Job, record: Record) -> None:
+    """Train from where `job.progress` stands to the end, recording, evaluating and saving on the way."""
+    for batches in steps_of(job.train_loader(), job.cut.accumulation):
+        rate = set_learning_rate(job)
+        losses, norms = train_step(job, batches)
+        job.progress.step += 1
+        record.step(losses, norms, rate)
+        if job.splits.val is not None and job.due(job.config.eval.every):
+            record.evaluation(scores := evaluate(job, job.splits.val))
+            job.progress.observe(scores, job)
+        if job.due(job.config.checkpoint.every) or job.stopping_early:
+            record.checkpoint()
+        if job.stopping_early:
+            break
+
+
+def train_step(job: Job, batches: list[Batch]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """One optimizer step of each trained model. Returns the mean loss and the gradient norm of each.
+
+    The loss is this rank's share of the mean over the global batch (under `job.careful` the mean itself).
+    """
+    batches = [to_device(batch, job.world.device) for batch in batches]
+    count = global_count(job, batches)
+    losses: dict[str, Tensor] = {}
+    norms: dict[str, Tensor] = {}
+    for name, loss_function in job.recipe.losses().items():
+        trained = job.strategies[name]
+        loss_sum = torch.zeros((), dtype=torch.float64, device=job.world.device)
+        for turn, batch in enumerate(batches):
+            seed_device(job.config.seed, "step", job.progress.step, name, job.cut.position(turn))
+            job.statistics.share(turn, job.cut.accumulation)
+            with others_resting(job, trained), trained.microbatch(last=turn == job.cut.accumulation - 1):
+                loss = loss_function(job.models, batch)
+                trained.backward(loss / count)
+            loss_sum += loss.detach()
+        losses[name] = loss_sum / count
+        if job.careful and not check_loss(job, name, total(losses[name]), batches):
+            trained.discard()
+            continue
+        norms[name] = trained.step()
+        if job.careful:
+            check_gradients(job, name, norms[name])
+    return losses, norms
+
+
+@torch.no_grad()
+def evaluate(job: Job, dataset: Dataset) -> dict[str, Any]:
+    """The mean loss and the recipe's metrics over `dataset`, each sample counted once, on any number of ranks."""
+    loader, sampler = job.eval_loader(dataset)
+    job.statistics.synchronise(job.world)
+    # sums in float64: the order in which ranks add up then no longer shows in the result
+    metrics = {name: metric.to(job.world.device).set_dtype(torch.float64) for name, metric in job.recipe.metrics().items()}
+    sums: dict[str, Tensor] = {}
+    count = torch.zeros((), dtype=torch.float64, device=job.world.device)
+    with evaluating(job):
+        for turn, batch in enumerate(loader):
+            batch = to_device(batch, job.world.device)
+            seed_device(job.config.seed, "eval", job.cut.rank + turn * job.cut.world_size)
+            with next(iter(job.strategies.values())).autocast():
+                losses, outcome = job.recipe.score(job.models, batch)
+            if not sampler.counts(turn):
+                continue
+            for name, loss in losses.items():
+                sums[name] = sums.get(name, 0) + loss.double()
+            count += job.recipe.count(batch)
+            if outcome is not None:
+                for metric in metrics.values():
+                    metric.update(*outcome)
+    total(count)
+    means = {name: float(total(sums.get(name, torch.zeros_like(count))) / count) for name in job.recipe.losses()}
+    return {
+        "loss": sum(means.values()),
+        **({f"loss/{name}": mean for name, mean in means.items()} if len(means) > 1 else {}),
+        **{name: metric.compute().float().tolist() for name, metric in metrics.items()},
+    }
+
+
+@contextmanager
+def evaluating(job: Job) -> Iterator[None]:
+    """The models in evaluation mode."""
+    for model in job.models.values():
+        model.eval()
+    yield
+    for model in job.models.values():
+        model.train()
+
+
+@contextmanager
+def others_resting(job: Job, trained: Strategy) -> Iterator[None]:
+    """While one model of several is trained, the others are called but take no gradient."""
+    with ExitStack() as stack:
+        for strategy in job.strategies.values():
+            if strategy is not trained:
+                stack.enter_context(strategy.resting())
+        yield
+
+
+def global_count(job: Job, batches: list[Batch]) -> int | Tensor:
+    """What the losses of this step sum over, on all ranks and micro-batches."""
+    if type(job.recipe).count is Recipe.count:
+        return job.cut.batch_size  # every sample counts one, and a global batch is always full
+    count = torch.zeros((), dtype=torch.float64, device=job.world.device)
+    for batch in batches:
+        count += job.recipe.count(batch)
+    return total(count).clamp(min=1)
+
+
+def set_learning_rate(job: Job) -> float:
+    """Give each parameter group its learning rate for the coming step; returns that of the first group."""
+    factor = job.recipe.schedule.factor(job.progress.step, job.total_steps) * job.progress.plateau.scale
+    groups = [g for name in job.recipe.losses() for g in job.strategies[name].optimizer.param_groups]
+    for group in groups:
+        group["lr"] = group["initial_lr"] * factor
+    return float(groups[0]["lr"])

@@ -1,0 +1,114 @@
+"""What a person sees: a banner, one progress line, a summary. Rank zero speaks."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from strategies.precision import contract
+
+if TYPE_CHECKING:
+    from launch.job import Job
+
+
+class Screen:
+    """Lines on `stream`; on a terminal the progress line is rewritten in place."""
+
+    def __init__(self, speaks: bool, stream: TextIO = sys.stdout) -> None:
+        self.speaks, self.stream = speaks, stream
+        self.live = speaks and stream.isatty()
+        self.drawn = 0.0
+
+    def say(self, text: str = "") -> None:
+        """A line that stays."""
+        if self.speaks:
+            print(f"\r\x1b[2K{text}" if self.live else text, file=self.stream, flush=True)
+
+    def step(self, line: Mapping[str, Any], total_steps: int) -> None:
+        """The progress line: loss, learning rate, speed, time left."""
+        left = timedelta(
+            seconds=round((total_steps - line["step"]) * line["samples"] / line["step"] / line["samples_per_second"])
+        )
+        text = (
+            f"step {line['step']}/{total_steps}  epoch {line['epoch']:.2f}  loss {line['loss']:.4f}  lr {line['lr']:.3g}  "
+            f"grad_norm {line['grad_norm']:.3g}  {line['samples_per_second']:,.0f} samples/s  left {left}"
+        )
+        if not self.live:
+            self.say(text)
+        elif time.monotonic() - self.drawn > 0.1:  # a terminal is slow, steps can be fast
+            self.drawn = time.monotonic()
+            print(f"\r\x1b[2K{text}", end="", file=self.stream, flush=True)
+
+    def evaluation(self, step: int, scores: Mapping[str, Any]) -> None:
+        """The scores that are single numbers."""
+        numbers = "  ".join(f"{name} {value:.4f}" for name, value in scores.items() if isinstance(value, float))
+        self.say(f"step {step}  {numbers}")
+
+    def banner(self, job: Job, run_dir: Path, versions: Mapping[str, str], resumed: str) -> None:
+        """The start of a run; each line answers a question that one has when it goes wrong."""
+        world, config, cut = job.world, job.config, job.cut
+        nodes = -(-world.world_size // world.local_world_size)
+        sizes = ", ".join(f"{len(split):,} {name}" for name, split in vars(job.splits).items() if split is not None)
+        length = (
+            f"{config.epochs} epochs"
+            if config.epochs
+            else f"{job.total_steps * cut.batch_size / len(job.splits.train):.1f} epochs"
+        )
+        rows = {
+            "launcher": f"{world.launcher}: {world.world_size} rank(s) on {nodes} node(s) ({world.why})",
+            "device": device_name(world.device),
+            "strategy": config.strategy + "".join(f", {word}" for word in extras(job)),
+            "precision": f"{config.precision}: {contract(config.precision)}",
+            "batch": f"{cut.batch_size} = {cut.micro_batch_size} micro x {cut.accumulation} accumulation x {cut.world_size} rank(s)",
+            "model": ", ".join(
+                f"{'' if len(job.strategies) == 1 else name + ' '}{strategy.parameter_count():,} parameters"
+                for name, strategy in job.strategies.items()
+            ),
+            "data": f"{sizes} samples",
+            "length": f"{job.total_steps} steps ({length}), learning rate {job.recipe.schedule.name}",
+            "run": f"{run_dir} ({resumed})",
+        }
+        self.say(f"rankzero {versions['rankzero']}  recipe {config.recipe}  seed {config.seed}  torch {versions['torch']}")
+        for name, text in rows.items():
+            self.say(f"  {name:<10}{text}")
+
+    def summary(self, job: Job, first_step: int, seconds: float, scores: Mapping[str, Any], run_dir: Path) -> None:
+        """How it ended, and where it lies."""
+        steps = job.progress.step - first_step
+        early = " (stopped early)" if job.stopping_early else ""
+        speed = steps * job.cut.batch_size / max(seconds, 1e-9)
+        self.say(
+            f"done: step {job.progress.step}{early}, {job.epoch:.1f} epochs, {timedelta(seconds=round(seconds))}, {speed:,.0f} samples/s"
+        )
+        numbers = {name: value for name, value in scores.items() if isinstance(value, float)}
+        if numbers:
+            self.say("  " + "  ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
+        if job.progress.best is not None:
+            self.say(f"  best eval/{job.recipe.objective} {job.progress.best:.4f} at step {job.progress.best_step}")
+        self.say(f"  weights {run_dir / 'model.safetensors'}")
+
+
+def device_name(device: str) -> str:
+    """The device in words."""
+    import torch
+
+    if device == "cpu":
+        return f"cpu, {torch.get_num_threads()} thread(s) a rank"
+    return f"{device} ({torch.cuda.get_device_name(device)})"
+
+
+def extras(job: Job) -> list[str]:
+    """What was switched on beside the strategy."""
+    config = job.config
+    chosen = {
+        "activation checkpointing": config.activation_checkpointing,
+        "compiled": config.compile,
+        f"clip_norm {config.clip_norm}": config.clip_norm,
+        f"clip_value {config.clip_value}": config.clip_value,
+        "sync_batchnorm": config.sync_batchnorm,
+    }
+    return [words for words, on in chosen.items() if on]

@@ -1,0 +1,32 @@
+"""Randomness as a function of where a run stands, not of what ran before.
+
+What is drawn depends on (seed, optimizer step, micro-batch of the global batch) on the device, and on (seed, epoch, sample)
+in data loading: never on the number of ranks or workers, and a resumed run draws what the uninterrupted one drew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+
+import numpy
+import torch
+
+
+def mix(*parts: int | str) -> int:
+    """A 63-bit seed from any numbers and words, the same on every machine; near inputs give unrelated seeds."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def seed_device(*parts: int | str) -> None:
+    """Seed torch's default generators, host and device: dropout and all other draws of a forward pass."""
+    torch.manual_seed(mix(*parts))
+
+
+def seed_sample(*parts: int | str) -> None:
+    """Seed what an augmentation may draw from: torch's host generator, numpy and random."""
+    seed = mix(*parts)
+    torch.default_generator.manual_seed(seed)
+    numpy.random.seed(seed & 0xFFFFFFFF)
+    random.seed(seed)

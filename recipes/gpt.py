@@ -1,0 +1,110 @@
+"""A small GPT (decoder-only transformer) on the bytes or characters of any text file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from recipes.base import Recipe, Splits
+from recipes.parts.optim import Optim, decay_groups
+from recipes.parts.schedule import Schedule
+from recipes.parts.text import Text
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+    from torchmetrics import Metric
+
+
+@dataclass(kw_only=True)
+class Model:
+    """`model.*`"""
+
+    layers: int = 4
+    """decoder blocks"""
+    heads: int = 4
+    """attention heads of a block"""
+    width: int = 128
+    """size of a token's vector"""
+    dropout: float = 0.1
+    """share of activations and attention weights dropped in training"""
+
+    def check(self) -> None:
+        """Raise ValueError for sizes that cannot be."""
+        for name in ("layers", "heads", "width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name}={getattr(self, name)}: give 1 or more")
+        if self.width % self.heads:
+            raise ValueError(
+                f"model.width={self.width} over model.heads={self.heads} heads: give a multiple of the heads"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.dropout={self.dropout}: give a share from 0 to below 1")
+
+
+@dataclass(kw_only=True)
+class GPT(Recipe):
+    """Next-token prediction with AdamW and a cosine; the loss is in nats a token."""
+
+    defaults: ClassVar[dict[str, Any]] = {"batch_size": 32, "micro_batch_size": 8, "steps": 300}
+
+    model: Model = field(default_factory=Model)
+    data: Text = field(default_factory=Text)
+    optim: Optim = field(default_factory=lambda: Optim(name="adamw", lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1))
+    schedule: Schedule = field(default_factory=lambda: Schedule(name="cosine", warmup=0.1))
+
+    def check(self) -> None:
+        """Raise ValueError or FileNotFoundError for fields that cannot work."""
+        super().check()
+        self.model.check()
+        self.data.check()
+        self.optim.check(type(self)().optim)
+
+    def build_data(self) -> Splits:
+        """As `data.*` says."""
+        return self.data.build()
+
+    def build_model(self) -> nn.Module:
+        """The decoder, with its `init_weights` left to the caller, who may shard first."""
+        from recipes.parts.transformer import Decoder
+
+        shape = self.model
+        return Decoder(
+            vocabulary=self.data.vocabulary_size,
+            block=self.data.block,
+            width=shape.width,
+            heads=shape.heads,
+            layers=shape.layers,
+            dropout=shape.dropout,
+        )
+
+    def build_optimizer(self, model: nn.Module) -> Optimizer:
+        """Weight decay on matrices, not on biases and norms."""
+        return self.optim.build(decay_groups(model))
+
+    def blocks(self, model: nn.Module) -> Iterable[nn.Module]:
+        """The decoder blocks."""
+        return model.get_submodule("blocks").children()
+
+    def count(self, batch: Any) -> int:
+        """Tokens predicted."""
+        return int(batch[1].numel())
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Cross entropy, summed over tokens."""
+        return self.evaluate(model, batch)[0]
+
+    def evaluate(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss, the likeliest tokens [batch * time], the true ones)."""
+        from torch.nn import functional as F
+
+        tokens, targets = batch
+        logits = model(tokens).flatten(0, 1)
+        return F.cross_entropy(logits, targets.flatten(), reduction="sum"), logits.argmax(-1), targets.flatten()
+
+    def metrics(self) -> Mapping[str, Metric]:
+        """Share of tokens predicted right."""
+        from torchmetrics.classification import MulticlassAccuracy
+
+        return {"accuracy": MulticlassAccuracy(self.data.vocabulary_size, average="micro")}

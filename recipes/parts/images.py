@@ -1,0 +1,320 @@
+"""Labelled images as options: where they come from, how they are split, normalised and augmented.
+
+A sample is (float32 tensor [channels, height, width], class). Augmentation draws from the default generators inside
+`dataset[index]`: who seeds them per sample gets the same picture on any rank, in any worker.
+"""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from recipes.base import Dataset, Splits
+from recipes.parts.options import refuse_unused
+from recipes.parts.permutation import mix
+from recipes.parts.split import holdout, split
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+USED_BY = {
+    "root": ("mnist", "cifar10", "imagefolder"),
+    "augment": ("digits", "mnist", "cifar10", "imagefolder"),
+    "test": ("digits", "imagefolder", "synthetic"),
+    "split_seed": ("digits", "mnist", "cifar10", "imagefolder"),
+    "size": ("synthetic",),
+    "classes": ("synthetic",),
+}
+
+
+class Facts(NamedTuple):
+    """What is known of a set before it is read. Mean and standard deviation per channel, of pixels from 0 to 1."""
+
+    channels: int
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+FACTS = {
+    "digits": Facts(1, 8, (0.3053,), (0.3760,)),
+    "mnist": Facts(1, 28, (0.1307,), (0.3081,)),
+    "cifar10": Facts(3, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "imagefolder": Facts(3, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "synthetic": Facts(3, 32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
+}
+
+MNIST_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+CIFAR10_FILES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta")
+
+
+@dataclass(kw_only=True)
+class Images:
+    """`data.*`"""
+
+    name: Literal["digits", "mnist", "cifar10", "imagefolder", "synthetic"] = "digits"
+    """digits comes with scikit-learn; mnist, cifar10 and imagefolder are read from data.root; synthetic is drawn"""
+    root: str = "data"
+    """folder that holds MNIST/raw/, cifar-10-batches-py/, or for imagefolder train/CLASS/*.png (val/, test/ optional)"""
+    image_size: int | None = None
+    """height and width in pixels (default: the set's own; imagefolder 224)"""
+    augment: bool = True
+    """vary the training images: rotation and translation of digits, crop and mirror of photographs"""
+    normalize: Literal["standard", "signed"] = "standard"
+    """standard: zero mean and unit variance over the set; signed: from -1 to 1"""
+    val: float = 0.1
+    """share of the training images held out for validation, where the set has none"""
+    test: float = 0.1
+    """share held out for the test, where the set has none"""
+    split_seed: int = 0
+    """which images are held out (not the run's seed: they stay held out when a run is repeated)"""
+    size: int = 10_000
+    """synthetic: number of images"""
+    classes: int = 10
+    """synthetic: number of classes"""
+
+    def check(self, declared: Images | None = None) -> None:
+        """Raise ValueError or FileNotFoundError, in one line for the user, without importing torch."""
+        refuse_unused("data", self, declared or Images(), USED_BY)
+        for name in ("val", "test"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"data.{name}={getattr(self, name)}: give a share from 0 to below 1")
+        if self.val + self.test >= 1:
+            raise ValueError(
+                f"data.val={self.val} and data.test={self.test} leave nothing to train on: their sum must be < 1"
+            )
+        for name in ("image_size", "size", "classes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"data.{name}={value}: give 1 or more")
+        if self.name in USED_BY["root"]:
+            self._check_root()
+
+    def _check_root(self) -> None:
+        root = Path(self.root)
+        given = f"data.root={self.root} (data.name={self.name})"
+        if not root.is_dir():
+            raise FileNotFoundError(f"{given} is no folder: give the one that holds {self._layout()}")
+        if self.name == "mnist":
+            missing = [file for file in MNIST_FILES if find_idx(root, file) is None]
+            if missing:
+                raise FileNotFoundError(f"{given} holds no {missing[0]}[.gz]: expected {self._layout()}, with 4 files")
+        elif self.name == "cifar10":
+            missing = [file for file in CIFAR10_FILES if not (root / "cifar-10-batches-py" / file).is_file()]
+            if missing:
+                archive = root / "cifar-10-python.tar.gz"
+                fix = (
+                    f"unpack it with `tar -xzf {archive} -C {root}`"
+                    if archive.is_file()
+                    else f"expected {self._layout()}"
+                )
+                raise FileNotFoundError(f"{given} holds no cifar-10-batches-py/{missing[0]}: {fix}")
+        elif not class_folders(self._train_folder()):
+            raise FileNotFoundError(f"{given} holds no folder a class: expected {self._layout()}")
+
+    def _layout(self) -> str:
+        return {
+            "mnist": "MNIST/raw/train-images-idx3-ubyte (as downloaded, .gz or not)",
+            "cifar10": "cifar-10-batches-py/ (the unpacked cifar-10-python.tar.gz)",
+            "imagefolder": "train/CLASS/*.png and val/CLASS/*.png, or CLASS/*.png for us to split",
+        }[self.name]
+
+    # what a model has to know -----------------------------------------------------------------------------------------
+
+    @property
+    def channels(self) -> int:
+        """Channels of an image."""
+        return FACTS[self.name].channels
+
+    @property
+    def pixels(self) -> int:
+        """Height and width of an image."""
+        return self.image_size or FACTS[self.name].size
+
+    def num_classes(self) -> int:
+        """Number of classes, without reading an image."""
+        if self.name == "imagefolder":
+            return len(class_folders(self._train_folder()))
+        return self.classes if self.name == "synthetic" else 10
+
+    # building ---------------------------------------------------------------------------------------------------------
+
+    def build(self) -> Splits:
+        """The splits: training images augmented, the others plain."""
+        self.check(self)
+        if self.name == "digits":
+            return self._split(*self._in_memory(*read_digits()))
+        if self.name == "synthetic":
+            return split(Synthetic(self), self.val, self.test)
+        if self.name == "imagefolder":
+            return self._imagefolder()
+        read = read_mnist if self.name == "mnist" else read_cifar10
+        augmented, plain = self._in_memory(*read(Path(self.root), True))
+        train, val = holdout(augmented, self.val, self.split_seed, plain=plain)
+        _, test = self._in_memory(*read(Path(self.root), False))
+        return Splits(train=train, val=val, test=test)
+
+    def _split(self, augmented: Dataset, plain: Dataset) -> Splits:
+        return split(augmented, self.val, self.test, self.split_seed, plain=plain)
+
+    def _in_memory(self, images: Tensor, classes: Tensor) -> tuple[Dataset, Dataset]:
+        augmentation = self._augmentation() if self.augment else None
+        return tuple(InMemory(images, classes, self, vary) for vary in (augmentation, None))  # type: ignore[return-value]
+
+    def _augmentation(self) -> Callable[[Tensor], Tensor]:
+        from torchvision.transforms import v2
+
+        if self.name == "cifar10":
+            crop = v2.RandomCrop(self.pixels, padding=self.pixels // 8)
+            return v2.Compose([crop, v2.RandomHorizontalFlip()])  # type: ignore[no-any-return]
+        bilinear = v2.InterpolationMode.BILINEAR
+        return v2.RandomAffine(degrees=10, translate=(0.1, 0.1), interpolation=bilinear)  # type: ignore[no-any-return]
+
+    def _train_folder(self) -> Path:
+        root = Path(self.root)
+        return root / "train" if (root / "train").is_dir() else root
+
+    def _imagefolder(self) -> Splits:
+        from torchvision.datasets import ImageFolder
+
+        root, train = Path(self.root), self._train_folder()
+        augmented = ImageFolder(train, self._photograph(self.augment))
+        plain = ImageFolder(train, self._photograph(False))
+        if train == root:
+            return self._split(augmented, plain)
+        folders = {name: root / name for name in ("val", "test") if (root / name).is_dir()}
+        for name, folder in folders.items():
+            if class_folders(folder) != class_folders(train):
+                raise ValueError(f"{folder} has other classes than {train}: give both the same folders")
+        held = {name: ImageFolder(folder, self._photograph(False)) for name, folder in folders.items()}
+        if "val" in held:
+            return Splits(train=augmented, val=held["val"], test=held.get("test"))
+        rest, val = holdout(augmented, self.val, self.split_seed, plain=plain)
+        return Splits(train=rest, val=val, test=held.get("test"))
+
+    def _photograph(self, augment: bool) -> Callable[[Any], Tensor]:
+        import torch
+        from torchvision.transforms import v2
+
+        size = self.pixels
+        # torchvision's own recipe for ImageNet: 256 pixels are resized to for a crop of 224
+        fit = [v2.Resize(size * 256 // 224), v2.CenterCrop(size)]
+        vary = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
+        convert = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(*self.mean_std())]
+        return v2.Compose([*(vary if augment else fit), *convert, v2.ToPureTensor()])  # type: ignore[no-any-return]
+
+    def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """What is subtracted from each channel and what it is divided by, for pixels from 0 to 1."""
+        facts = FACTS[self.name]
+        if self.normalize == "signed":
+            return (0.5,) * facts.channels, (0.5,) * facts.channels
+        return facts.mean, facts.std
+
+
+class InMemory:
+    """Images held as bytes, [N, channels, height, width], and made floats one at a time."""
+
+    def __init__(
+        self, images: Tensor, classes: Tensor, options: Images, augment: Callable[[Tensor], Tensor] | None
+    ) -> None:
+        import torch
+
+        self.images, self.classes, self.augment = images, classes.tolist(), augment
+        self.pixels = options.pixels
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in options.mean_std())
+        # (x / 255 - mean) / std in one multiplication and one addition
+        self.scale, self.shift = 1 / (255 * std), -mean / std
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int, /) -> tuple[Tensor, int]:
+        image = self.images[index].float()
+        if image.shape[-1] != self.pixels:
+            from torch.nn import functional as F
+
+            size = (self.pixels, self.pixels)
+            image = F.interpolate(image[None], size, mode="bilinear", align_corners=False, antialias=True)[0]
+        if self.augment is not None:
+            image = self.augment(image)
+        return image * self.scale + self.shift, self.classes[index]
+
+
+class Synthetic:
+    """Noise over a coarse pattern of its class: a function of the index, learnable, and of any number without memory."""
+
+    def __init__(self, options: Images) -> None:
+        import torch
+
+        self.size, self.classes = options.size, options.classes
+        self.shape = (options.channels, options.pixels, options.pixels)
+        generator = torch.Generator().manual_seed(0)
+        self.patterns = torch.randn(options.classes, options.channels, 4, 4, generator=generator)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int, /) -> tuple[Tensor, int]:
+        import torch
+        from torch.nn import functional as F
+
+        if not 0 <= index < self.size:
+            raise IndexError(f"image {index} of {self.size}")
+        noise = torch.randn(self.shape, generator=torch.Generator().manual_seed(mix(index + 1)))
+        label = mix(index + 1) % self.classes
+        return noise + F.interpolate(self.patterns[label, None], self.shape[1:])[0], label
+
+
+# reading --------------------------------------------------------------------------------------------------------------
+
+
+def read_digits() -> tuple[Tensor, Tensor]:
+    """scikit-learn's digits: 1797 images of 8 x 8 with 17 levels of grey, as bytes."""
+    import torch
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = torch.from_numpy(digits.images)[:, None].mul(255 / 16).round().byte()
+    return images, torch.from_numpy(digits.target)
+
+
+def read_mnist(root: Path, train: bool) -> tuple[Tensor, Tensor]:
+    """MNIST's images [N, 1, 28, 28] and classes, from the files as downloaded (torchvision wants them unpacked)."""
+    images, classes = (find_idx(root, file) for file in (MNIST_FILES[:2] if train else MNIST_FILES[2:]))
+    assert images is not None
+    assert classes is not None
+    return read_idx(images)[:, None], read_idx(classes).long()
+
+
+def find_idx(root: Path, file: str) -> Path | None:
+    """An MNIST file in the folder that torchvision uses, or in `root` itself, packed or not."""
+    candidates = [folder / name for folder in (root / "MNIST" / "raw", root) for name in (file, f"{file}.gz")]
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def read_idx(path: Path) -> Tensor:
+    """A file of the IDX format: two zero bytes, the type (8: bytes), the number of sizes, each size (big endian), the data."""
+    import torch
+
+    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    if data[:3] != b"\0\0\x08":
+        raise ValueError(f"{path} is no IDX file of bytes: fetch it again")
+    sizes = [int.from_bytes(data[4 * i : 4 * i + 4], "big") for i in range(1, data[3] + 1)]
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8, offset=4 + 4 * len(sizes)).view(sizes)
+
+
+def read_cifar10(root: Path, train: bool) -> tuple[Tensor, Tensor]:
+    """CIFAR-10's images [N, 3, 32, 32] and classes."""
+    import torch
+    from torchvision.datasets import CIFAR10
+
+    cifar = CIFAR10(root, train=train, download=False)
+    return torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(cifar.targets)
+
+
+def class_folders(folder: Path) -> list[str]:
+    """Names of the classes under `folder`: its subfolders."""
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []

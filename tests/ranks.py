@@ -1,0 +1,197 @@
+"""Run a plain function on N CPU ranks: real processes, a real gloo group, one pool of workers for the whole session.
+
+    def total(world: World, value: int) -> float:
+        tensor = torch.tensor(float(value * world.rank))
+        torch.distributed.all_reduce(tensor)
+        return tensor.item()
+
+    def test_total() -> None:
+        assert run_ranks(2, total, 10) == [10.0, 10.0]
+
+Starting a worker costs seconds (it imports torch), a task costs milliseconds: so the workers stay, and each task gets a fresh
+process group. Nothing here imports torch: the pool must cost nothing to the tests that do not use it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import pickle
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+RANKS = 4
+TIMEOUT = 120.0
+GRACE = 5.0
+"""seconds that the other ranks get after a first failure: they may be stuck in a collective with the failed one"""
+
+
+@dataclass(frozen=True)
+class World:
+    """What a function under test is told about its place (`strategies.base.World`)."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    device: str = "cpu"
+
+
+class RanksFailed(AssertionError):
+    """One or more ranks raised, died or hung; `errors` maps the rank to what happened, the first failure first."""
+
+    def __init__(self, errors: dict[int, str]) -> None:
+        self.errors = errors
+        (rank, first), *others = errors.items()
+        last_lines = [f"rank {other}: {text.strip().splitlines()[-1]}" for other, text in others]
+        super().__init__("\n".join([f"rank {rank} failed first:", first.rstrip(), *last_lines]))
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[Any]:
+    """The results of `function(world, *args)` on ranks 0 to `world_size` - 1, by value.
+
+    `function` is a module-level function; arguments and results must pickle. Raises RanksFailed.
+    """
+    assert 1 <= world_size <= RANKS, f"the pool has {RANKS} ranks, not {world_size}"
+    return _pool().run(world_size, function, args, timeout)
+
+
+def shut_down() -> None:
+    """End the workers, if any were started."""
+    if _pools:
+        _pools.pop().close()
+
+
+_pools: list[Pool] = []
+
+
+def _pool() -> Pool:
+    if not _pools:
+        _pools.append(Pool())
+    return _pools[0]
+
+
+class Worker:
+    """One process of the pool."""
+
+    def __init__(self) -> None:
+        context = get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        # not daemonic: a function under test may start processes of its own (the workers of a DataLoader)
+        self.process = context.Process(target=_work, args=(theirs,), daemon=False)
+        self.process.start()
+        theirs.close()
+
+    def end(self, patience: float) -> int | None:
+        """Wait for the end of an idle worker, which returns when its pipe closes; kill any other. Returns its exit code."""
+        self.connection.close()
+        self.process.join(patience)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+        code = self.process.exitcode
+        self.process.close()
+        return code
+
+
+class Pool:
+    """Workers by rank, started when first needed. One that died or hangs is ended, and replaced by the next call."""
+
+    def __init__(self) -> None:
+        self.workers: dict[int, Worker] = {}
+        # without it a script that forgot to shut down would wait at its exit for workers that wait for it
+        atexit.register(shut_down)
+
+    def run(self, world_size: int, function: Callable[..., Any], args: tuple[Any, ...], timeout: float) -> list[Any]:
+        for rank in range(world_size):
+            if rank not in self.workers:
+                self.workers[rank] = Worker()
+        with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+            # pickled twice: the worker takes over sys.path before it imports the module of the function
+            task = (list(sys.path), str(Path(folder) / "store"), world_size, pickle.dumps((function, args)))
+            for rank in range(world_size):
+                self.workers[rank].connection.send((rank, *task))
+            results, errors = self._collect(world_size, timeout)
+        if errors:
+            raise RanksFailed(errors)
+        return [results[rank] for rank in range(world_size)]
+
+    def _collect(self, world_size: int, timeout: float) -> tuple[dict[int, Any], dict[int, str]]:
+        """Results by rank, and errors by rank in the order of their arrival."""
+        results: dict[int, Any] = {}
+        errors: dict[int, str] = {}
+        waiting = {self.workers[rank].connection: rank for rank in range(world_size)}
+        deadline = time.monotonic() + timeout
+        while waiting:
+            ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            since = "the first failure" if errors else f"its start ({timeout:g} s)"
+            for connection in ready or list(waiting):
+                assert isinstance(connection, Connection)
+                rank = waiting.pop(connection)
+                try:
+                    succeeded, answer = connection.recv() if ready else (False, "")
+                except (EOFError, ConnectionResetError):
+                    succeeded, answer = False, f"the process died, exit code {self.workers.pop(rank).end(GRACE)}"
+                if not ready:
+                    self.workers.pop(rank).end(0.0)
+                    answer = f"no answer since {since}: the rank hangs"
+                if succeeded:
+                    results[rank] = pickle.loads(answer)
+                else:
+                    errors[rank] = answer
+                    deadline = min(deadline, time.monotonic() + GRACE)
+        return results, errors
+
+    def close(self) -> None:
+        atexit.unregister(shut_down)
+        for worker in self.workers.values():
+            worker.connection.close()  # all at once: none waits for the one before it
+        for worker in self.workers.values():
+            worker.end(GRACE)
+
+
+def _work(connection: Connection) -> None:
+    """The life of a worker: tasks until the pipe closes."""
+    # before torch is imported; the third one: else inductor starts a pool of processes that outlives the test
+    for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
+        os.environ[variable] = "1"
+    import torch
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            rank, path, store, world_size, payload = connection.recv()
+        except EOFError:
+            return
+        sys.path[:] = path
+        try:
+            with _process_group(rank, world_size, store):
+                function, args = pickle.loads(payload)
+                world = World(rank=rank, local_rank=rank, world_size=world_size, local_world_size=world_size)
+                # plain pickle sends tensors by value; that of torch.multiprocessing would share their memory
+                answer = True, pickle.dumps(function(world, *args))
+        except BaseException:
+            answer = False, traceback.format_exc()
+        connection.send(answer)
+
+
+@contextmanager
+def _process_group(rank: int, world_size: int, store: str) -> Iterator[None]:
+    from torch import distributed
+
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    try:
+        yield
+    finally:
+        # after a failure too: it closes the connections, so that the others fail at once instead of waiting
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
