@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
 from launch import data
@@ -15,7 +15,7 @@ from launch.batchnorm import RunningStatistics
 from launch.command import Settings, accumulation
 from launch.config import Config
 from launch.seeding import seed_device
-from launch.world import World
+from launch.world import World, total
 from recipes.base import Dataset, Recipe, Splits
 from recipes.parts.schedule import Plateau, Schedule
 from strategies import strategy_class
@@ -79,6 +79,10 @@ class Job:
     def careful(self) -> bool:
         """Look at each loss before its step is made. Free on the CPU; on a GPU only where the recipe needs it."""
         return self.world.device == "cpu" or self.recipe.skip_nonfinite or self.config.debug
+
+    def over_all_ranks(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The mean losses over the global batch, from what `train_step` returned on each rank."""
+        return {name: loss if self.careful else total(loss.clone()) for name, loss in losses.items()}
 
     @property
     def stopping_early(self) -> bool:

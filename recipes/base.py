@@ -111,9 +111,7 @@ class Recipe:
         """
         return {"model": lambda models, batch: self.loss(models["model"], batch)}
 
-    def score(
-        self, models: dict[str, nn.Module], batch: Batch
-    ) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor] | None]:
+    def score(self, models: dict[str, nn.Module], batch: Batch) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor] | None]:
         """Evaluation of one batch: the losses by name, and (predictions, targets) if there are metrics."""
         if not self.metrics():
             return {name: loss(models, batch) for name, loss in self.losses().items()}, None

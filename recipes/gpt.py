@@ -36,9 +36,7 @@ class Model:
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name}={getattr(self, name)}: give 1 or more")
         if self.width % self.heads:
-            raise ValueError(
-                f"model.width={self.width} over model.heads={self.heads} heads: give a multiple of the heads"
-            )
+            raise ValueError(f"model.width={self.width} over model.heads={self.heads} heads: give a multiple of the heads")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout={self.dropout}: give a share from 0 to below 1")
 
@@ -96,12 +94,12 @@ class GPT(Recipe):
         return self.evaluate(model, batch)[0]
 
     def evaluate(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss, the likeliest tokens [batch * time], the true ones)."""
+        """(loss, logits [batch * time, vocabulary], the true tokens [batch * time])."""
         from torch.nn import functional as F
 
         tokens, targets = batch
         logits = model(tokens).flatten(0, 1)
-        return F.cross_entropy(logits, targets.flatten(), reduction="sum"), logits.argmax(-1), targets.flatten()
+        return F.cross_entropy(logits, targets.flatten(), reduction="sum"), logits, targets.flatten()
 
     def metrics(self) -> Mapping[str, Metric]:
         """Share of tokens predicted right."""

@@ -34,11 +34,15 @@ def _contexts(norms: list[_BatchNorm]) -> tuple[AbstractContextManager[None], Ab
 
 @contextmanager
 def _statistics_kept(norms: list[_BatchNorm]) -> Iterator[None]:
-    """The recomputation sees the batch a second time: without this the running statistics would move twice a step."""
+    """The recomputation sees the batch a second time: without this the running statistics would move twice a step.
+
+    It moves copies. Not tracking at all would save fewer tensors than forward did, which `checkpoint` refuses.
+    """
+    kept = [dict(norm._buffers) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm._buffers.update({name: None if b is None else b.clone() for name, b in norm._buffers.items()})
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, buffers in zip(norms, kept, strict=True):
+            norm._buffers.update(buffers)

@@ -94,7 +94,7 @@ class Strategy:
         initialise(module, self.options.seed)
         return module
 
-    def shard(self, module: nn.Module, blocks: Blocks) -> nn.Module:
+    def shard(self, module: nn.Module, blocks: Blocks) -> nn.Module:  # noqa: ARG002
         """Move the parameters to where they live and return what the recipe calls."""
         return module.to(self.world.device)
 
@@ -120,7 +120,7 @@ class Strategy:
         return precision.autocast(self.options.precision, self.world.device)
 
     @contextmanager
-    def microbatch(self, last: bool) -> Iterator[None]:
+    def microbatch(self, last: bool) -> Iterator[None]:  # noqa: ARG002
         """Around forward AND backward of one micro-batch; gradients are reduced over ranks in the `last` of a step only."""
         with self.autocast():
             yield

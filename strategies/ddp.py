@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ class DDP(Strategy):
     def __init__(self, world: World, options: Options) -> None:
         super().__init__(world, options)
         self.gradient_mean_over = world.world_size
+        self.reducing = False
         self.unused: list[str] = []
         chosen = options.ddp
         if chosen.static_graph and chosen.find_unused_parameters:
@@ -49,21 +50,22 @@ class DDP(Strategy):
 
     @contextmanager
     def microbatch(self, last: bool) -> Iterator[None]:
-        """Around forward AND backward: `no_sync` around backward alone still reduces, forward is what arms the reducer."""
-        with nullcontext() if last else self._no_sync(), super().microbatch(last):
+        """Around forward AND backward: it is forward that arms the reducer, which then takes the next backward for its own."""
+        self.reducing = last and self.model is not self.module
+        with nullcontext() if last else self._around_reducer(), super().microbatch(last):
             yield
 
     @contextmanager
     def resting(self) -> Iterator[None]:
-        """As in the base class; and without `no_sync` forward would arm the reducer for a backward that never comes."""
-        with super().resting(), self._no_sync():
+        """As in the base class; the backward that an armed reducer waits for never comes."""
+        with super().resting(), self._around_reducer():
             yield
 
     def backward(self, loss: Tensor) -> None:
         """As in the base class. Parameters without gradient are found here, and `step` complains."""
         super().backward(loss)
-        if isinstance(self.model, DistributedDataParallel) and self.model.require_backward_grad_sync:
-            self._finish_reduction(self.model)
+        if self.reducing:
+            self._finish_reduction()
 
     def step(self) -> Tensor:
         """As in the base class. Raises RuntimeError if a parameter got no gradient in the whole step."""
@@ -76,14 +78,14 @@ class DDP(Strategy):
             )
         return super().step()
 
-    def _finish_reduction(self, model: DistributedDataParallel) -> None:
+    def _finish_reduction(self) -> None:
         """Give the parameters that the last micro-batch did not use a zero gradient.
 
         The reducer waits for each of its parameters: without one, its bucket is never reduced here, and the ranks that did
         use it wait for this one until the process group times out. The gradient of earlier micro-batches is not lost.
         """
         try:
-            model.reducer._check_reducer_finalized()
+            self.model.reducer._check_reducer_finalized()
         except RuntimeError as error:  # how DDP puts it; it has no other way to ask which parameters are missing
             found = re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
             if found is None:
@@ -96,5 +98,17 @@ class DDP(Strategy):
         self.unused = [name for name, parameter in missing if parameter.grad is None]
         torch.autograd.backward([p for _, p in missing], [torch.zeros_like(p) for _, p in missing])
 
-    def _no_sync(self) -> AbstractContextManager[None]:
-        return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
+    @contextmanager
+    def _around_reducer(self) -> Iterator[None]:
+        """Let calls of the model go to the module itself.
+
+        `no_sync` does nearly the same, but fails with a static graph (an internal assertion of torch) in the first step.
+        """
+        if self.model is self.module:
+            yield
+            return
+        self.model.forward = self.module.__call__
+        try:
+            yield
+        finally:
+            del self.model.forward

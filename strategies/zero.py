@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
+from strategies import precision
 from strategies.base import BuildOptimizer, Strategy, World
 from strategies.options import Options
 from strategies.state import Range, Reader, unique_state
@@ -66,9 +67,7 @@ class Zero(Strategy):
         self.pieces: dict[int, Piece] = {}
         self.verdict = 0.0
         if options.zero.cpu_offload and torch.device(world.device).type == "cpu":
-            raise ValueError(
-                "zero.cpu_offload=true has no effect without a GPU: everything is in host memory; drop the key"
-            )
+            raise ValueError("zero.cpu_offload=true has no effect without a GPU: everything is in host memory; drop the key")
         if options.zero.bucket_mb < 1:
             raise ValueError(f"zero.bucket_mb={options.zero.bucket_mb}: a bucket holds at least 1 MB")
 
@@ -101,12 +100,10 @@ class Zero(Strategy):
             "timers": {"throughput": {"enabled": False}},  # it waits for the device at each forward
         }
 
-    def attach(self, build_optimizer: BuildOptimizer | None) -> None:
+    def attach(self, build_optimizer: BuildOptimizer) -> None:
         """Build the optimizer and hand it to DeepSpeed together with the module, which it partitions in place."""
-        if build_optimizer is None:
-            self.optimizer = torch.optim.SGD([nn.Parameter(torch.empty(0))], lr=0.0)
-            return
-        optimizer = build_optimizer(self.module)
+        super().attach(build_optimizer)
+        optimizer: Optimizer = self.optimizer
         _check_elementwise(optimizer)
         for group in optimizer.param_groups:  # DeepSpeed drops an empty group, and fails on one that is all frozen
             group["params"] = [p for p in group["params"] if p.requires_grad]
@@ -129,6 +126,10 @@ class Zero(Strategy):
         else:
             self.optimizer.scaled_global_norm = lambda: self.verdict
         self.pieces = {id(parameter): piece for parameter, piece in self.partition()}
+
+    def parameter_count(self) -> int:
+        """Parameters of the whole model, over all ranks; tied ones count once."""
+        return sum(getattr(p, "ds_numel", p.numel()) for p in self.module.parameters())
 
     def partition(self) -> Iterator[tuple[Any, Piece]]:
         """What this rank keeps of each partitioned parameter. Valid for the life of the engine."""
@@ -158,6 +159,13 @@ class Zero(Strategy):
 
     # one step ---------------------------------------------------------------------------------------------------------
 
+    def autocast(self) -> AbstractContextManager[object]:
+        """As in the base class; ZeRO-3 without the cache of cast weights: it would keep a whole model in half precision."""
+        if self.stage < 3 or self.options.precision not in precision.AUTOCAST:
+            return super().autocast()
+        kind = torch.device(self.world.device).type
+        return torch.autocast(kind, dtype=precision.AUTOCAST[self.options.precision], cache_enabled=False)
+
     @contextmanager
     def microbatch(self, last: bool) -> Iterator[None]:
         """ZeRO-1 reduces in the last micro-batch; ZeRO-2 and 3 keep no whole gradient, so they reduce in each."""
@@ -173,8 +181,7 @@ class Zero(Strategy):
         would be lost.
         """
         if self.engine is None:
-            with super().resting():
-                yield
+            yield
             return
         with super().resting():
             self.engine.forward = self.module.__call__
@@ -189,17 +196,23 @@ class Zero(Strategy):
             self.engine.backward(loss * (self.loss_scale.value * self.gradient_mean_over))
 
     def step(self) -> Tensor:
-        """As in the base class; a step that is not accepted is discarded by DeepSpeed, which knows what to forget."""
+        """As in the base class."""
         scale = self.loss_scale.value
         norm = self.grad_norm() / scale
-        accepted = self.loss_scale.accept(norm)
-        if accepted:
+        if self.loss_scale.accept(norm):
             self.clip(norm, scale)
-        self.verdict = 0.0 if accepted else math.inf
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.forget_gradients()
+            self.optimizer.step()
+            self.forget_gradients()
+        else:
+            self.discard()
         return norm
+
+    def discard(self) -> None:
+        """Drop the gradients of this step: DeepSpeed knows how, told that they have overflowed."""
+        self.verdict = math.inf
+        self.optimizer.step()
+        self.verdict = 0.0
+        self.forget_gradients()
 
     def gradients(self) -> list[Tensor]:
         """This rank's partitions of the reduced gradients; padding is zero."""
@@ -212,9 +225,7 @@ class Zero(Strategy):
     def flats(self) -> list[Tensor]:
         """This rank's fp32 partitions, the tensors that the optimizer steps."""
         zero = self.optimizer
-        found: list[Tensor] = (
-            zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
-        )
+        found: list[Tensor] = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
         return found
 
     def grad_norm(self) -> Tensor:
@@ -224,7 +235,8 @@ class Zero(Strategy):
         return square.sqrt()
 
     def forget_gradients(self) -> None:
-        """A parameter without gradient in the next step would else be updated with its gradient of this one."""
+        """After a step. A parameter without gradient in the next one would else be updated with that of this one."""
+        self.optimizer.zero_grad(set_to_none=True)
         if self.stage == 3:
             self.optimizer.grad_partitions_flat_buffer.zero_()
         if self.options.zero.cpu_offload:
@@ -251,6 +263,8 @@ class Zero(Strategy):
         for name, tensor in unique_state(self.module):
             self.fill(tensor, f"model/{name}", saved)
         parameters = dict(self.module.named_parameters())
+        if self.trainable:
+            self.optimizer.state.clear()
         for entry, shape in saved.shapes.items():
             kind, _, rest = entry.partition("/")
             name, _, key = rest.rpartition("/")

@@ -83,9 +83,7 @@ class Images:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"data.{name}={getattr(self, name)}: give a share from 0 to below 1")
         if self.val + self.test >= 1:
-            raise ValueError(
-                f"data.val={self.val} and data.test={self.test} leave nothing to train on: their sum must be < 1"
-            )
+            raise ValueError(f"data.val={self.val} and data.test={self.test} leave nothing to train on: their sum must be < 1")
         for name in ("image_size", "size", "classes"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -106,11 +104,7 @@ class Images:
             missing = [file for file in CIFAR10_FILES if not (root / "cifar-10-batches-py" / file).is_file()]
             if missing:
                 archive = root / "cifar-10-python.tar.gz"
-                fix = (
-                    f"unpack it with `tar -xzf {archive} -C {root}`"
-                    if archive.is_file()
-                    else f"expected {self._layout()}"
-                )
+                fix = f"unpack it with `tar -xzf {archive} -C {root}`" if archive.is_file() else f"expected {self._layout()}"
                 raise FileNotFoundError(f"{given} holds no cifar-10-batches-py/{missing[0]}: {fix}")
         elif not class_folders(self._train_folder()):
             raise FileNotFoundError(f"{given} holds no folder a class: expected {self._layout()}")
@@ -186,7 +180,7 @@ class Images:
         if train == root:
             return self._split(augmented, plain)
         folders = {name: root / name for name in ("val", "test") if (root / name).is_dir()}
-        for name, folder in folders.items():
+        for folder in folders.values():
             if class_folders(folder) != class_folders(train):
                 raise ValueError(f"{folder} has other classes than {train}: give both the same folders")
         held = {name: ImageFolder(folder, self._photograph(False)) for name, folder in folders.items()}
@@ -217,9 +211,7 @@ class Images:
 class InMemory:
     """Images held as bytes, [N, channels, height, width], and made floats one at a time."""
 
-    def __init__(
-        self, images: Tensor, classes: Tensor, options: Images, augment: Callable[[Tensor], Tensor] | None
-    ) -> None:
+    def __init__(self, images: Tensor, classes: Tensor, options: Images, augment: Callable[[Tensor], Tensor] | None) -> None:
         import torch
 
         self.images, self.classes, self.augment = images, classes.tolist(), augment
@@ -244,7 +236,7 @@ class InMemory:
 
 
 class Synthetic:
-    """Noise over a coarse pattern of its class: a function of the index, learnable, and of any number without memory."""
+    """Noise over a coarse pattern of its class: learnable, and a function of the index, so that a million costs nothing."""
 
     def __init__(self, options: Images) -> None:
         import torch
@@ -296,7 +288,7 @@ def find_idx(root: Path, file: str) -> Path | None:
 
 
 def read_idx(path: Path) -> Tensor:
-    """A file of the IDX format: two zero bytes, the type (8: bytes), the number of sizes, each size (big endian), the data."""
+    """A file of the IDX format: two zero bytes, the type (8: bytes), the number of sizes, the sizes, the data."""
     import torch
 
     data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()

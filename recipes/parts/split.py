@@ -23,9 +23,7 @@ class View:
         return self.dataset[self.permutation[self.start + index]]
 
 
-def split(
-    dataset: Dataset, val: float = 0.1, test: float = 0.1, seed: int = 0, *, plain: Dataset | None = None
-) -> Splits:
+def split(dataset: Dataset, val: float = 0.1, test: float = 0.1, seed: int = 0, *, plain: Dataset | None = None) -> Splits:
     """Training, validation and test views of `dataset`; a fraction of 0 leaves that view out.
 
     `plain` is the same data without augmentation, for validation and test. The seed is of the split, not of the run: what
@@ -45,9 +43,7 @@ def split(
     )
 
 
-def holdout(
-    dataset: Dataset, fraction: float, seed: int = 0, *, plain: Dataset | None = None
-) -> tuple[Dataset, Dataset | None]:
+def holdout(dataset: Dataset, fraction: float, seed: int = 0, *, plain: Dataset | None = None) -> tuple[Dataset, Dataset | None]:
     """The rest of `dataset`, and the `fraction` of it that is held out."""
     splits = split(dataset, val=fraction, test=0.0, seed=seed, plain=plain)
     return splits.train, splits.val

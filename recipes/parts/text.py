@@ -53,9 +53,7 @@ class Text:
                 raise FileNotFoundError(f"data.path={self.path} is no file: give a text file, or leave it out")
             size = Path(self.path).stat().st_size
             if size <= self.block:
-                raise ValueError(
-                    f"data.path={self.path} holds {size} bytes: data.block={self.block} needs more, or be less"
-                )
+                raise ValueError(f"data.path={self.path} holds {size} bytes: data.block={self.block} must be less")
 
     @cached_property
     def vocabulary(self) -> list[str] | None:

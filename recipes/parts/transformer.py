@@ -47,7 +47,8 @@ class Block(nn.Module):
         """[batch, time, width] to the same."""
         x = x + self.dropout(self.attention(self.norm1(x)))
         hidden = F.gelu(self.up(self.norm2(x)), approximate="tanh")
-        return x + self.dropout(self.down(hidden))
+        hidden = self.dropout(self.down(hidden))
+        return torch.add(x, hidden)
 
 
 class Decoder(nn.Module):
@@ -91,7 +92,7 @@ class Decoder(nn.Module):
 
 
 def residual_projection(inputs: int, outputs: int, layers: int) -> nn.Linear:
-    """A Linear whose output is added to the residual stream, as 2 * layers of them are: its weights start that much smaller."""
+    """A Linear that adds to the residual stream, one of 2 * layers that do: its weights start that much smaller."""
     linear = nn.Linear(inputs, outputs)
     linear.residual_scale = 1 / math.sqrt(2 * layers)  # type: ignore[assignment]
     return linear

@@ -1,0 +1,269 @@
+"""Prove on your own recipe that the strategies agree.
+
+    python launch/parity.py recipe=gpt
+    python launch/parity.py recipe=./mine.py precision=bf16 ranks=4 strategies=ddp,fsdp steps=20
+
+Runs a few deterministic steps as a single process, then under each strategy on `ranks` (default 2) processes that it starts
+itself, with accumulation 1 and 4, with clipping and with activation checkpointing, on the same global batches; prints how far
+losses, gradient norms and final weights lie apart. Works without a GPU. All keys of a run work here too.
+Exit codes: 0 they agree; 1 a row failed; 2 a mistake in the command.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+    del sys.path[0]
+try:
+    from launch.command import Settings, resolve
+except ModuleNotFoundError as missing:
+    sys.exit(f"rankzero is not installed here ({missing}): pip install -e .")
+
+from launch import help
+from launch.config import read_line, stop_for
+from launch.world import World
+from strategies import STRATEGIES
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Trace = dict[str, Tensor]
+
+TOLERANCE = {"fp32": (1e-5, 1e-5, 1e-4, 1e-6), "tf32": (2e-3, 2e-3, 2e-3, 1e-6), "bf16": (2e-2,) * 4, "fp16": (2e-2,) * 4}
+"""allowed relative deviation of loss, gradient norm and final weights from the single process, and of loss and gradient norm
+among the strategies; bf16 and fp16 differ where a micro-batch's rounding does, so theirs is that of the format"""
+OWN_KEYS = ("ranks", "strategies")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One run to compare."""
+
+    strategy: str
+    accumulation: int
+    extra: str = ""
+    """what is switched on beside, as it stands in the table"""
+    words: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """A file name."""
+        return f"{self.strategy}-{self.accumulation}-{self.extra or 'plain'}".replace(" ", "_")
+
+    @property
+    def reference(self) -> str:
+        """The single process that this case must equal: activation checkpointing must not change it."""
+        extra = "clip" if self.extra == "clip" else "plain"
+        return f"single-{self.accumulation}-{extra}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """How far one case lies from its reference: largest relative deviations."""
+
+    case: Case
+    loss: float
+    norm: float
+    weights: float
+    peers: float
+    news: str
+    """in words, what is wrong; empty if nothing is"""
+
+
+def main(words: list[str]) -> int:
+    """Compare; returns the exit code."""
+    try:
+        if "--help" in words or "-h" in words:
+            print(help.page(__doc__ or "", [word for word in words if word not in ("--help", "-h")]))
+            return 0
+        ranks, strategies, words = own_keys(words)
+        settings = resolve([*words, "strategy=single"], World(), ())
+    except (ValueError, FileNotFoundError) as error:
+        stop_for(error, 0)
+    cases = plan(settings, words, ranks, strategies)
+    with tempfile.TemporaryDirectory(prefix="parity-") as folder:
+        traces = run(cases, ranks, Path(folder))
+    rows = [compare(case, traces, settings.config.precision) for case in cases if case.strategy != "single"]
+    show(rows, traces, settings, ranks)
+    return int(any(row.news for row in rows))
+
+
+def own_keys(words: list[str]) -> tuple[int, list[str], list[str]]:
+    """(ranks, strategies, the other words). Raises ValueError for what they cannot be."""
+    line = read_line(words)
+    ranks = line.get("ranks", "2")
+    if not ranks.isdecimal() or int(ranks) < 2:
+        raise ValueError(f"ranks={ranks} must be a number of processes from 2")
+    everywhere = [name for name in STRATEGIES if name != "single"]
+    chosen = line["strategies"].split(",") if "strategies" in line else everywhere
+    for name in chosen:
+        if name not in everywhere:
+            raise ValueError(f"strategies={line['strategies']}: {name!r} is none of {', '.join(everywhere)}")
+    if importlib.util.find_spec("deepspeed") is None and any(name.startswith("zero") for name in chosen):
+        print("zero1, zero2 and zero3 are left out: deepspeed is not installed", file=sys.stderr)
+        chosen = [name for name in chosen if not name.startswith("zero")]
+    kept = [word for word in words if word.partition("=")[0] not in (*OWN_KEYS, "strategy")]
+    if "steps" not in line and "epochs" not in line:
+        kept.append("steps=5")
+    return int(ranks), chosen, kept
+
+
+def plan(settings: Settings, words: list[str], ranks: int, strategies: list[str]) -> list[Case]:
+    """The cases: plain with accumulation 1 and 4, then with clipping, then (if the recipe has blocks) recomputing them."""
+    micro = settings.config.micro_batch_size or 4
+    owner = type(settings.recipe)
+    from recipes.base import Recipe
+
+    cases = []
+    for strategy in ["single", *strategies]:
+        groups = [group for group in ("ddp", "fsdp", "zero") if not strategy.startswith(group)]
+        mine = [word for word in words if word.split(".")[0] not in groups]
+
+        def case(accumulation: int, extra: str = "", *more: str, strategy: str = strategy, mine: list[str] = mine) -> Case:
+            sizes = (f"batch_size={micro * ranks * accumulation}", f"micro_batch_size={micro}")
+            return Case(
+                strategy=strategy,
+                accumulation=accumulation,
+                extra=extra,
+                words=(*mine, f"strategy={strategy}", *sizes, *more),
+            )
+
+        cases += [case(1), case(4)]
+        if settings.config.clip_norm is None and settings.config.clip_value is None:
+            cases.append(case(4, "clip", "clip_norm=0.1"))
+        if strategy != "single" and owner.blocks is not Recipe.blocks and not settings.config.activation_checkpointing:
+            cases.append(case(4, "recompute", "activation_checkpointing=true"))
+    return cases
+
+
+def run(cases: list[Case], ranks: int, folder: Path) -> dict[str, Trace]:
+    """The traces by case name. A case whose processes died has none."""
+    import torch
+    from safetensors.torch import load_file
+
+    # the same number of threads on both sides: sums are cut differently otherwise
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    if torch.cuda.device_count() < ranks:
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # fewer GPUs than ranks: all on the CPU
+    program = str(Path(__file__).with_name("trace.py"))
+    python = [sys.executable, program]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", program]
+    traces: dict[str, Trace] = {}
+    for start, mine in (
+        (python, [case for case in cases if case.strategy == "single"]),
+        (torchrun, [case for case in cases if case.strategy != "single"]),
+    ):
+        print(f"running {len(mine)} cases {'as a single process' if start is python else f'on {ranks} ranks'} ...", flush=True)
+        (folder / "cases.json").write_text(json.dumps({case.name: case.words for case in mine}))
+        subprocess.run([*start, str(folder)], env=environment, check=False)
+        traces |= {case.name: load_file(path) for case in mine if (path := folder / f"{case.name}.safetensors").exists()}
+    return traces
+
+
+def compare(case: Case, traces: dict[str, Trace], precision: str) -> Row:
+    """The row of one case."""
+    if case.name not in traces or case.reference not in traces:
+        return Row(case=case, loss=1, norm=1, weights=1, peers=1, news="did not finish: its error stands above")
+    mine, reference = traces[case.name], traces[case.reference]
+    peer = traces.get(case.name.replace(case.strategy, "ddp", 1), mine)
+    loss, norm, peers = (
+        max(float(deviation(mine[key], other[key]).max()) for key in mine if key.startswith(prefixes))
+        for prefixes, other in (("loss/", reference), ("norm/", reference), (("loss/", "norm/"), peer))
+    )
+    noise = without_gradient(reference)
+    apart = {
+        name: float((mine[key] - reference[key]).abs().max() / reference[key].abs().max().clamp(min=1e-30))
+        for key in mine
+        if key.startswith("weights/") and (name := key.removeprefix("weights/")) not in noise
+    }
+    found = (loss, norm, max(apart.values()), peers)
+    bad = [
+        what
+        for what, value, most in zip(("loss", "gradient norm", "weights", "spread"), found, TOLERANCE[precision], strict=True)
+        if not value <= most
+    ]
+    news = f"{' and '.join(bad)} too far off, {where(mine, reference, noise, precision)}" if bad else ""
+    return Row(case=case, loss=loss, norm=norm, weights=found[2], peers=peers, news=news)
+
+
+def without_gradient(reference: Trace) -> set[str]:
+    """Names to leave out: parameters whose true gradient is zero, such as a bias before BatchNorm.
+
+    Adam turns their rounding noise into steps; the running means then contain the bias, so they go with it.
+    """
+    noise = {key.removeprefix("noise/") for key in reference if key.startswith("noise/")}
+    means = {key.partition("/")[2] for key in reference if key.endswith(".running_mean")}
+    return noise | means if noise else noise
+
+
+def deviation(mine: Tensor, other: Tensor) -> Tensor:
+    """Relative deviation, element by element; NaN is infinitely far."""
+    return ((mine - other).abs() / other.abs().clamp(min=1e-30)).nan_to_num(nan=float("inf"))
+
+
+def where(mine: Trace, reference: Trace, noise: set[str], precision: str) -> str:
+    """From which step on, and in which parameter first."""
+    import torch
+
+    most = TOLERANCE[precision][0]
+    curves = torch.stack([deviation(mine[key], reference[key]) > most for key in mine if key.startswith(("loss/", "norm/"))])
+    steps = torch.nonzero(curves.any(0)).flatten().tolist()
+    prints = {
+        key.removeprefix("print/"): deviation(mine[key], reference[key])
+        for key in mine
+        if key.startswith("print/") and key.removeprefix("print/") not in noise
+    }
+    first = min((int(torch.nonzero(far > most)[0]) for far in prints.values() if (far > most).any()), default=None)
+    since = f"from step {steps[0] + 1} on" if steps else "only in the weights"
+    if first is None:
+        return since
+    worst = max(prints, key=lambda name: float(prints[name][first]))
+    return f"{since}; the first parameter apart is {worst}, after step {first + 1}"
+
+
+def show(rows: list[Row], traces: dict[str, Trace], settings: Settings, ranks: int) -> None:
+    """The table, the bad news, and what was promised."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from strategies.precision import contract
+
+    config = settings.config
+    loss, norm, weights, spread = TOLERANCE[config.precision]
+    table = Table(
+        title=f"recipe={config.recipe}: {ranks} ranks against a single process, {config.steps} steps",
+        title_justify="left",
+    )
+    for name in ("strategy", "acc.", "with"):
+        table.add_column(name, no_wrap=True)
+    for name, most in (("loss", loss), ("grad norm", norm), ("weights", weights), ("from ddp", spread)):
+        table.add_column(f"{name}\n< {most:g}", justify="right", no_wrap=True)
+    table.add_column("")
+    for row in rows:
+        numbers = [f"{value:.1e}" for value in (row.loss, row.norm, row.weights, row.peers)]
+        verdict = "[red]FAIL" if row.news else "[green]pass"
+        table.add_row(row.case.strategy, str(row.case.accumulation), row.case.extra, *numbers, verdict)
+    console = Console()
+    console.print(table)
+    for row in rows:
+        if row.news:
+            console.print(f"{row.case.strategy}, accumulation {row.case.accumulation} {row.case.extra}: {row.news}", style="red")
+    noise = sorted(set().union(*(without_gradient(trace) for name, trace in traces.items() if name.startswith("single"))))
+    if noise:
+        console.print(
+            f"left out, their true gradient being zero (and running means that contain them): {', '.join(noise)}", highlight=False
+        )
+    console.print(f"{config.precision}: {contract(config.precision)}", highlight=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,104 @@
+"""A few steps of a run, seen closely: losses, gradient norms, weights. What `parity` compares; it starts this file itself.
+
+torchrun ... launch/trace.py FOLDER     runs each case of FOLDER/cases.json and leaves FOLDER/CASE.safetensors
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from launch.command import resolve
+from launch.data import steps_of
+from launch.job import Job, prepare
+from launch.loop import set_learning_rate, train_step
+from launch.world import World, connected, find_world
+
+ZERO_GRADIENT = 1e-6
+"""a parameter whose gradient stays below this share of the whole gradient norm has none but rounding noise"""
+
+
+def main(folder: Path) -> None:
+    """Run the cases, one after the other, in one set of processes: DeepSpeed takes seconds to import."""
+    cases: dict[str, list[str]] = json.loads((folder / "cases.json").read_text())
+    world = find_world(os.environ)
+    with connected(world, "single" if world.world_size == 1 else "ddp") as world:
+        for name, words in cases.items():
+            trace = follow(words, world)
+            if world.rank == 0:
+                from safetensors.torch import save_file
+
+                save_file(trace, folder / f"{name}.safetensors")
+
+
+def follow(words: list[str], world: World) -> dict[str, Tensor]:
+    """The trace of the run that `words` describe; complete on rank zero.
+
+    `loss/MODEL` and `norm/MODEL` are [steps]; `weights/NAME` the final values; `print/NAME` [steps] a fingerprint of each
+    parameter after each step; `noise/NAME` (single only) marks a parameter without a true gradient.
+    """
+    job = prepare(resolve(words, world), world)
+    shares = watch_gradients(job) if world.world_size == 1 else {}
+    losses: dict[str, list[Tensor]] = {}
+    norms: dict[str, list[Tensor]] = {}
+    prints: dict[str, list[Tensor]] = {}
+    for batches in steps_of(job.train_loader(), job.cut.accumulation):
+        set_learning_rate(job)
+        step_losses, step_norms = train_step(job, batches)
+        job.progress.step += 1
+        for name, loss in job.over_all_ranks(step_losses).items():
+            losses.setdefault(name, []).append(loss.cpu())
+            norms.setdefault(name, []).append(step_norms[name].detach().double().cpu())
+        for name, tensor in weights(job).items():
+            prints.setdefault(name, []).append(fingerprint(tensor))
+    trace = {f"loss/{name}": torch.stack(values) for name, values in losses.items()}
+    trace |= {f"norm/{name}": torch.stack(values) for name, values in norms.items()}
+    trace |= {f"print/{name}": torch.stack(values) for name, values in prints.items()}
+    job.statistics.synchronise(world)
+    trace |= {f"weights/{name}": tensor for name, tensor in weights(job).items()}
+    trace |= {f"noise/{name}": torch.ones(1) for name, share in shares.items() if share < ZERO_GRADIENT}
+    return trace
+
+
+def weights(job: Job) -> dict[str, Tensor]:
+    """Parameters and statistics of all models by MODEL.NAME; on rank zero. Counters of batches are left out."""
+    return {
+        f"{model}.{name}": tensor
+        for model, strategy in job.strategies.items()
+        for name, tensor in strategy.export().items()
+        if tensor.is_floating_point()
+    }
+
+
+def fingerprint(tensor: Tensor) -> Tensor:
+    """One number that moves when any element moves; enough to tell where two runs part."""
+    flat = tensor.flatten().double()
+    return torch.dot(flat, torch.arange(1, len(flat) + 1, dtype=torch.float64).cos())
+
+
+def watch_gradients(job: Job) -> dict[str, float]:
+    """For each parameter of a single process, the largest share of the whole gradient norm that it had in any step."""
+    shares: dict[str, float] = {}
+
+    def look(model: str) -> None:
+        gradients = {
+            f"{model}.{name}": p.grad.double().norm()
+            for name, p in job.strategies[model].module.named_parameters()
+            if p.grad is not None
+        }
+        whole = torch.stack(list(gradients.values())).norm()
+        for name, norm in gradients.items():
+            shares[name] = max(shares.get(name, 0.0), float(norm / whole))
+
+    for model in job.recipe.losses():
+        job.strategies[model].optimizer.register_step_pre_hook(lambda *_, model=model: look(model))
+    return shares
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

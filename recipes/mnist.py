@@ -1,0 +1,105 @@
+"""The textbooks' convolutional network for handwritten digits: two blocks and two linear layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from recipes.base import Splits
+from recipes.parts.classification import Classification
+from recipes.parts.images import Images
+from recipes.parts.optim import Optim, decay_groups
+from recipes.parts.schedule import Schedule
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
+
+@dataclass(kw_only=True)
+class Model:
+    """`model.*`"""
+
+    channels: int = 32
+    """channels of the first block; the second has twice as many"""
+    hidden: int = 128
+    """size of the linear layer between"""
+    dropout: float = 0.3
+    """share of activations dropped before each linear layer in training"""
+
+    def check(self) -> None:
+        """Raise ValueError for sizes that cannot be."""
+        for name in ("channels", "hidden"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name}={getattr(self, name)}: give 1 or more")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.dropout={self.dropout}: give a share from 0 to below 1")
+
+
+@dataclass(kw_only=True)
+class MNIST(Classification):
+    """Digits with AdamW and one cycle; the training images are rotated and moved a little."""
+
+    defaults: ClassVar[dict[str, Any]] = {"batch_size": 128, "micro_batch_size": 32, "epochs": 5}
+
+    model: Model = field(default_factory=Model)
+    data: Images = field(default_factory=Images)
+    optim: Optim = field(default_factory=lambda: Optim(name="adamw", lr=4e-3, weight_decay=0.01))
+    schedule: Schedule = field(default_factory=lambda: Schedule(name="onecycle"))
+
+    def check(self) -> None:
+        """Raise ValueError or FileNotFoundError for fields that cannot work."""
+        super().check()
+        declared = type(self)()
+        self.model.check()
+        self.data.check(declared.data)
+        self.optim.check(declared.optim)
+        if self.data.pixels < 4:
+            raise ValueError(f"data.image_size={self.data.pixels}: two poolings need at least 4 pixels")
+
+    def num_classes(self) -> int:
+        """As many as the data has."""
+        return self.data.num_classes()
+
+    def build_data(self) -> Splits:
+        """As `data.*` says."""
+        return self.data.build()
+
+    def build_model(self) -> nn.Module:
+        """Convolution, BatchNorm, ReLU and pooling, twice; then two linear layers with dropout before each."""
+        from torch import nn
+
+        width, pixels = self.model.channels, self.data.pixels // 4
+
+        def block(inputs: int, outputs: int) -> nn.Sequential:
+            # no bias: BatchNorm subtracts it again
+            convolution = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+            return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2))
+
+        model = nn.Sequential(
+            block(self.data.channels, width),
+            block(width, 2 * width),
+            nn.Flatten(),
+            nn.Dropout(self.model.dropout),
+            nn.Linear(2 * width * pixels**2, self.model.hidden),
+            nn.ReLU(),
+            nn.Dropout(self.model.dropout),
+            nn.Linear(self.model.hidden, self.num_classes()),
+        )
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                # He et al. 2015; no ReLU follows the last layer
+                after = "linear" if module is model[-1] else "relu"
+                nn.init.kaiming_normal_(module.weight, nonlinearity=after)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        return model
+
+    def build_optimizer(self, model: nn.Module) -> Optimizer:
+        """Weight decay on weights, not on biases and BatchNorm."""
+        return self.optim.build(decay_groups(model))
+
+    def blocks(self, model: nn.Module) -> Iterable[nn.Module]:
+        """The two convolutional blocks."""
+        return list(model.children())[:2]
