@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -173,17 +174,21 @@ def compare(case: Case, traces: dict[str, Trace], precision: str) -> Row:
     """The row of one case."""
     if case.name not in traces or case.reference not in traces:
         return Row(case=case, loss=1, norm=1, weights=1, peers=1, news="did not finish: its error stands above")
+    import torch
+
     mine, reference = traces[case.name], traces[case.reference]
     peer = traces.get(case.name.replace(case.strategy, "ddp", 1), mine)
     loss, norm, peers = (
         max(float(deviation(mine[key], other[key]).max()) for key in mine if key.startswith(prefixes))
         for prefixes, other in (("loss/", reference), ("norm/", reference), (("loss/", "norm/"), peer))
     )
-    noise = without_gradient(reference)
+    noise, none = without_gradient(reference), torch.tensor(False)
     apart = {
-        name: float((mine[key] - reference[key]).abs().max() / reference[key].abs().max().clamp(min=1e-30))
+        name: float(
+            ((mine[key] - reference[key]).abs() * ~noise.get(name, none)).max() / reference[key].abs().max().clamp(min=1e-30)
+        )
         for key in mine
-        if key.startswith("weights/") and (name := key.removeprefix("weights/")) not in noise
+        if key.startswith("weights/") and (name := key.removeprefix("weights/"))
     }
     found = (loss, norm, max(apart.values()), peers)
     bad = [
@@ -195,14 +200,20 @@ def compare(case: Case, traces: dict[str, Trace], precision: str) -> Row:
     return Row(case=case, loss=loss, norm=norm, weights=found[2], peers=peers, news=news)
 
 
-def without_gradient(reference: Trace) -> set[str]:
-    """Names to leave out: parameters whose true gradient is zero, such as a bias before BatchNorm.
+def without_gradient(reference: Trace) -> dict[str, Tensor]:
+    """Elements to leave out, as masks by name: their true gradient is zero, such as that of a bias before BatchNorm.
 
     Adam turns their rounding noise into steps; the running means then contain the bias, so they go with it.
     """
-    noise = {key.removeprefix("noise/") for key in reference if key.startswith("noise/")}
-    means = {key.partition("/")[2] for key in reference if key.endswith(".running_mean")}
-    return noise | means if noise else noise
+    import torch
+
+    noise = {key.removeprefix("noise/"): mask for key, mask in reference.items() if key.startswith("noise/")}
+    if any(mask.all() for mask in noise.values()):
+        means = [
+            key.removeprefix("weights/") for key in reference if key.startswith("weights/") and key.endswith(".running_mean")
+        ]
+        noise |= {name: torch.ones_like(reference[f"weights/{name}"], dtype=torch.bool) for name in means}
+    return noise
 
 
 def deviation(mine: Tensor, other: Tensor) -> Tensor:
@@ -210,7 +221,7 @@ def deviation(mine: Tensor, other: Tensor) -> Tensor:
     return ((mine - other).abs() / other.abs().clamp(min=1e-30)).nan_to_num(nan=float("inf"))
 
 
-def where(mine: Trace, reference: Trace, noise: set[str], precision: str) -> str:
+def where(mine: Trace, reference: Trace, noise: Iterable[str], precision: str) -> str:
     """From which step on, and in which parameter first."""
     import torch
 
@@ -230,8 +241,14 @@ def where(mine: Trace, reference: Trace, noise: set[str], precision: str) -> str
     return f"{since}; the first parameter apart is {worst}, after step {first + 1}"
 
 
+def part(mask: Tensor) -> str:
+    """How much of a parameter is left out, if not all of it."""
+    return "" if mask.all() else f" ({int(mask.sum())} of {mask.numel()} elements)"
+
+
 def show(rows: list[Row], traces: dict[str, Trace], settings: Settings, ranks: int) -> None:
     """The table, the bad news, and what was promised."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
@@ -240,12 +257,14 @@ def show(rows: list[Row], traces: dict[str, Trace], settings: Settings, ranks: i
     config = settings.config
     loss, norm, weights, spread = TOLERANCE[config.precision]
     table = Table(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
         title=f"recipe={config.recipe}: {ranks} ranks against a single process, {config.steps} steps",
         title_justify="left",
     )
     for name in ("strategy", "acc.", "with"):
         table.add_column(name, no_wrap=True)
-    for name, most in (("loss", loss), ("grad norm", norm), ("weights", weights), ("from ddp", spread)):
+    for name, most in (("loss", loss), ("grad norm", norm), ("weights", weights), ("vs ddp", spread)):
         table.add_column(f"{name}\n< {most:g}", justify="right", no_wrap=True)
     table.add_column("")
     for row in rows:
@@ -257,11 +276,8 @@ def show(rows: list[Row], traces: dict[str, Trace], settings: Settings, ranks: i
     for row in rows:
         if row.news:
             console.print(f"{row.case.strategy}, accumulation {row.case.accumulation} {row.case.extra}: {row.news}", style="red")
-    noise = sorted(set().union(*(without_gradient(trace) for name, trace in traces.items() if name.startswith("single"))))
-    if noise:
-        console.print(
-            f"left out, their true gradient being zero (and running means that contain them): {', '.join(noise)}", highlight=False
-        )
+    for words in sorted({f"{name}{part(mask)}" for trace in traces.values() for name, mask in without_gradient(trace).items()}):
+        console.print(f"left out, its true gradient being zero: {words}", highlight=False)
     console.print(f"{config.precision}: {contract(config.precision)}", highlight=False)
 
 

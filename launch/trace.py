@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from launch.command import resolve
 from launch.data import steps_of
@@ -19,8 +19,8 @@ from launch.job import Job, prepare
 from launch.loop import set_learning_rate, train_step
 from launch.world import World, connected, find_world
 
-ZERO_GRADIENT = 1e-6
-"""a parameter whose gradient stays below this share of the whole gradient norm has none but rounding noise"""
+NOISE = 1e-7
+"""an element whose gradient stays below this share of the whole gradient norm has none but rounding noise (one that is exactly zero has not even that)"""
 
 
 def main(folder: Path) -> None:
@@ -40,7 +40,7 @@ def follow(words: list[str], world: World) -> dict[str, Tensor]:
     """The trace of the run that `words` describe; complete on rank zero.
 
     `loss/MODEL` and `norm/MODEL` are [steps]; `weights/NAME` the final values; `print/NAME` [steps] a fingerprint of each
-    parameter after each step; `noise/NAME` (single only) marks a parameter without a true gradient.
+    parameter after each step; `noise/NAME` (single only) marks the elements without a true gradient, where there are any.
     """
     job = prepare(resolve(words, world), world)
     shares = watch_gradients(job) if world.world_size == 1 else {}
@@ -61,7 +61,7 @@ def follow(words: list[str], world: World) -> dict[str, Tensor]:
     trace |= {f"print/{name}": torch.stack(values) for name, values in prints.items()}
     job.statistics.synchronise(world)
     trace |= {f"weights/{name}": tensor for name, tensor in weights(job).items()}
-    trace |= {f"noise/{name}": torch.ones(1) for name, share in shares.items() if share < ZERO_GRADIENT}
+    trace |= {f"noise/{name}": noise for name, share in shares.items() if (noise := (share > 0) & (share < NOISE)).any()}
     return trace
 
 
@@ -81,19 +81,19 @@ def fingerprint(tensor: Tensor) -> Tensor:
     return torch.dot(flat, torch.arange(1, len(flat) + 1, dtype=torch.float64).cos())
 
 
-def watch_gradients(job: Job) -> dict[str, float]:
-    """For each parameter of a single process, the largest share of the whole gradient norm that it had in any step."""
-    shares: dict[str, float] = {}
+def watch_gradients(job: Job) -> dict[str, Tensor]:
+    """For each element of a single process's parameters, the largest share of the gradient norm that it had in any step."""
+    shares: dict[str, Tensor] = {}
 
     def look(model: str) -> None:
         gradients = {
-            f"{model}.{name}": p.grad.double().norm()
+            f"{model}.{name}": p.grad.cpu().abs()
             for name, p in job.strategies[model].module.named_parameters()
             if p.grad is not None
         }
-        whole = torch.stack(list(gradients.values())).norm()
-        for name, norm in gradients.items():
-            shares[name] = max(shares.get(name, 0.0), float(norm / whole))
+        whole = nn.utils.get_total_norm(gradients.values())
+        for name, gradient in gradients.items():
+            shares[name] = torch.maximum(shares[name], gradient / whole) if name in shares else gradient / whole
 
     for model in job.recipe.losses():
         job.strategies[model].optimizer.register_step_pre_hook(lambda *_, model=model: look(model))

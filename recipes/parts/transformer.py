@@ -18,7 +18,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, dropout: float, layers: int) -> None:
         super().__init__()
         self.heads, self.dropout = heads, dropout
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)  # a bias of the keys would shift all scores alike: no gradient
         self.out = residual_projection(width, width, layers)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class Decoder(nn.Module):
             return  # tied: drawn with the embedding
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=STD * getattr(module, "residual_scale", 1.0))
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):
             module.reset_parameters()

@@ -1,0 +1,114 @@
+"""The parity command on recipes of ours and of others, and its bad news."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COMMAND = Path(__file__).parents[2] / "launch" / "parity.py"
+
+THEIRS = """
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from recipes.base import Recipe, Splits
+
+
+class Points:
+    def __len__(self):
+        return 300
+
+    def __getitem__(self, index):
+        point = torch.randn(12, generator=torch.Generator().manual_seed(index))
+        return point, int(point[0] > 0) + int(point[1] > 0)
+
+
+@dataclass(kw_only=True)
+class Theirs(Recipe):
+    defaults = {"micro_batch_size": 4}
+    lie: bool = False
+
+    def build_data(self):
+        return Splits(train=Points())
+
+    def build_model(self):
+        return nn.Sequential(nn.Linear(12, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 3))
+
+    def build_optimizer(self, model):
+        groups = [{"params": model[0].parameters(), "lr": 3e-3}, {"params": [*model[1].parameters(), *model[4].parameters()]}]
+        return torch.optim.AdamW(groups, lr=1e-2)
+
+    def loss(self, model, batch):
+        loss = F.cross_entropy(model(batch[0]), batch[1], reduction="sum")
+        return loss * 1.01 if self.lie and os.environ.get("RANK") == "1" else loss
+
+    def blocks(self, model):
+        return [model[0]]
+"""
+
+
+def parity(*words: str, expect: int) -> str:
+    """What `launch/parity.py` prints."""
+    environment = {**os.environ, "COLUMNS": "120"}
+    done = subprocess.run(
+        [sys.executable, str(COMMAND), *words], capture_output=True, text=True, timeout=600, env=environment, check=False
+    )
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def rows(printed: str, strategy: str) -> list[str]:
+    return [line for line in printed.splitlines() if line.strip().startswith(f"{strategy} ")]
+
+
+@pytest.fixture
+def theirs(tmp_path: Path) -> str:
+    (tmp_path / "theirs.py").write_text(THEIRS)
+    return f"recipe={tmp_path / 'theirs.py'}"
+
+
+def test_a_foreign_recipe_passes_and_a_bias_without_gradient_is_named(theirs: str) -> None:
+    printed = parity(theirs, "strategies=ddp,fsdp", expect=0)
+    for strategy in ("ddp", "fsdp"):
+        assert len(rows(printed, strategy)) == 4
+        assert all("pass" in row for row in rows(printed, strategy))
+    assert "left out, its true gradient being zero: model.0.bias" in printed
+    assert "compute fp32" in printed
+
+
+def test_a_recipe_that_depends_on_the_rank_fails_with_step_and_parameter(theirs: str) -> None:
+    printed = parity(theirs, "strategies=ddp", "lie=true", expect=1)
+    assert all("FAIL" in row for row in rows(printed, "ddp"))
+    assert "from step 1 on; the first parameter apart is model." in " ".join(printed.split())
+
+
+def test_a_mistake_is_one_line(theirs: str) -> None:
+    printed = parity(theirs, "strategies=ddp,zeroo", expect=2)
+    assert printed.strip().count("\n") == 0
+    assert "'zeroo' is none of" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["resnet", "mnist", "gpt", "gan"])
+def test_every_strategy_trains_our_recipes_alike(recipe: str) -> None:
+    small = {"resnet": ["micro_batch_size=8"], "gpt": ["model.layers=2", "micro_batch_size=2"]}.get(recipe, [])
+    printed = parity(f"recipe={recipe}", "steps=10", *small, expect=0)
+    for strategy in ("ddp", "fsdp", "zero1", "zero2", "zero3"):
+        assert len(rows(printed, strategy)) >= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision(theirs: str, precision: str) -> None:
+    printed = parity(theirs, f"precision={precision}", expect=0)
+    assert "autocast" in printed
+    for strategy in ("ddp", "fsdp", "zero1", "zero2", "zero3"):
+        assert len(rows(printed, strategy)) == 4
