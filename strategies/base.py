@@ -67,7 +67,7 @@ class Strategy:
     # setup ------------------------------------------------------------------------------------------------------------
 
     def setup(self, build_model: BuildModel, build_optimizer: BuildOptimizer | None, blocks: Blocks) -> None:
-        """Build, checkpoint activations, compile, shard, then build the optimizer: the order of all strategies.
+        """Build, compile, checkpoint activations, shard, then build the optimizer: the order of all strategies.
 
         `build_model` returns the same weights on every rank. `blocks(module)` are the repeated parts of the model, the
         unit of activation checkpointing, compilation and sharding; an empty one means the model as a whole. Without
@@ -76,12 +76,13 @@ class Strategy:
         module = self.build(build_model)
         if build_optimizer is None:
             module.requires_grad_(False).eval()
-        if self.options.activation_checkpointing:
-            activation.checkpoint_blocks(list(blocks(module)))
         if self.options.compile:
             for block in list(blocks(module)) or [module]:
                 # forward is rebound in place: wrapping would change the parameter names
                 block.forward = torch.compile(block.forward)
+        if self.options.activation_checkpointing:
+            # around what is compiled: the other way round, blocks with a BatchNorm would silently run as they are
+            activation.checkpoint_blocks(list(blocks(module)))
         self.module = module
         self.model = self.shard(module, blocks)
         self.trainable = [p for p in module.parameters() if p.requires_grad]

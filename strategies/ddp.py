@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 from strategies.base import Blocks, Strategy, World, listed
 from strategies.options import Options
 
+# renamed in torch 2.14, which warns of the old name at each use
+_RENAMED = "forward_sync_buffers" in signature(DistributedDataParallel).parameters
+KEEP_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broadcast_buffers": False}
+
 
 class DDP(Strategy):
     """DistributedDataParallel around the model; around a fixed one nothing, since there is nothing to reduce."""
@@ -20,7 +26,7 @@ class DDP(Strategy):
     def __init__(self, world: World, options: Options) -> None:
         super().__init__(world, options)
         self.gradient_mean_over = world.world_size
-        self.reducing = False
+        self.reducing: DistributedDataParallel | None = None
         self.unused: list[str] = []
         chosen = options.ddp
         if chosen.static_graph and chosen.find_unused_parameters:
@@ -41,7 +47,7 @@ class DDP(Strategy):
             module,
             device_ids=None if device.type == "cpu" else [device.index or 0],
             # running statistics are averaged before evaluation and saving, not copied from rank zero in each forward
-            broadcast_buffers=False,
+            **KEEP_BUFFERS,
             gradient_as_bucket_view=True,
             bucket_cap_mb=self.options.ddp.bucket_mb,
             static_graph=self.options.ddp.static_graph,
@@ -51,7 +57,13 @@ class DDP(Strategy):
     @contextmanager
     def microbatch(self, last: bool) -> Iterator[None]:
         """Around forward AND backward: it is forward that arms the reducer, which then takes the next backward for its own."""
-        self.reducing = last and self.model is not self.module
+        if self.options.ddp.static_graph and not last:
+            # torch 2.14: an assertion fails in the first step under no_sync; without it the second step is wrong
+            raise ValueError(
+                "ddp.static_graph=true does not go with gradient accumulation: DDP would reduce wrong gradients; "
+                "drop the key, or set micro_batch_size so that each rank takes its share of a batch at once"
+            )
+        self.reducing = self.model if last and isinstance(self.model, DistributedDataParallel) else None
         with nullcontext() if last else self._around_reducer(), super().microbatch(last):
             yield
 
@@ -64,8 +76,8 @@ class DDP(Strategy):
     def backward(self, loss: Tensor) -> None:
         """As in the base class. Parameters without gradient are found here, and `step` complains."""
         super().backward(loss)
-        if self.reducing:
-            self._finish_reduction()
+        if self.reducing is not None:
+            self._finish_reduction(self.reducing)
 
     def step(self) -> Tensor:
         """As in the base class. Raises RuntimeError if a parameter got no gradient in the whole step."""
@@ -78,14 +90,14 @@ class DDP(Strategy):
             )
         return super().step()
 
-    def _finish_reduction(self) -> None:
+    def _finish_reduction(self, model: DistributedDataParallel) -> None:
         """Give the parameters that the last micro-batch did not use a zero gradient.
 
         The reducer waits for each of its parameters: without one, its bucket is never reduced here, and the ranks that did
         use it wait for this one until the process group times out. The gradient of earlier micro-batches is not lost.
         """
         try:
-            self.model.reducer._check_reducer_finalized()
+            model.reducer._check_reducer_finalized()
         except RuntimeError as error:  # how DDP puts it; it has no other way to ask which parameters are missing
             found = re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
             if found is None:
@@ -102,7 +114,7 @@ class DDP(Strategy):
     def _around_reducer(self) -> Iterator[None]:
         """Let calls of the model go to the module itself.
 
-        `no_sync` does nearly the same, but fails with a static graph (an internal assertion of torch) in the first step.
+        `no_sync` does nearly the same, but under a static graph even it arms the reducer in the first step.
         """
         if self.model is self.module:
             yield
