@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from strategies import activation, precision
 from strategies.initialise import initialise
+from strategies.norm import squared_norm
 from strategies.options import Options
 from strategies.state import Range, Reader, empty_optimizer_state, share, unique_state
 
@@ -168,7 +169,11 @@ class Strategy:
 
     def grad_norm(self) -> Tensor:
         """2-norm of all gradients as they are (still scaled under fp16), over all ranks."""
-        return nn.utils.get_total_norm(self.gradients(), foreach=True)
+        return self.squared_grad_norm().sqrt().float()
+
+    def squared_grad_norm(self) -> Tensor:
+        """The sum of squares behind `grad_norm`, in float64."""
+        return squared_norm(self.gradients(), self.world.device)
 
     def clip(self, norm: Tensor, scale: float) -> None:
         """Divide the gradients by `scale` and clip them, in one pass over them. `norm` is already unscaled."""
@@ -177,7 +182,7 @@ class Strategy:
             return
         if self.options.clip_norm is not None:
             factor = (self.options.clip_norm / (norm + 1e-6)).clamp(max=1.0) / scale
-            torch._foreach_mul_(gradients, factor.to(gradients[0].device))
+            torch._foreach_mul_(gradients, factor.to(gradients[0]))
         elif scale != 1.0:
             torch._foreach_mul_(gradients, 1.0 / scale)
         if self.options.clip_value is not None:

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from strategies import precision
 from strategies.base import Blocks, BuildModel, BuildOptimizer, Strategy, World
 from strategies.initialise import build_without_weights, initialise, materialise
+from strategies.norm import squared_norm
 from strategies.options import Options
 from strategies.state import Range, Reader, share, unique_state
 
@@ -116,14 +117,14 @@ class FSDP(Strategy):
         """The local parts, in place: a list may not mix DTensors and plain tensors."""
         return [local_part(gradient) for gradient in super().gradients()]
 
-    def grad_norm(self) -> Tensor:
-        """2-norm of all gradients as they are (still scaled under fp16), over all ranks: one reduction of one number."""
+    def squared_grad_norm(self) -> Tensor:
+        """As in the base class; one reduction of one number. Scalars are held, and counted, whole on each rank."""
         gradients = super().gradients()
         shards = [local_part(gradient) for gradient in gradients if isinstance(gradient, DTensor)]
         scalars = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
-        square = squared_norm(shards).to(self.world.device)
+        square = squared_norm(shards, self.world.device)
         distributed.all_reduce(square, group=self.mesh.get_group("shard"))
-        return (square + squared_norm(scalars).to(self.world.device)).sqrt()
+        return square + squared_norm(scalars, self.world.device)
 
     def _reduce(self, enabled: bool) -> None:
         for unit in self.units:
@@ -270,8 +271,3 @@ def split_scalars(optimizer: Optimizer) -> None:
 def local_part(tensor: Tensor) -> Tensor:
     """This rank's shard of a DTensor, sharing its memory; a plain tensor as it is."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
-
-
-def squared_norm(tensors: list[Tensor]) -> Tensor:
-    """Sum of squares over all tensors, where they are."""
-    return nn.utils.get_total_norm(tensors, foreach=True) ** 2

@@ -229,11 +229,11 @@ class Zero(Strategy):
             return [piece.of(piece.flat.grad) for piece in self.pieces.values() if piece.flat.grad is not None]
         return [part for parts in self.optimizer.averaged_gradients.values() for part in parts or ()]
 
-    def grad_norm(self) -> Tensor:
-        """2-norm of all gradients as they are (still scaled under fp16), over all ranks."""
-        square = super().grad_norm().to(self.device) ** 2
+    def squared_grad_norm(self) -> Tensor:
+        """As in the base class; one reduction of one number."""
+        square = super().squared_grad_norm()
         distributed.all_reduce(square)
-        return square.sqrt()
+        return square
 
     # state ------------------------------------------------------------------------------------------------------------
 
