@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ from launch.world import World
 from recipes import RECIPES
 from recipes.base import Recipe
 from strategies.options import DDPOptions, FSDPOptions, ZeroOptions
+
+DEBUG = {"workers": 0, "log.every": 1}
+"""what `debug` sets unless the command line says otherwise: data errors in this process, each step on the screen"""
 
 
 @dataclass(frozen=True)
@@ -42,13 +45,19 @@ def resolve(words: Sequence[str], world: World, extra: Sequence[str] = ()) -> Se
     owner = find_recipe(str(name))
     recipe_keys = {key.name: key for key in keys_of(owner)}
     known = recipe_keys | run_keys
+    if clash := sorted(recipe_keys.keys() & run_keys.keys()):
+        raise ValueError(f"{owner.__name__}.{clash[0]} of recipe {name} is also a key of every run; give the field another name")
     check_known(file, known, f"recipe {name}, in {line.get('config')}")
     check_known(line, known, f"recipe {name}")
     check_known(owner.defaults, run_keys, f"a run, in {owner.__name__}.defaults")
     parsed = {name: parse(text, known[name]) for name, text in line.items()}
-    said = {**owner.defaults, **file, **parsed}
-    if ("steps" in parsed) != ("epochs" in parsed):  # the one that was said replaces the other's default
-        said["epochs" if "steps" in parsed else "steps"] = None
+    said = dict(owner.defaults)
+    for layer in (file, parsed):
+        if ("steps" in layer) != ("epochs" in layer):  # the one that was said replaces the other's default
+            said["epochs" if "steps" in layer else "steps"] = None
+        said.update(layer)
+    if said.get("debug"):
+        said = {**said, **DEBUG, **parsed}
     config: Config = build(Config, {key: value for key, value in said.items() if key in run_keys})
     recipe: Recipe = build(owner, {key: value for key, value in said.items() if key in recipe_keys})
     if config.strategy == "auto":
@@ -103,19 +112,32 @@ def import_file(path: Path) -> Any:
 # combinations ------------------------------------------------------------------------------------------------------------
 
 
+POSITIVE = (
+    *("epochs", "steps", "batch_size", "micro_batch_size", "clip_norm", "clip_value"),
+    *("checkpoint.every", "checkpoint.keep", "eval.every", "eval.patience", "log.every"),
+)
+
+
 def check(config: Config, recipe: Recipe, world: World) -> None:
     """Raise ValueError (FileNotFoundError for data) for values that are each right but cannot work together."""
+    for name in POSITIVE:
+        value = nested_value(config, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"{name}={value} must be greater than 0")
+    for name in ("workers", "eval.min_delta"):
+        value = nested_value(config, name)
+        if value is not None and value < 0:
+            raise ValueError(f"{name}={value} must be 0 or more")
     check_strategy(config, world)
     accumulation(config, world)
     if config.clip_norm is not None and config.clip_value is not None:
         raise ValueError("clip_norm and clip_value are both set; clip by one of them")
     if config.epochs is None and config.steps is None:
         raise ValueError("say how long to train: epochs=N or steps=N")
-    for name in ("epochs", "steps", "batch_size", "micro_batch_size", "clip_norm", "clip_value", "eval.every"):
-        value = nested_value(config, name)
-        if value is not None and value <= 0:
-            raise ValueError(f"{name}={value} must be greater than 0")
-    recipe.schedule.check(type(recipe)().schedule)
+    if config.epochs is not None and config.steps is not None:
+        raise ValueError(f"epochs={config.epochs} and steps={config.steps} are both set; say how long to train by one of them")
+    factory = next(item.default_factory for item in fields(recipe) if item.name == "schedule")
+    recipe.schedule.check(factory() if factory is not MISSING else None)
     recipe.check()
 
 
@@ -133,6 +155,8 @@ def check_strategy(config: Config, world: World) -> None:
         raise ValueError(f"strategy=single on {world.world_size} ranks; use strategy=ddp, or start one process")
     if config.debug and world.world_size > 1:
         raise ValueError(f"debug=true is one process, not {world.world_size}; start it with plain python")
+    if config.debug < 0:
+        raise ValueError(f"debug={config.debug} must be true, false or a number of steps")
     if strategy.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         raise ValueError(f"strategy={strategy} needs deepspeed, which is not installed: pip install deepspeed")
     options = {
@@ -155,11 +179,10 @@ def accumulation(config: Config, world: World) -> int:
     micro = config.micro_batch_size or max(batch // ranks, 1)
     if batch % (micro * ranks) == 0:
         return batch // (micro * ranks)
-    unit = micro * ranks
+    unit = micro * ranks if config.micro_batch_size else ranks
+    parts = f"micro-batches of {micro}" if config.micro_batch_size else "equal parts"
     below, above = batch // unit * unit, (batch // unit + 1) * unit
     sizes = " or ".join(f"batch_size={size}" for size in (below, above) if size > 0)
     fits = [m for m in range(1, batch // ranks + 1) if batch % (m * ranks) == 0]
     nearest = f" or micro_batch_size={min(fits, key=lambda m: abs(m - micro))}" if fits and config.micro_batch_size else ""
-    raise ValueError(
-        f"batch_size={batch} cannot be cut into micro-batches of {micro} over {ranks} rank(s); nearest: {sizes}{nearest}"
-    )
+    raise ValueError(f"batch_size={batch} cannot be cut into {parts} over {ranks} rank(s); nearest: {sizes}{nearest}")

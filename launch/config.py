@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import sys
+import time
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from inspect import get_annotations
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -72,8 +73,9 @@ class Config(Options):
     """data-loading processes per rank (default: what the CPUs of this rank allow, at most 8)"""
     sync_batchnorm: bool = False
     """BatchNorm over the micro-batches of all ranks (CUDA only)"""
-    debug: bool = False
-    """one process, a handful of batches, anomaly detection, a model table, an overfit check, pdb on an exception"""
+    debug: bool | int = False
+    """true, or a number of steps: one process makes the first 8 (or so many) steps of the run under anomaly detection, after
+    a table of the model and a check that one batch can be overfitted; pdb on an exception"""
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     eval: EvalOptions = field(default_factory=EvalOptions)
     log: LogOptions = field(default_factory=LogOptions)
@@ -104,23 +106,28 @@ def describe(hint: Any) -> str:
         return "null"
     if get_origin(hint) in (Union, types.UnionType):
         return "|".join(describe(part) for part in get_args(hint))
-    if get_args(hint) and all(isinstance(value, str) for value in get_args(hint)):
-        return "|".join(get_args(hint))
+    if get_origin(hint) is Literal:
+        return "|".join(show(value) for value in get_args(hint))
     if get_args(hint):
         inner = ",".join(describe(part) for part in get_args(hint) if part is not Ellipsis)
         return f"{get_origin(hint).__name__}[{inner}]"
     return str(getattr(hint, "__name__", hint))
 
 
-def keys_of(owner: type, prefix: str = "") -> Iterator[Key]:
-    """The keys of a dataclass type and, under its name and a dot, of each dataclass in it."""
+def keys_of(owner: type, prefix: str = "", declared: Any = None) -> Iterator[Key]:
+    """The keys of a dataclass type and, under its name and a dot, of each dataclass in it.
+
+    `declared` is the instance that the outer dataclass has for a default: a recipe's own `Optim(lr=0.02)`.
+    """
     hints = get_type_hints(owner)
     for item in fields(owner):
         hint = hints[item.name]
+        default = item.default_factory() if item.default_factory is not MISSING else item.default
+        if declared is not None:
+            default = getattr(declared, item.name)
         if is_dataclass(hint):
-            yield from keys_of(hint, f"{prefix}{item.name}.")  # type: ignore[arg-type]  # a class, not an instance
+            yield from keys_of(hint, f"{prefix}{item.name}.", default)  # type: ignore[arg-type]  # a class, not an instance
         else:
-            default = item.default_factory() if item.default_factory is not MISSING else item.default
             yield Key(prefix + item.name, hint, default, declaring(owner, item.name))
 
 
@@ -171,7 +178,7 @@ def parse(text: str, key: Key) -> Any:
     if str in parts and text != "null":
         return text
     if get_origin(key.hint) in (list, tuple) and not text.startswith("["):
-        text = f"[{text}]"
+        text = f"[{text.removeprefix('(').removesuffix(')')}]"
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:
@@ -195,6 +202,11 @@ def build(owner: type, said: Mapping[str, Any]) -> Any:
     """An instance of the dataclass `owner` from dotted keys, each checked against its declared type (ValueError)."""
     from pydantic import TypeAdapter, ValidationError
 
+    known = {key.name: key for key in keys_of(owner)}
+    if missing := [name for name, key in known.items() if key.default is MISSING and name not in said]:
+        raise ValueError(f"{missing[0]}= is missing; it is {known[missing[0]].type_name}")
+    # a group that is said in part keeps the recipe's own defaults for the rest, not those of the group's class
+    said = {name: key.default for name, key in known.items() if "." in name} | dict(said)
     nested: dict[str, Any] = {}
     for name, value in said.items():
         *groups, last = name.split(".")
@@ -205,7 +217,6 @@ def build(owner: type, said: Mapping[str, Any]) -> Any:
     try:
         return TypeAdapter(owner).validate_python(nested)
     except ValidationError as error:
-        known = {key.name: key for key in keys_of(owner)}
         first = error.errors()[0]
         where = [str(part) for part in first["loc"]]
         name = next((dotted for n in range(len(where), 0, -1) if (dotted := ".".join(where[:n])) in known), "")
@@ -217,10 +228,12 @@ def build(owner: type, said: Mapping[str, Any]) -> Any:
 
 def show(value: Any) -> str:
     """A default as one would type it."""
-    if value is None:
-        return "null"
+    if value is None or value is MISSING:
+        return "null" if value is None else "none"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(show(part) for part in value)}]"
     return str(value)
 
 
@@ -237,8 +250,17 @@ def plain(value: Any) -> Any:
     return [plain(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
-def stop_for(error: Exception, rank: int) -> None:
-    """One line on rank zero for a user's mistake, and exit code 2 on all ranks."""
-    if rank == 0:
-        print(f"rankzero: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+PATIENCE = 5.0
+"""seconds that other ranks leave to rank zero to speak: it ends then, and the launcher ends them"""
+
+
+def stop_for(error: Exception, rank: int) -> NoReturn:
+    """One line for a user's mistake, from rank zero, and exit code 2.
+
+    The first rank to end makes the launcher end the others: these wait, else rank zero might be ended before it spoke. A rank
+    that is still there after that has made a mistake that rank zero has not (no data on its node), and speaks itself.
+    """
+    if rank > 0:
+        time.sleep(PATIENCE)
+    print(f"rankzero: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     raise SystemExit(2)

@@ -7,6 +7,7 @@ import inspect
 import shutil
 import textwrap
 from collections.abc import Iterator, Sequence
+from dataclasses import MISSING
 
 from launch.command import find_recipe
 from launch.config import Config, Key, keys_of, read_line, show
@@ -26,7 +27,10 @@ def page(usage: str, words: Sequence[str]) -> str:
         ]
         return "\n".join(lines)
     owner = find_recipe(name)
-    lines += ["", f"keys of recipe={name}: {(owner.__doc__ or '').strip().splitlines()[0]}", ""]
+    about = (owner.__doc__ or "").strip().partition("\n")[0]
+    if about.startswith(f"{owner.__name__}("):  # what dataclass makes up for a class without docstring
+        about = ""
+    lines += ["", f"keys of recipe={name}: {about}", ""]
     lines += table(list(keys_of(owner)), width)
     changed = ", ".join(f"{key}={show(value)}" for key, value in owner.defaults.items())
     return "\n".join([*lines, "", *textwrap.wrap(f"its defaults for keys of a run: {changed}", width)])
@@ -52,7 +56,7 @@ def table(keys: list[Key], width: int) -> list[str]:
 
 def assignment(key: Key) -> str:
     """`key=default`, as one would type it."""
-    return f"{key.name}={'' if key.default in (None, '') else show(key.default)}"
+    return f"{key.name}={'' if key.default in (None, '', MISSING) else show(key.default)}"
 
 
 def docstrings(owner: type) -> dict[str, str]:
@@ -64,6 +68,6 @@ def docstrings(owner: type) -> dict[str, str]:
 
 def _documented(body: ast.ClassDef) -> Iterator[tuple[str, str]]:
     for item, after in zip(body.body, body.body[1:], strict=False):
-        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and isinstance(after, ast.Expr):
-            if isinstance(after.value, ast.Constant) and isinstance(after.value.value, str):
-                yield item.target.id, " ".join(after.value.value.split())
+        match item, after:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                yield name, " ".join(text.split())

@@ -66,9 +66,12 @@ class Job:
     splits: Splits
     cut: data.Cut
     total_steps: int
+    """the length of the run: what schedules stretch over"""
     strategies: dict[str, Strategy]
     statistics: RunningStatistics
     progress: Progress
+    stop_at: int | None = None
+    """a step to end at before the run's full length (debug mode)"""
 
     @property
     def models(self) -> dict[str, nn.Module]:
@@ -78,7 +81,12 @@ class Job:
     @property
     def careful(self) -> bool:
         """Look at each loss before its step is made. Free on the CPU; on a GPU only where the recipe needs it."""
-        return self.world.device == "cpu" or self.recipe.skip_nonfinite or self.config.debug
+        return self.world.device == "cpu" or self.recipe.skip_nonfinite or bool(self.config.debug)
+
+    @property
+    def last_step(self) -> int:
+        """The step after which training ends."""
+        return self.total_steps if self.stop_at is None else min(self.stop_at, self.total_steps)
 
     def over_all_ranks(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The mean losses over the global batch, from what `train_step` returned on each rank."""
@@ -93,7 +101,7 @@ class Job:
     def due(self, every: int | None) -> bool:
         """Whether something is to be done after this step: each `every` steps, or each epoch, and at the end."""
         step, size = self.progress.step, len(self.splits.train)
-        if step == self.total_steps:
+        if step == self.last_step:
             return True
         if every is not None:
             return step % every == 0
@@ -104,9 +112,15 @@ class Job:
         """Passes over the training data so far."""
         return self.progress.step * self.cut.batch_size / len(self.splits.train)
 
+    @property
+    def checkpoint_due(self) -> bool:
+        """Whether to save after this step: by `checkpoint.every`, at the end, and the best if it is to be kept."""
+        best = self.config.checkpoint.best and self.progress.best_step == self.progress.step
+        return best or self.stopping_early or self.due(self.config.checkpoint.every)
+
     def train_loader(self) -> DataLoader[Any]:
         """This rank's micro-batches from the next step to the last."""
-        sampler = data.TrainSampler(len(self.splits.train), self.cut, self.config.seed, self.progress.step, self.total_steps)
+        sampler = data.TrainSampler(len(self.splits.train), self.cut, self.config.seed, self.progress.step, self.last_step)
         return self._loader(self.splits.train, sampler, "train")
 
     def eval_loader(self, dataset: Dataset) -> tuple[DataLoader[Any], data.EvalSampler]:
@@ -131,6 +145,8 @@ def prepare(settings: Settings, world: World) -> Job:
     for name, split in vars(splits).items():
         if split is not None and len(split) == 0:
             raise ValueError(f"the {name} split of recipe={config.recipe} is empty")
+    if splits.val is None:
+        refuse_without_validation(config, recipe)
     many = accumulation(config, world)
     micro = config.batch_size // (many * world.world_size)
     cut = data.Cut(micro_batch_size=micro, accumulation=many, rank=world.rank, world_size=world.world_size)
@@ -146,6 +162,18 @@ def prepare(settings: Settings, world: World) -> Job:
         statistics=RunningStatistics(strategy.module for strategy in strategies.values()),
         progress=Progress(plateau=recipe.schedule.plateau()),
     )
+
+
+def refuse_without_validation(config: Config, recipe: Recipe) -> None:
+    """Raise ValueError for what has no effect on a run that has no validation split."""
+    given = {
+        "eval.patience": config.eval.patience is not None,
+        "checkpoint.best": config.checkpoint.best,
+        "schedule.name=plateau": recipe.schedule.name == "plateau",
+    }
+    for name, on in given.items():
+        if on:
+            raise ValueError(f"{name} has no effect: recipe={config.recipe} has no validation split; hold one out, or drop it")
 
 
 def build_strategies(config: Config, recipe: Recipe, world: World) -> dict[str, Strategy]:
@@ -166,4 +194,6 @@ def build_strategies(config: Config, recipe: Recipe, world: World) -> dict[str, 
 def _seeded_model(build_model: Any, config: Config, name: str) -> nn.Module:
     seed_device(config.seed, "weights", name)
     model: nn.Module = build_model()
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if config.sync_batchnorm else model
+    if config.sync_batchnorm:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+    return model

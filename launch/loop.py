@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ from recipes.base import Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from torchmetrics import Metric
 
     from launch.job import Job
     from launch.record import Record
@@ -33,7 +36,7 @@ def train(job: Job, record: Record) -> None:
         if job.splits.val is not None and job.due(job.config.eval.every):
             record.evaluation(scores := evaluate(job, job.splits.val))
             job.progress.observe(scores, job)
-        if job.due(job.config.checkpoint.every) or job.stopping_early:
+        if job.checkpoint_due:
             record.checkpoint()
         if job.stopping_early:
             break
@@ -96,8 +99,15 @@ def evaluate(job: Job, dataset: Dataset) -> dict[str, Any]:
     return {
         "loss": sum(means.values()),
         **({f"loss/{name}": mean for name, mean in means.items()} if len(means) > 1 else {}),
-        **{name: metric.compute().float().tolist() for name, metric in metrics.items()},
+        **{name: computed(metric) for name, metric in metrics.items()},
     }
+
+
+def computed(metric: Metric) -> Any:
+    """A metric over all ranks, as plain numbers. That some ranks had no sample of their own is nothing to warn about."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The ``compute`` method of metric", UserWarning)
+        return metric.compute().float().tolist()
 
 
 @contextmanager

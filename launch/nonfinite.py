@@ -40,6 +40,7 @@ def check_gradients(job: Job, name: str, norm: Tensor) -> None:
     """Raise NonFinite for a gradient norm that is no number; under fp16 such a step was skipped and the scale lowered."""
     if job.config.precision != "fp16" and not bool(norm.isfinite()):
         bad = first_bad_parameter(job.strategies[name].module)
+        bad = bad and f"{name}.{bad}"
         raise NonFinite(
             f"the gradient norm is {float(norm)} at step {job.progress.step + 1}, the loss being finite; "
             f"first parameter spoiled by it: {agree(job, bad) or 'none on any rank'}"
@@ -55,11 +56,12 @@ def find_culprit(job: Job, name: str, batches: list[Batch]) -> str:
     for turn, batch in enumerate(batches):
         seed_device(job.config.seed, "step", job.progress.step, name, job.cut.position(turn))
         seen: list[str] = []
-        with torch.no_grad(), watched(job.models, seen), job.strategies[name].autocast():
+        modules = {n: held.module for n, held in job.strategies.items()}  # unwrapped: the names that the user knows
+        with torch.no_grad(), watched(modules, seen), job.strategies[name].autocast():
             loss = job.recipe.losses()[name](job.models, batch)
         if found is None and not bool(loss.isfinite()):
             inputs = None if all_finite(batch) else "its input batch"
-            parameters = [f"{n}.{p}" for n, m in job.models.items() if (p := first_bad_parameter(m))]
+            parameters = [f"{n}.{p}" for n, m in modules.items() if (p := first_bad_parameter(m))]
             blame = inputs or (f"parameter {parameters[0]}" if parameters else seen[0] if seen else "the recipe's loss")
             found = f"micro-batch {turn} of rank {job.world.rank}, first in {blame}"
     return agree(job, found) or "not seen again when the step was repeated"
@@ -83,7 +85,7 @@ def watched(models: dict[str, nn.Module], seen: list[str]) -> Iterator[None]:
 
             def note(module: nn.Module, _: Any, output: Any, name: str = name, model_name: str = model_name) -> None:
                 if not all_finite(output):
-                    seen.append(f"module {model_name}.{name} ({type(module).__name__})")
+                    seen.append(f"module {model_name}{name and '.'}{name} ({type(module).__name__})")
 
             handles.append(module.register_forward_hook(note))
     try:

@@ -1,9 +1,9 @@
 """Prove on your own recipe that the strategies agree.
 
     python launch/parity.py recipe=gpt
-    python launch/parity.py recipe=./mine.py precision=bf16 ranks=4 strategies=ddp,fsdp steps=20
+    python launch/parity.py recipe=./mine.py precision=bf16 ranks=4 strategies=ddp,fsdp compare=20
 
-Runs a few deterministic steps as a single process, then under each strategy on `ranks` (default 2) processes that it starts
+Makes the first steps of the run (compare=5) as a single process, then under each strategy on ranks=2 processes that it starts
 itself, with accumulation 1 and 4, with clipping and with activation checkpointing, on the same global batches; prints how far
 losses, gradient norms and final weights lie apart. Works without a GPU. All keys of a run work here too.
 Exit codes: 0 they agree; 1 a row failed; 2 a mistake in the command.
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 TOLERANCE = {"fp32": (1e-5, 1e-5, 1e-4, 1e-6), "tf32": (2e-3, 2e-3, 2e-3, 1e-6), "bf16": (2e-2,) * 4, "fp16": (2e-2,) * 4}
 """allowed relative deviation of loss, gradient norm and final weights from the single process, and of loss and gradient norm
 among the strategies; bf16 and fp16 differ where a micro-batch's rounding does, so theirs is that of the format"""
-OWN_KEYS = ("ranks", "strategies")
+OWN_KEYS = ("ranks", "strategies", "compare")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,24 +86,36 @@ def main(words: list[str]) -> int:
         if "--help" in words or "-h" in words:
             print(help.page(__doc__ or "", [word for word in words if word not in ("--help", "-h")]))
             return 0
-        ranks, strategies, words = own_keys(words)
-        settings = resolve([*words, "strategy=single"], World(), ())
+        own, words = own_keys(words)
+        settings = resolve([*words, "strategy=single"], World())
     except (ValueError, FileNotFoundError) as error:
         stop_for(error, 0)
-    cases = plan(settings, words, ranks, strategies)
+    cases = plan(settings, words, own)
     with tempfile.TemporaryDirectory(prefix="parity-") as folder:
-        traces = run(cases, ranks, Path(folder))
+        traces = run(cases, own, Path(folder))
     rows = [compare(case, traces, settings.config.precision) for case in cases if case.strategy != "single"]
-    show(rows, traces, settings, ranks)
+    show(rows, traces, settings, own)
     return int(any(row.news for row in rows))
 
 
-def own_keys(words: list[str]) -> tuple[int, list[str], list[str]]:
-    """(ranks, strategies, the other words). Raises ValueError for what they cannot be."""
+@dataclass(frozen=True)
+class Own:
+    """What can be said to this command alone."""
+
+    ranks: int
+    steps: int
+    """how many of the run's first steps are compared"""
+    strategies: list[str]
+
+
+def own_keys(words: list[str]) -> tuple[Own, list[str]]:
+    """This command's own keys, and the other words. Raises ValueError for what they cannot be."""
     line = read_line(words)
-    ranks = line.get("ranks", "2")
+    ranks, steps = line.get("ranks", "2"), line.get("compare", "5")
     if not ranks.isdecimal() or int(ranks) < 2:
         raise ValueError(f"ranks={ranks} must be a number of processes from 2")
+    if not steps.isdecimal() or int(steps) < 1:
+        raise ValueError(f"compare={steps} must be a number of steps from 1")
     everywhere = [name for name in STRATEGIES if name != "single"]
     chosen = line["strategies"].split(",") if "strategies" in line else everywhere
     for name in chosen:
@@ -113,24 +125,22 @@ def own_keys(words: list[str]) -> tuple[int, list[str], list[str]]:
         print("zero1, zero2 and zero3 are left out: deepspeed is not installed", file=sys.stderr)
         chosen = [name for name in chosen if not name.startswith("zero")]
     kept = [word for word in words if word.partition("=")[0] not in (*OWN_KEYS, "strategy")]
-    if "steps" not in line and "epochs" not in line:
-        kept.append("steps=5")
-    return int(ranks), chosen, kept
+    return Own(int(ranks), int(steps), chosen), kept
 
 
-def plan(settings: Settings, words: list[str], ranks: int, strategies: list[str]) -> list[Case]:
+def plan(settings: Settings, words: list[str], own: Own) -> list[Case]:
     """The cases: plain with accumulation 1 and 4, then with clipping, then (if the recipe has blocks) recomputing them."""
     micro = settings.config.micro_batch_size or 4
     owner = type(settings.recipe)
     from recipes.base import Recipe
 
     cases = []
-    for strategy in ["single", *strategies]:
+    for strategy in ["single", *own.strategies]:
         groups = [group for group in ("ddp", "fsdp", "zero") if not strategy.startswith(group)]
         mine = [word for word in words if word.split(".")[0] not in groups]
 
         def case(accumulation: int, extra: str = "", *more: str, strategy: str = strategy, mine: list[str] = mine) -> Case:
-            sizes = (f"batch_size={micro * ranks * accumulation}", f"micro_batch_size={micro}")
+            sizes = (f"batch_size={micro * own.ranks * accumulation}", f"micro_batch_size={micro}")
             return Case(
                 strategy=strategy,
                 accumulation=accumulation,
@@ -146,25 +156,27 @@ def plan(settings: Settings, words: list[str], ranks: int, strategies: list[str]
     return cases
 
 
-def run(cases: list[Case], ranks: int, folder: Path) -> dict[str, Trace]:
+def run(cases: list[Case], own: Own, folder: Path) -> dict[str, Trace]:
     """The traces by case name. A case whose processes died has none."""
     import torch
     from safetensors.torch import load_file
 
     # the same number of threads on both sides: sums are cut differently otherwise
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    if torch.cuda.device_count() < ranks:
+    if torch.cuda.device_count() < own.ranks:
         environment["CUDA_VISIBLE_DEVICES"] = ""  # fewer GPUs than ranks: all on the CPU
     program = str(Path(__file__).with_name("trace.py"))
     python = [sys.executable, program]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", program]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={own.ranks}", program]
     traces: dict[str, Trace] = {}
     for start, mine in (
         (python, [case for case in cases if case.strategy == "single"]),
         (torchrun, [case for case in cases if case.strategy != "single"]),
     ):
-        print(f"running {len(mine)} cases {'as a single process' if start is python else f'on {ranks} ranks'} ...", flush=True)
-        (folder / "cases.json").write_text(json.dumps({case.name: case.words for case in mine}))
+        print(
+            f"running {len(mine)} cases {'as a single process' if start is python else f'on {own.ranks} ranks'} ...", flush=True
+        )
+        (folder / "cases.json").write_text(json.dumps({"steps": own.steps, "cases": {case.name: case.words for case in mine}}))
         subprocess.run([*start, str(folder)], env=environment, check=False)
         traces |= {case.name: load_file(path) for case in mine if (path := folder / f"{case.name}.safetensors").exists()}
     return traces
@@ -246,7 +258,7 @@ def part(mask: Tensor) -> str:
     return "" if mask.all() else f" ({int(mask.sum())} of {mask.numel()} elements)"
 
 
-def show(rows: list[Row], traces: dict[str, Trace], settings: Settings, ranks: int) -> None:
+def show(rows: list[Row], traces: dict[str, Trace], settings: Settings, own: Own) -> None:
     """The table, the bad news, and what was promised."""
     from rich import box
     from rich.console import Console
@@ -259,7 +271,7 @@ def show(rows: list[Row], traces: dict[str, Trace], settings: Settings, ranks: i
     table = Table(
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
-        title=f"recipe={config.recipe}: {ranks} ranks against a single process, {config.steps} steps",
+        title=f"recipe={config.recipe}: {own.ranks} ranks against a single process, {own.steps} steps",
         title_justify="left",
     )
     for name in ("strategy", "acc.", "with"):

@@ -50,11 +50,11 @@ class Record:
         """Take note of a step that has been made."""
         progress = self.job.progress
         self.pending.append(Pending(progress.step, self.job.epoch, losses, norms, rate))
-        shown = progress.step % self.job.config.log.every == 0 or progress.step == self.job.total_steps
-        if shown or self.job.careful:
-            self.flush(shown)
+        shown = progress.step % self.job.config.log.every == 0 or progress.step == self.job.last_step
+        if shown:
+            self.flush()
 
-    def flush(self, shown: bool = True) -> None:
+    def flush(self) -> None:
         """Read the pending steps from the device and write them."""
         if not self.pending:
             return
@@ -81,8 +81,7 @@ class Record:
             self.write(line)
             nonfinite.check_late(self.job, pending.step, float(line["loss"]))
         self.pending.clear()
-        if shown:
-            self.screen.step(line, self.job.total_steps)
+        self.screen.step(line, self.job.last_step)
 
     def evaluation(self, scores: dict[str, Any], split: str = "eval") -> None:
         """Take note of an evaluation; numbers go to the screen, tables (a confusion matrix) to the file only."""

@@ -11,7 +11,6 @@ import yaml
 from launch.command import Settings
 from launch.config import nested
 from launch.files import write_text_whole
-from launch.versions import git_revision, versions
 from launch.world import World
 
 NOT_KEPT = ("config", "run_dir", "resume")
@@ -23,7 +22,7 @@ def find_run_dir(settings: Settings) -> Path:
     config = settings.config
     name = Path(config.recipe.partition(":")[0]).stem
     if config.run_dir is None:
-        return Path("runs") / name / time.strftime("%Y%m%d-%H%M%S")
+        return Path("runs/debug") / name if config.debug else Path("runs") / name / time.strftime("%Y%m%d-%H%M%S")
     path = Path(config.run_dir)
     if path.exists() and not path.is_dir():
         raise ValueError(f"run_dir={path} is a file; name a folder")
@@ -40,6 +39,8 @@ def find_run_dir(settings: Settings) -> Path:
 
 def start_run_dir(path: Path, settings: Settings, world: World) -> None:
     """Write config.yaml: every key as resolved, then what the run was made with. Called on rank zero."""
+    from launch.versions import git_revision, versions  # a fifth of the time that `--help` may take
+
     path.mkdir(parents=True, exist_ok=True)
     (path / "failure.json").unlink(missing_ok=True)  # of a former life
     keys = {name: value for name, value in nested(settings.config).items() if name not in NOT_KEPT}

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 class Screen:
-    """Lines on `stream`; on a terminal the progress line is rewritten in place."""
+    """Lines on `stream`; on a terminal the progress line is rewritten in place, unless `lines` asks to keep each."""
 
-    def __init__(self, speaks: bool, stream: TextIO = sys.stdout) -> None:
+    def __init__(self, speaks: bool, stream: TextIO = sys.stdout, lines: bool = False) -> None:
         self.speaks, self.stream = speaks, stream
-        self.live = speaks and stream.isatty()
+        self.live = speaks and stream.isatty() and not lines
         self.drawn = 0.0
 
     def say(self, text: str = "") -> None:
@@ -63,7 +63,8 @@ class Screen:
             "device": device_name(world.device),
             "strategy": config.strategy + "".join(f", {word}" for word in extras(job)),
             "precision": f"{config.precision}: {contract(config.precision)}",
-            "batch": f"{cut.batch_size} = {cut.micro_batch_size} micro x {cut.accumulation} accumulation x {cut.world_size} rank(s)",
+            "batch": f"{cut.batch_size} = {cut.micro_batch_size} micro x {cut.accumulation} accumulation "
+            f"x {cut.world_size} rank(s)",
             "model": ", ".join(
                 f"{'' if len(job.strategies) == 1 else name + ' '}{strategy.parameter_count():,} parameters"
                 for name, strategy in job.strategies.items()
@@ -82,7 +83,8 @@ class Screen:
         early = " (stopped early)" if job.stopping_early else ""
         speed = steps * job.cut.batch_size / max(seconds, 1e-9)
         self.say(
-            f"done: step {job.progress.step}{early}, {job.epoch:.1f} epochs, {timedelta(seconds=round(seconds))}, {speed:,.0f} samples/s"
+            f"done: step {job.progress.step}{early}, {job.epoch:.1f} epochs, {timedelta(seconds=round(seconds))}, "
+            f"{speed:,.0f} samples/s"
         )
         numbers = {name: value for name, value in scores.items() if isinstance(value, float)}
         if numbers:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import pdb
 import sys
 import traceback
 from pathlib import Path
 
-from launch import checkpoint, failure
+from launch import checkpoint, debug, failure
 from launch.command import Settings
 from launch.config import stop_for
 from launch.job import Job, prepare
@@ -25,7 +24,7 @@ def run(settings: Settings, world: World, run_dir: Path) -> None:
     job: Job | None = None
     started = False
     try:
-        with connected(world, settings.config.strategy) as world:
+        with debug.mode(settings.config, run_dir), connected(world, settings.config.strategy) as world:
             run_dir = Path(from_rank_zero(str(run_dir)))
             job = prepare(settings, world)
             resumed = resume(job, run_dir)
@@ -40,17 +39,20 @@ def run(settings: Settings, world: World, run_dir: Path) -> None:
     except Exception as error:
         if not started and is_mistake(error):
             stop_for(error, world.rank)
-        if settings.config.debug and sys.stdin.isatty():
-            traceback.print_exc()
-            pdb.post_mortem(error.__traceback__)
-        failure.end(error, run_dir if started else None, world.rank, None if job is None else job.progress.step + 1)
+        failure.report(error, run_dir if started else None, world.rank, None if job is None else job.progress.step + 1)
+        if settings.config.debug:
+            debug.post_mortem(error)
+        failure.leave()
 
 
 def drive(job: Job, run_dir: Path, resumed: str) -> None:
     """Banner, training, test, weights, summary."""
     found = versions()
-    screen = Screen(job.world.rank == 0)
+    screen = Screen(job.world.rank == 0, lines=bool(job.config.debug))
     screen.banner(job, run_dir, found, resumed)
+    if job.config.debug:
+        debug.examine(job, screen)
+        resume(job, run_dir)  # the models are new again
     record = Record(job, run_dir, found, screen)
     train(job, record)
     if job.splits.test is not None:

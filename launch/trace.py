@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,29 +21,31 @@ from launch.loop import set_learning_rate, train_step
 from launch.world import World, connected, find_world
 
 NOISE = 1e-7
-"""an element whose gradient stays below this share of the whole gradient norm has none but rounding noise (one that is exactly zero has not even that)"""
+"""an element whose gradient stays below this share of the whole gradient norm has none but rounding noise, one that
+is exactly zero not even that"""
 
 
 def main(folder: Path) -> None:
     """Run the cases, one after the other, in one set of processes: DeepSpeed takes seconds to import."""
-    cases: dict[str, list[str]] = json.loads((folder / "cases.json").read_text())
+    asked: dict[str, Any] = json.loads((folder / "cases.json").read_text())
     world = find_world(os.environ)
     with connected(world, "single" if world.world_size == 1 else "ddp") as world:
-        for name, words in cases.items():
-            trace = follow(words, world)
+        for name, words in asked["cases"].items():
+            trace = follow(words, asked["steps"], world)
             if world.rank == 0:
                 from safetensors.torch import save_file
 
                 save_file(trace, folder / f"{name}.safetensors")
 
 
-def follow(words: list[str], world: World) -> dict[str, Tensor]:
-    """The trace of the run that `words` describe; complete on rank zero.
+def follow(words: list[str], steps: int, world: World) -> dict[str, Tensor]:
+    """The trace of the first `steps` of the run that `words` describe; complete on rank zero.
 
     `loss/MODEL` and `norm/MODEL` are [steps]; `weights/NAME` the final values; `print/NAME` [steps] a fingerprint of each
     parameter after each step; `noise/NAME` (single only) marks the elements without a true gradient, where there are any.
     """
     job = prepare(resolve(words, world), world)
+    job.stop_at = steps
     shares = watch_gradients(job) if world.world_size == 1 else {}
     losses: dict[str, list[Tensor]] = {}
     norms: dict[str, list[Tensor]] = {}
@@ -54,12 +57,12 @@ def follow(words: list[str], world: World) -> dict[str, Tensor]:
         for name, loss in job.over_all_ranks(step_losses).items():
             losses.setdefault(name, []).append(loss.cpu())
             norms.setdefault(name, []).append(step_norms[name].detach().double().cpu())
+        job.statistics.synchronise(world)
         for name, tensor in weights(job).items():
             prints.setdefault(name, []).append(fingerprint(tensor))
     trace = {f"loss/{name}": torch.stack(values) for name, values in losses.items()}
     trace |= {f"norm/{name}": torch.stack(values) for name, values in norms.items()}
     trace |= {f"print/{name}": torch.stack(values) for name, values in prints.items()}
-    job.statistics.synchronise(world)
     trace |= {f"weights/{name}": tensor for name, tensor in weights(job).items()}
     trace |= {f"noise/{name}": noise for name, share in shares.items() if (noise := (share > 0) & (share < NOISE)).any()}
     return trace

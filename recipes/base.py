@@ -82,7 +82,7 @@ class Recipe:
         """What the loss of `batch` sums over; default: its samples. A recipe with masked tokens counts the tokens."""
         return samples(batch)
 
-    def blocks(self, model: nn.Module) -> Iterable[nn.Module]:
+    def blocks(self, model: nn.Module) -> Iterable[nn.Module]:  # noqa: ARG002
         """The repeated parts of the model: the unit of activation checkpointing, compilation and sharding."""
         return ()
 

@@ -112,9 +112,10 @@ class Pool:
         atexit.register(shut_down)
 
     def run(self, world_size: int, function: Callable[..., Any], args: tuple[Any, ...], timeout: float) -> list[Any]:
-        for rank in range(world_size):
-            if rank not in self.workers:
-                self.workers[rank] = Worker()
+        started = [self.workers.setdefault(rank, Worker()) for rank in range(world_size) if rank not in self.workers]
+        for worker in started:  # together; and what a busy machine takes for that must not count as a hang
+            assert worker.connection.poll(TIMEOUT), "a worker does not start"
+            worker.connection.recv()
         with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
             # pickled twice: the worker takes over sys.path before it imports the module of the function
             task = (list(sys.path), str(Path(folder) / "store"), world_size, pickle.dumps((function, args)))
@@ -167,12 +168,14 @@ def _work(connection: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
+    connection.send("ready")
     while True:
         try:
             rank, path, store, world_size, payload = connection.recv()
         except EOFError:
-            return
+            os._exit(0)  # exit handlers and threads of libraries (DeepSpeed's) take seconds, or for ever
         sys.path[:] = path
+        _forget_deepspeed()
         try:
             with _process_group(rank, world_size, store):
                 function, args = pickle.loads(payload)
@@ -195,3 +198,11 @@ def _process_group(rank: int, world_size: int, store: str) -> Iterator[None]:
         # after a failure too: it closes the connections, so that the others fail at once instead of waiting
         if distributed.is_initialized():
             distributed.destroy_process_group()
+
+
+def _forget_deepspeed() -> None:
+    """ZeRO-3 numbers modules and parameters for the life of a process, and compares between ranks: a worker's past shows."""
+    if offload := sys.modules.get("deepspeed.runtime.zero.parameter_offload"):
+        # the one counter is a default argument: [count]
+        (counter,) = offload.DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__
+        counter[0] = offload.Init.param_id = 0

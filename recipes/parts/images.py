@@ -6,13 +6,21 @@ A sample is (float32 tensor [channels, height, width], class). Augmentation draw
 
 from __future__ import annotations
 
-import gzip
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from recipes.base import Dataset, Splits
+from recipes.parts.image_files import (
+    CIFAR10_FILES,
+    MNIST_FILES,
+    class_folders,
+    find_idx,
+    read_cifar10,
+    read_digits,
+    read_mnist,
+)
 from recipes.parts.options import refuse_unused
 from recipes.parts.permutation import mix
 from recipes.parts.split import holdout, split
@@ -47,9 +55,6 @@ FACTS = {
     "synthetic": Facts(3, 32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
 }
 
-MNIST_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-CIFAR10_FILES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta")
-
 
 @dataclass(kw_only=True)
 class Images:
@@ -78,7 +83,8 @@ class Images:
 
     def check(self, declared: Images | None = None) -> None:
         """Raise ValueError or FileNotFoundError, in one line for the user, without importing torch."""
-        refuse_unused("data", self, declared or Images(), USED_BY)
+        declared = declared or Images()
+        refuse_unused("data", self, declared, USED_BY)
         for name in ("val", "test"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"data.{name}={getattr(self, name)}: give a share from 0 to below 1")
@@ -90,6 +96,11 @@ class Images:
                 raise ValueError(f"data.{name}={value}: give 1 or more")
         if self.name in USED_BY["root"]:
             self._check_root()
+        if self.name == "imagefolder":
+            for name, given in (("val", (Path(self.root) / "val").is_dir()), ("test", True)):
+                if self._is_divided() and given and getattr(self, name) != getattr(declared, name):
+                    what = f"data.{name}={getattr(self, name)} has no effect"
+                    raise ValueError(f"{what}: {self.root} is divided into train/ and val/ or test/ already; leave it out")
 
     def _check_root(self) -> None:
         root = Path(self.root)
@@ -167,9 +178,11 @@ class Images:
         bilinear = v2.InterpolationMode.BILINEAR
         return v2.RandomAffine(degrees=10, translate=(0.1, 0.1), interpolation=bilinear)  # type: ignore[no-any-return]
 
+    def _is_divided(self) -> bool:
+        return (Path(self.root) / "train").is_dir()
+
     def _train_folder(self) -> Path:
-        root = Path(self.root)
-        return root / "train" if (root / "train").is_dir() else root
+        return Path(self.root) / "train" if self._is_divided() else Path(self.root)
 
     def _imagefolder(self) -> Splits:
         from torchvision.datasets import ImageFolder
@@ -177,7 +190,7 @@ class Images:
         root, train = Path(self.root), self._train_folder()
         augmented = ImageFolder(train, self._photograph(self.augment))
         plain = ImageFolder(train, self._photograph(False))
-        if train == root:
+        if not self._is_divided():
             return self._split(augmented, plain)
         folders = {name: root / name for name in ("val", "test") if (root / name).is_dir()}
         for folder in folders.values():
@@ -258,55 +271,3 @@ class Synthetic:
         noise = torch.randn(self.shape, generator=torch.Generator().manual_seed(mix(index + 1)))
         label = mix(index + 1) % self.classes
         return noise + F.interpolate(self.patterns[label, None], self.shape[1:])[0], label
-
-
-# reading --------------------------------------------------------------------------------------------------------------
-
-
-def read_digits() -> tuple[Tensor, Tensor]:
-    """scikit-learn's digits: 1797 images of 8 x 8 with 17 levels of grey, as bytes."""
-    import torch
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    images = torch.from_numpy(digits.images)[:, None].mul(255 / 16).round().byte()
-    return images, torch.from_numpy(digits.target)
-
-
-def read_mnist(root: Path, train: bool) -> tuple[Tensor, Tensor]:
-    """MNIST's images [N, 1, 28, 28] and classes, from the files as downloaded (torchvision wants them unpacked)."""
-    images, classes = (find_idx(root, file) for file in (MNIST_FILES[:2] if train else MNIST_FILES[2:]))
-    assert images is not None
-    assert classes is not None
-    return read_idx(images)[:, None], read_idx(classes).long()
-
-
-def find_idx(root: Path, file: str) -> Path | None:
-    """An MNIST file in the folder that torchvision uses, or in `root` itself, packed or not."""
-    candidates = [folder / name for folder in (root / "MNIST" / "raw", root) for name in (file, f"{file}.gz")]
-    return next((path for path in candidates if path.is_file()), None)
-
-
-def read_idx(path: Path) -> Tensor:
-    """A file of the IDX format: two zero bytes, the type (8: bytes), the number of sizes, the sizes, the data."""
-    import torch
-
-    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    if data[:3] != b"\0\0\x08":
-        raise ValueError(f"{path} is no IDX file of bytes: fetch it again")
-    sizes = [int.from_bytes(data[4 * i : 4 * i + 4], "big") for i in range(1, data[3] + 1)]
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8, offset=4 + 4 * len(sizes)).view(sizes)
-
-
-def read_cifar10(root: Path, train: bool) -> tuple[Tensor, Tensor]:
-    """CIFAR-10's images [N, 3, 32, 32] and classes."""
-    import torch
-    from torchvision.datasets import CIFAR10
-
-    cifar = CIFAR10(root, train=train, download=False)
-    return torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(cifar.targets)
-
-
-def class_folders(folder: Path) -> list[str]:
-    """Names of the classes under `folder`: its subfolders."""
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []

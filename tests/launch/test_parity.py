@@ -33,7 +33,7 @@ class Points:
 
 @dataclass(kw_only=True)
 class Theirs(Recipe):
-    defaults = {"micro_batch_size": 4}
+    defaults = {"micro_batch_size": 4, "epochs": 1}
     lie: bool = False
 
     def build_data(self):
@@ -100,7 +100,7 @@ def test_a_mistake_is_one_line(theirs: str) -> None:
 @pytest.mark.parametrize("recipe", ["resnet", "mnist", "gpt", "gan"])
 def test_every_strategy_trains_our_recipes_alike(recipe: str) -> None:
     small = {"resnet": ["micro_batch_size=8"], "gpt": ["model.layers=2", "micro_batch_size=2"]}.get(recipe, [])
-    printed = parity(f"recipe={recipe}", "steps=10", *small, expect=0)
+    printed = parity(f"recipe={recipe}", "compare=10", *small, expect=0)
     for strategy in ("ddp", "fsdp", "zero1", "zero2", "zero3"):
         assert len(rows(printed, strategy)) >= 3
 

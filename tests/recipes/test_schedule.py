@@ -195,5 +195,5 @@ def test_nonsense_is_refused(schedule: Schedule, message: str) -> None:
 def test_what_the_recipe_declares_is_not_held_against_the_user() -> None:
     declared = Schedule(name="onecycle", pct_start=0.2)
     Schedule(name="cosine", pct_start=0.2).check(declared)
-    with pytest.raises(ValueError, match="pct_start=0.4 has no effect"):
+    with pytest.raises(ValueError, match=r"pct_start=0.4 has no effect"):
         Schedule(name="cosine", pct_start=0.4).check(declared)

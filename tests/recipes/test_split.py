@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import chain
+
 import pytest
 
 from recipes.base import Dataset
@@ -15,7 +17,7 @@ def members(view: Dataset | None) -> list[int]:
 def test_views_are_disjoint_and_cover_the_data(size: int, val: float, test: float) -> None:
     splits = split(range(size), val, test)
     parts = [members(part) for part in (splits.train, splits.val, splits.test)]
-    assert sorted(sum(parts, [])) == list(range(size))
+    assert sorted(chain(*parts)) == list(range(size))
     assert [len(part) for part in parts[1:]] == [round(size * val), round(size * test)]
     assert (splits.val is None) == (val == 0)
     assert (splits.test is None) == (test == 0)

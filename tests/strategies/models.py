@@ -43,21 +43,22 @@ class MLP(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
+        self.dropout = dropout
         # no bias before a BatchNorm: its gradient is rounding noise, which Adam would blow up
         self.conv = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.dropout(functional.relu(self.norm(self.conv(x))), 0.3, self.training)
+        return functional.dropout(functional.relu(self.norm(self.conv(x))), self.dropout, self.training)
 
 
 class CNN(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, dropout: float = 0.3) -> None:
         super().__init__()
         self.stem = nn.Conv2d(1, 7, 3, padding=1)
-        self.blocks = nn.ModuleList(ConvBlock(7) for _ in range(2))
+        self.blocks = nn.ModuleList(ConvBlock(7, dropout) for _ in range(2))
         self.head = nn.Linear(7, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -119,6 +120,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "frozen": lambda: MLP(frozen=True),
     "scalar": lambda: MLP(scalar=True),
     "cnn": CNN,
+    "batchnorm": lambda: CNN(dropout=0.0),
     "gpt": GPT,
     "tied-blocks": lambda: GPT(tie_blocks=True),
     "drawn": DrawnGPT,
@@ -150,7 +152,7 @@ def batch(model: str, step: int, index: int) -> Batch:
     if model in ("gpt", "tied-blocks", "drawn"):
         tokens = torch.randint(17, (3, 8), generator=generator)
         return tokens[:, :-1], tokens[:, 1:]
-    shape = (4, 1, 6, 6) if model == "cnn" else (4, 6)
+    shape = (4, 1, 6, 6) if model in ("cnn", "batchnorm") else (4, 6)
     return torch.randn(shape, generator=generator), torch.randint(3, (4,), generator=generator)
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import torch
+from _pytest.mark import ParameterSet
 
 from tests.ranks import run_ranks
-from tests.strategies.models import build
-from tests.strategies.training import STRATEGIES, Case, assert_equal, raw, train
+from tests.strategies.training import STRATEGIES, Case, assert_equal, each, raw, train
 
-QUICK = ["ddp", "fsdp"]
-EVERY = [name for name in STRATEGIES if name != "fsdp-hybrid"]
+TWO_RANKS = [name for name in STRATEGIES if name != "fsdp-hybrid"]
 
 CASES = {
     "mlp": Case(),
@@ -28,8 +26,18 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-@pytest.mark.parametrize("strategy", EVERY)
+def pairs() -> list[ParameterSet]:
+    """Every case under DDP and FSDP; under the others the quick ones are those with the most in them."""
+    quick = {"mlp-sgd-accumulating", "cnn", "gpt-clip-norm"}
+    return [
+        pytest.param(*parameter.values, case, id=f"{parameter.id}-{name}", marks=marks)
+        for parameter in each(TWO_RANKS, ("ddp", "fsdp", "single", "zero1", "zero3"))
+        for name, case in CASES.items()
+        for marks in [parameter.marks or ([] if parameter.id in ("ddp", "fsdp") or name in quick else [pytest.mark.slow])]
+    ]
+
+
+@pytest.mark.parametrize(("strategy", "case"), pairs())
 def test_two_ranks_equal_raw_pytorch(strategy: str, case: Case) -> None:
     ranks = 1 if strategy == "single" else 2
     outcomes = run_ranks(ranks, train, strategy, case)
@@ -37,7 +45,7 @@ def test_two_ranks_equal_raw_pytorch(strategy: str, case: Case) -> None:
     assert all(outcome.losses == outcomes[0].losses and outcome.norms == outcomes[0].norms for outcome in outcomes)
 
 
-@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "single"])
+@pytest.mark.parametrize("strategy", each([n for n in STRATEGIES if n != "single"], ("ddp", "fsdp-hybrid")))
 def test_four_ranks_equal_raw_pytorch(strategy: str) -> None:
     case = Case(model="gpt", micro_batches=8, options=(("clip_norm", 0.5),))
     assert_equal(run_ranks(4, train, strategy, case)[0], raw(case))
@@ -47,3 +55,11 @@ def test_four_ranks_equal_raw_pytorch(strategy: str) -> None:
 def test_scalars_and_short_parameters_on_four_ranks(strategy: str) -> None:
     case = Case(model="scalar", micro_batches=8, options=(("clip_norm", 0.5),))
     assert_equal(run_ranks(4, train, strategy, case)[0], raw(case))
+
+
+def test_strategies_agree_among_each_other() -> None:
+    for model in ("gpt", "cnn"):
+        case = Case(model=model, micro_batches=4, options=(("clip_norm", 0.5),))
+        expected = run_ranks(1, train, "single", case)[0]
+        for strategy in ("ddp", "fsdp", "zero1", "zero3"):
+            assert_equal(run_ranks(2, train, strategy, case)[0], expected, 1e-6, 2e-6)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
 
+import pytest
 import torch
+from _pytest.mark import ParameterSet
 from torch import Tensor, distributed, nn
 
 from strategies import strategy_class
@@ -19,7 +22,7 @@ from tests.strategies import models
 STRATEGIES: dict[str, dict[str, Any]] = {
     "single": {"strategy": "single"},
     "ddp": {"strategy": "ddp"},
-    "ddp-static": {"strategy": "ddp", "ddp": DDPOptions(static_graph=True)},
+    "ddp-unused": {"strategy": "ddp", "ddp": DDPOptions(find_unused_parameters=True)},
     "fsdp": {"strategy": "fsdp"},
     "fsdp-grad": {"strategy": "fsdp", "fsdp": FSDPOptions(shard="grad")},
     "fsdp-sync": {"strategy": "fsdp", "fsdp": FSDPOptions(sync_every_micro_batch=True)},
@@ -28,6 +31,14 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "zero2": {"strategy": "zero2"},
     "zero3": {"strategy": "zero3"},
 }
+
+QUICK = ("single", "ddp", "fsdp", "zero1", "zero3")
+"""what stands for all where a test is not about a variant; the others are marked slow"""
+
+
+def each(names: Iterable[str] = STRATEGIES, quick: Collection[str] = QUICK) -> list[ParameterSet]:
+    """Strategies to parametrise a test with."""
+    return [pytest.param(name, id=name, marks=[] if name in quick else [pytest.mark.slow]) for name in names]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,49 @@
+"""Runs inside a test: the loop, the record and the checkpoints, without the command around them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from launch.command import resolve
+from launch.job import Job, prepare
+from launch.loop import train
+from launch.record import Record
+from launch.screen import Screen
+from launch.versions import versions
+from launch.world import World
+from tests import ranks
+
+
+def job_of(place: ranks.World, recipe: str, *words: str) -> Job:
+    """The run that the command line describes, of a recipe of `tests.launch.tiny`, on this rank."""
+    world = World(
+        rank=place.rank, local_rank=place.local_rank, world_size=place.world_size, local_world_size=place.local_world_size
+    )
+    return prepare(resolve([f"recipe=tests.launch.tiny:{recipe}", "workers=0", *words], world), world)
+
+
+def trained(job: Job, folder: Path) -> Job:
+    """The job after `launch.loop.train`, its record in `folder`."""
+    if job.world.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    record = Record(job, folder, versions(), Screen(False))
+    train(job, record)
+    record.flush()
+    return job
+
+
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def series(folder: Path, name: str = "loss") -> list[float]:
+    """One number of the training lines, by step."""
+    return [line[name] for line in lines_of(folder) if name in line]
+
+
+def alone() -> ranks.World:
+    """The place of a process without others."""
+    return ranks.World(rank=0, local_rank=0, world_size=1, local_world_size=1)

@@ -1,0 +1,149 @@
+"""A run that fails says why, once, and ends; one that is interrupted ends cleanly. Real processes under torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launch.processes import ROOT, TINY, Ended, call, finish, offspring, start
+
+
+def fails(cwd: Path, fail: str, *words: str, recipe: str = "Broken", ranks: int = 2) -> Ended:
+    return call(
+        f"recipe={TINY}:{recipe}",
+        f"fail={fail}",
+        "run_dir=run",
+        "batch_size=10",
+        "epochs=2",
+        "log.every=1",
+        *words,
+        cwd=cwd,
+        ranks=ranks,
+    )
+
+
+def failure(cwd: Path) -> dict[str, Any]:
+    verdict: dict[str, Any] = json.loads((cwd / "run" / "failure.json").read_text())
+    return verdict
+
+
+def losses(cwd: Path) -> list[float]:
+    return [line["loss"] for line in map(json.loads, (cwd / "run" / "metrics.jsonl").read_text().splitlines())]
+
+
+def test_an_exception_on_one_rank_is_told_once_and_ends_the_job(tmp_path: Path) -> None:
+    ended = fails(tmp_path, "raise")
+    assert ended.code == 1
+    assert ended.ours == [
+        line for line in ended.ours if re.search(r"rank 1 on .*, step 3: LookupError: the shelf is empty", line)
+    ]
+    assert len(ended.ours) == 1
+    assert ended.err.count('raise LookupError("the shelf is empty")') == 1, "the line that raised, once"
+    verdict = failure(tmp_path)
+    assert (verdict["rank"], verdict["step"], verdict["error"]) == (1, 3, "LookupError")
+    failed_after = time.time() - verdict["time"]
+    assert failed_after < 10, "from the failure to the end of the job"
+    assert losses(tmp_path), "the steps before are on record"
+
+
+@pytest.mark.slow
+def test_an_exception_without_launcher_is_told_once(tmp_path: Path) -> None:
+    ended = fails(tmp_path, "raise", "fail_rank=0", ranks=0)
+    assert (ended.code, len(ended.ours)) == (1, 1)
+    assert ended.err.count('raise LookupError("the shelf is empty")') == 1
+    assert failure(tmp_path)["step"] == 3
+
+
+@pytest.mark.slow
+def test_the_next_life_of_a_failed_run_forgets_the_failure(tmp_path: Path) -> None:
+    fails(tmp_path, "raise", "fail_rank=0", "checkpoint.every=2", ranks=0)
+    ended = fails(tmp_path, "no", "checkpoint.every=2", ranks=0)
+    assert ended.code == 0, ended.err
+    assert "at step 2" in ended.out
+    assert not (tmp_path / "run" / "failure.json").exists()
+
+
+@pytest.mark.slow
+def test_a_nan_loss_names_step_rank_and_module(tmp_path: Path) -> None:
+    ended = fails(tmp_path, "nan")
+    assert ended.code == 1
+    assert len(ended.ours) == 1, ended.err
+    assert re.search(r"at step 3: micro-batch 0 of rank 1, first in module model\.0 \(Poisonable\)", ended.ours[0])
+    assert 'Traceback (most recent call last):\n  File "' + str(ROOT) not in ended.err, "a verdict needs no traceback"
+    assert failure(tmp_path)["step"] == 3
+    assert set(re.findall(r"exitcode *: (-?\d+)", ended.err)) <= {"1", "-15"}
+
+
+@pytest.mark.slow
+def test_a_recipe_may_leave_nan_steps_out_on_all_ranks(tmp_path: Path) -> None:
+    ended = fails(tmp_path, "nan", recipe="Forgiving")
+    assert ended.code == 0, ended.err
+    found = losses(tmp_path)
+    assert len(found) == 10
+    assert [step for step, loss in enumerate(found, 1) if loss != loss] == [3]
+
+
+@pytest.mark.slow
+def test_a_nan_gradient_of_a_finite_loss_names_the_parameter(tmp_path: Path) -> None:
+    ended = fails(tmp_path, "gradient")
+    assert ended.code == 1
+    assert len(ended.ours) == 1, ended.err
+    assert re.search(r"gradient norm is nan at step 3, the loss being finite; .* model\.0\.weight", ended.ours[0])
+    assert failure(tmp_path)["step"] == 3
+
+
+@pytest.mark.slow
+def test_what_fails_on_all_ranks_before_the_first_step_is_told_once(tmp_path: Path) -> None:
+    ended = fails(tmp_path, "no", recipe="Unbuilt")
+    assert ended.code == 1
+    assert len(ended.ours) == 1, ended.err
+    assert "rank 0 on " in ended.ours[0]
+    assert ended.err.count('raise RuntimeError("no such layer")') == 1
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_ends_the_job(tmp_path: Path) -> None:
+    process = busy(tmp_path)
+    next(worker for worker in offspring(tmp_path) if worker.environ().get("RANK") == "1").kill()
+    killed = time.monotonic()
+    ended = finish(process)
+    assert ended.code == 1
+    assert time.monotonic() - killed < 10
+    assert len(ended.ours) <= 1, ended.err
+    assert not offspring(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_ctrl_c_ends_cleanly(tmp_path: Path, ranks: int) -> None:
+    process = busy(tmp_path, ranks)
+    os.killpg(process.pid, signal.SIGINT)
+    pressed = time.monotonic()
+    ended = finish(process)
+    assert ended.code != 0
+    assert time.monotonic() - pressed < 10
+    assert str(ROOT / "launch") not in "".join(re.findall(r'File "(.*)"', ended.err)), ended.err
+    assert len(ended.ours) == 1, ended.err
+    assert "interrupted at step" in ended.ours[0]
+    assert not offspring(tmp_path)
+
+
+def busy(cwd: Path, ranks: int = 2) -> subprocess.Popen[str]:
+    """A run that goes on for minutes, after its first steps."""
+    process = start(
+        f"recipe={TINY}:Broken", "pause=0.05", "run_dir=run", "batch_size=10", "steps=9999", "log.every=1", cwd=cwd, ranks=ranks
+    )
+    deadline = time.monotonic() + 60
+    while not (cwd / "run" / "metrics.jsonl").exists() or len(losses(cwd)) < 3:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return process

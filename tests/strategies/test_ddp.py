@@ -1,0 +1,137 @@
+"""What only DDP does: unused parameters, static graphs, refused options."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from strategies.ddp import DDP
+from strategies.options import DDPOptions, Options
+from tests.ranks import RanksFailed, World, run_ranks
+from tests.strategies.training import Case, raw, set_up, train_step
+
+
+class Branches(nn.Module):
+    """Takes one of two ways, or both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.left, self.right = nn.Linear(3, 3), nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor, ways: str) -> Tensor:
+        x = self.stem(x)
+        return sum(getattr(self, way)(x).sum() for way in ways.split("+"))
+
+
+def build() -> Branches:
+    torch.manual_seed(0)
+    return Branches()
+
+
+def go(world: World, ways: list[list[str]], options: DDPOptions) -> tuple[str, list[Tensor]]:
+    """Two steps, with `ways[rank]` the way of each micro-batch. Returns the error, and the weights after it."""
+    strategy = DDP(world, Options(strategy="ddp", ddp=options))
+    strategy.setup(build, lambda model: SGD(model.parameters(), lr=0.1), lambda _: ())
+    try:
+        for step in range(2):
+            mine = ways[world.rank]
+            for index, way in enumerate(mine):
+                with strategy.microbatch(last=index == len(mine) - 1):
+                    strategy.backward(strategy.model(torch.full((1, 3), 1.0 + step), way))
+            strategy.step()
+    except RuntimeError as error:
+        return str(error), [p.detach() for p in strategy.module.parameters()]
+    return "", [p.detach() for p in strategy.module.parameters()]
+
+
+def by_hand(ways: list[list[str]]) -> list[Tensor]:
+    model = build()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    for step in range(2):
+        for way in [way for rank in ways for way in rank]:
+            model(torch.full((1, 3), 1.0 + step), way).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("ways", [[["left"], ["left"]], [["left+right", "left"], ["left", "left+right"]]])
+def test_unused_parameters_are_named(ways: list[list[str]]) -> None:
+    answers = run_ranks(2, go, ways, DDPOptions(), timeout=20)
+    if "right" in ways[0][0]:  # used by an earlier micro-batch: its gradient counts
+        assert [error for error, _ in answers] == ["", ""]
+        for _, weights in answers:
+            torch.testing.assert_close(weights, by_hand(ways))
+        return
+    for error, weights in answers:
+        assert "no gradient for right.weight, right.bias: not used" in error
+        assert "ddp.find_unused_parameters=true" in error
+        assert all(map(torch.equal, weights, build().parameters()))
+
+
+def test_a_parameter_that_one_rank_misses_is_named_there_and_nobody_hangs() -> None:
+    (fine, weights), (error, untouched) = run_ranks(2, go_once, timeout=20)
+    assert "no gradient for right.weight, right.bias" in error
+    assert fine == ""
+    assert all(map(torch.equal, untouched, build().parameters()))
+    # the other rank's step was right all the same: a gradient of zero is what this rank had to add
+    model = build()
+    for way in ("left+right", "left"):
+        model(torch.ones(1, 3), way).backward()
+    for weight, parameter in zip(weights, model.parameters(), strict=True):
+        torch.testing.assert_close(weight, parameter - 0.1 * parameter.grad)
+
+
+def go_once(world: World) -> tuple[str, list[Tensor]]:
+    strategy = DDP(world, Options(strategy="ddp"))
+    strategy.setup(build, lambda model: SGD(model.parameters(), lr=0.1), lambda _: ())
+    with strategy.microbatch(last=True):
+        strategy.backward(strategy.model(torch.ones(1, 3), "left" if world.rank else "left+right"))
+    try:
+        strategy.step()
+    except RuntimeError as error:
+        return str(error), [p.detach() for p in strategy.module.parameters()]
+    return "", [p.detach() for p in strategy.module.parameters()]
+
+
+@pytest.mark.parametrize("ways", [[["left"], ["left"]], [["left"], ["right"]], [["left", "right"], ["left", "left"]]])
+def test_find_unused_parameters_lets_them_go_without_gradient(ways: list[list[str]]) -> None:
+    for error, weights in run_ranks(2, go, ways, DDPOptions(find_unused_parameters=True)):
+        assert error == ""
+        torch.testing.assert_close(weights, by_hand(ways))
+
+
+def static(world: World, case: Case) -> list[float]:
+    strategy = set_up(world, "ddp", case)
+    return [train_step(world, strategy, case, step)[0] for step in range(case.steps)]
+
+
+def test_a_static_graph_trains_alike_but_refuses_to_accumulate() -> None:
+    case = Case(model="gpt", options=(("ddp", DDPOptions(static_graph=True)),))
+    outcome = raw(Case(model="gpt"))
+    torch.testing.assert_close(run_ranks(2, static, case)[0], outcome.losses, rtol=1e-5, atol=0)
+    many = Case(model="gpt", micro_batches=4, options=(("ddp", DDPOptions(static_graph=True)),))
+    with pytest.raises(RanksFailed, match="does not go with gradient accumulation"):
+        run_ranks(2, static, many)
+
+
+def test_options_that_contradict_are_refused() -> None:
+    world = World(0, 0, 2, 2)
+    with pytest.raises(ValueError, match="drop one of the two keys"):
+        DDP(world, Options(ddp=DDPOptions(static_graph=True, find_unused_parameters=True)))
+    with pytest.raises(ValueError, match="at least 1 MB"):
+        DDP(world, Options(ddp=DDPOptions(bucket_mb=0)))
+
+
+def fixed(world: World) -> tuple[bool, bool, int]:
+    strategy = DDP(world, Options(strategy="ddp"))
+    strategy.setup(build, None, lambda _: ())
+    with strategy.resting():
+        needs = strategy.model(torch.ones(1, 3), "left").requires_grad
+    return strategy.model is strategy.module, needs, len(strategy.state())
+
+
+def test_a_fixed_model_is_not_wrapped() -> None:
+    assert run_ranks(2, fixed) == [(True, False, 7)] * 2

@@ -1,0 +1,151 @@
+"""Several models, trained in turns: each is called while it rests, and must then be exactly right in its own turn."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn import functional
+from torch.optim import AdamW
+
+from strategies import strategy_class
+from strategies.base import Strategy
+from strategies.options import Options
+from tests.ranks import World, run_ranks
+from tests.strategies.models import MLP, blocks
+from tests.strategies.training import STRATEGIES, each
+
+STEPS = 6
+Models = dict[str, Any]
+
+
+class Generator(MLP):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(13, 6)
+
+
+def build(name: str) -> nn.Module:
+    torch.manual_seed(len(name))
+    return Generator() if name == "generator" else MLP()
+
+
+def noise(step: int, index: int) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(100 * step + index)
+    return torch.randn(4, 6), torch.randn(4, 6)
+
+
+def discriminate(models: Models, step: int, index: int) -> Tensor:
+    """The generator and the teacher rest, and no gradient reaches them."""
+    z, real = noise(step, index)
+    fake = models["generator"](z)
+    wanted = models["teacher"](real).softmax(-1)
+    return functional.cross_entropy(models["critic"](real), wanted) + models["critic"](fake).square().mean()
+
+
+def generate(models: Models, step: int, index: int) -> Tensor:
+    """The critic rests; gradients flow through it."""
+    z, _ = noise(step, index)
+    return (models["critic"](models["generator"](z)) - 1).square().mean()
+
+
+LOSSES = {"critic": discriminate, "generator": generate}
+
+
+@cache
+def by_hand(micro_batches: int) -> tuple[list[float], dict[str, list[Tensor]]]:
+    models = {name: build(name) for name in ("critic", "generator", "teacher")}
+    optimizers = {name: AdamW(models[name].parameters(), lr=0.01) for name in LOSSES}
+    losses = []
+    for step in range(STEPS):
+        for name, loss in LOSSES.items():
+            for index in range(micro_batches):
+                value = loss(models, step, index) / micro_batches
+                value.backward()
+                losses.append(value.item())
+            optimizers[name].step()
+            for model in models.values():
+                model.zero_grad()
+    return losses, {name: [p.detach() for p in model.parameters()] for name, model in models.items()}
+
+
+def in_turns(world: World, name: str, micro_batches: int) -> tuple[list[float], dict[str, list[Tensor]]]:
+    options = Options(**STRATEGIES[name])
+    strategies: dict[str, Strategy] = {}
+    for model in ("critic", "generator", "teacher"):
+        strategies[model] = strategy_class(options.strategy)(world, options)
+        adamw = None if model == "teacher" else lambda module: AdamW(module.parameters(), lr=0.01)
+        strategies[model].setup(lambda model=model: build(model), adamw, blocks)
+    models = {model: strategy.model for model, strategy in strategies.items()}
+    losses = []
+    for step in range(STEPS):
+        for turn, loss in LOSSES.items():
+            resting = [strategy for model, strategy in strategies.items() if model != turn]
+            values = torch.zeros(micro_batches)
+            mine = range(world.rank, micro_batches, world.world_size)
+            for index in mine:
+                last = index == mine[-1]
+                with resting[0].resting(), resting[1].resting(), strategies[turn].microbatch(last=last):
+                    value = loss(models, step, index) / micro_batches
+                    strategies[turn].backward(value)
+                values[index] = value.detach()
+            strategies[turn].step()
+            distributed.all_reduce(values)
+            losses += values.tolist()
+    # exporting gathers: all ranks, all models
+    weights = {model: strategy.export() for model, strategy in strategies.items()}
+    return losses, {model: list(tensors.values()) for model, tensors in weights.items()}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("strategy", each([name for name in STRATEGIES if name != "fsdp-hybrid"]))
+def test_a_gan_with_a_teacher_equals_raw_pytorch(strategy: str, accumulation: int) -> None:
+    ranks = 1 if strategy == "single" else 2
+    losses, weights = run_ranks(ranks, in_turns, strategy, ranks * accumulation)[0]
+    expected_losses, expected = by_hand(ranks * accumulation)
+    torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(weights, expected, rtol=1e-4, atol=1e-5)
+
+
+def interleaved(world: World, name: str) -> tuple[list[float], dict[str, list[Tensor]]]:
+    """Both models accumulate at the same time: micro-batch by micro-batch, one and the other."""
+    options = Options(**STRATEGIES[name])
+    strategies: dict[str, Strategy] = {}
+    for model in ("critic", "generator", "teacher"):
+        strategies[model] = strategy_class(options.strategy)(world, options)
+        strategies[model].setup(lambda model=model: build(model), lambda m: AdamW(m.parameters(), lr=0.01), blocks)
+    models = {model: strategy.model for model, strategy in strategies.items()}
+    for step in range(STEPS):
+        for index in (world.rank, world.rank + world.world_size):
+            for turn, loss in LOSSES.items():
+                resting = [strategy for model, strategy in strategies.items() if model != turn]
+                last = index >= world.world_size
+                with resting[0].resting(), resting[1].resting(), strategies[turn].microbatch(last=last):
+                    strategies[turn].backward(loss(models, step, index) / 4)
+        for turn in LOSSES:
+            strategies[turn].step()
+    return [], {model: list(strategy.export().values()) for model, strategy in strategies.items()}
+
+
+def interleaved_by_hand() -> dict[str, list[Tensor]]:
+    models = {name: build(name) for name in ("critic", "generator", "teacher")}
+    optimizers = {name: AdamW(models[name].parameters(), lr=0.01) for name in LOSSES}
+    for step in range(STEPS):
+        gradients: dict[str, list[Tensor]] = {}
+        for name, loss in LOSSES.items():
+            total = sum(loss(models, step, index) / 4 for index in range(4))
+            gradients[name] = list(torch.autograd.grad(total, list(models[name].parameters())))
+        for name, found in gradients.items():
+            for parameter, gradient in zip(models[name].parameters(), found, strict=True):
+                parameter.grad = gradient
+            optimizers[name].step()
+    return {name: [p.detach() for p in model.parameters()] for name, model in models.items()}
+
+
+@pytest.mark.parametrize("strategy", each(["ddp", "fsdp", "fsdp-grad"]))
+def test_turns_may_interleave_while_accumulating(strategy: str) -> None:
+    _, weights = run_ranks(2, interleaved, strategy)[0]
+    torch.testing.assert_close(weights, interleaved_by_hand(), rtol=1e-4, atol=1e-5)
