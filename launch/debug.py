@@ -5,35 +5,32 @@ The steps are those of the run itself, under its own schedule: what goes wrong a
 
 from __future__ import annotations
 
-import math
 import os
 import pdb
 import shutil
 import sys
 import sysconfig
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Subset
 
 from launch.batchnorm import RunningStatistics
 from launch.data import to_device
 from launch.job import Job, build_strategies
-from launch.loop import others_resting
-from launch.seeding import seed_device
+from launch.model_table import tables
+from launch.overfit import overfit
 
 if TYPE_CHECKING:
     from launch.config import Config
     from launch.screen import Screen
-    from recipes.base import Batch, Dataset
+    from recipes.base import Dataset
     from strategies.base import Strategy
 
 STEPS = 8

@@ -165,7 +165,7 @@ def totals(strategy: Strategy) -> str:
     """The last line of a table."""
     parameters = list(strategy.module.parameters())
     trainable = sum(size(p) for p in parameters if p.requires_grad)
-    dtypes = Counter(str(p.dtype).removeprefix("torch.") for p in parameters)
+    dtypes = dict.fromkeys(str(p.dtype).removeprefix("torch.") for p in parameters)
     total = strategy.parameter_count()
     share = "all trainable" if trainable == total else f"{trainable:,} trainable"
     return f"{total:,} parameters ({', '.join(dtypes)}), {share}"

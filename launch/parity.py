@@ -42,6 +42,10 @@ if TYPE_CHECKING:
 TOLERANCE = {"fp32": (1e-5, 1e-5, 1e-4, 1e-6), "tf32": (2e-3, 2e-3, 2e-3, 1e-6), "bf16": (2e-2,) * 4, "fp16": (2e-2,) * 4}
 """allowed relative deviation of loss, gradient norm and final weights from the single process, and of loss and gradient norm
 among the strategies; bf16 and fp16 differ where a micro-batch's rounding does, so theirs is that of the format"""
+SMALL = 0.01
+"""weights deviate relative to the largest value of their tensor, or to this where all are smaller (a bias that starts at zero)"""
+ROUNDING = 6e-8
+"""half a unit in the last place of fp32"""
 OWN_KEYS = ("ranks", "strategies", "compare")
 
 
@@ -197,7 +201,7 @@ def compare(case: Case, traces: dict[str, Trace], precision: str) -> Row:
     noise, none = without_gradient(reference), torch.tensor(False)
     apart = {
         name: float(
-            ((mine[key] - reference[key]).abs() * ~noise.get(name, none)).max() / reference[key].abs().max().clamp(min=1e-30)
+            ((mine[key] - reference[key]).abs() * ~noise.get(name, none)).max() / reference[key].abs().max().clamp(min=SMALL)
         )
         for key in mine
         if key.startswith("weights/") and (name := key.removeprefix("weights/"))
@@ -238,19 +242,28 @@ def where(mine: Trace, reference: Trace, noise: Iterable[str], precision: str) -
     import torch
 
     most = TOLERANCE[precision][0]
-    curves = torch.stack([deviation(mine[key], reference[key]) > most for key in mine if key.startswith(("loss/", "norm/"))])
-    steps = torch.nonzero(curves.any(0)).flatten().tolist()
+    curve = torch.stack([deviation(mine[key], reference[key]) for key in mine if key.startswith(("loss/", "norm/"))]).amax(0)
+    steps = torch.nonzero(curve > most).flatten().tolist()
     prints = {
         key.removeprefix("print/"): deviation(mine[key], reference[key])
         for key in mine
         if key.startswith("print/") and key.removeprefix("print/") not in noise
     }
     first = min((int(torch.nonzero(far > most)[0]) for far in prints.values() if (far > most).any()), default=None)
-    since = f"from step {steps[0] + 1} on" if steps else "only in the weights"
+    since = f"from step {steps[0] + 1} on{growth(curve.tolist(), steps[0])}" if steps else "only in the weights"
     if first is None:
         return since
     worst = max(prints, key=lambda name: float(prints[name][first]))
     return f"{since}; the first parameter apart is {worst}, after step {first + 1}"
+
+
+def growth(curve: list[float], bad: int) -> str:
+    """Whether it is the run itself that blows rounding up: deviations that start as rounding and grow step by step."""
+    start = max(curve[0], ROUNDING)
+    if bad < 2 or start > 10 * ROUNDING:
+        return ""
+    fold = (curve[bad] / start) ** (1 / bad)
+    return f" (rounding at first, growing {fold:.0f}-fold a step: this run is that sensitive, compare={bad} tells more)"
 
 
 def part(mask: Tensor) -> str:

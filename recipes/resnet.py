@@ -28,7 +28,7 @@ class Model:
     """number of layers"""
     small_stem: bool | None = None
     """3 x 3 convolution and no pooling in front (default: for images of at most 64 pixels)"""
-    zero_init_residual: bool = False
+    zero_init_residual: bool = True
     """start each residual block as the identity (Goyal et al. 2017)"""
 
 

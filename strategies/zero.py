@@ -20,7 +20,7 @@ from strategies import precision
 from strategies.base import BuildOptimizer, Strategy, World
 from strategies.options import Options
 from strategies.state import Range, Reader, unique_state
-from strategies.zero_environment import at_least_1d, environment, free_gathered_weights, import_deepspeed
+from strategies.zero_environment import at_least_1d, free_gathered_weights, import_deepspeed, prepared_deepspeed
 
 # they look at the shape of each parameter; to an elementwise optimizer a flat partition is as good
 SHAPED_OPTIMIZERS = ("Adafactor", "Muon", "LBFGS", "SparseAdam")
@@ -111,7 +111,8 @@ class Zero(Strategy):
             )
         for group in optimizer.param_groups:  # a group that is all frozen would be an IndexError
             group["params"] = [p for p in group["params"] if p.requires_grad]
-        with environment(self.device) as deepspeed, at_least_1d(self.module):
+        deepspeed = prepared_deepspeed(self.device)
+        with at_least_1d(self.module):
             self.engine, *_ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=self.config())
         self.model, self.optimizer = self.engine, self.engine.optimizer
         if self.optimizer.optimizer is not optimizer:  # it rebuilds Adagrad, as one group with the default settings
@@ -245,7 +246,8 @@ class Zero(Strategy):
                 for key, value in self.optimizer.state.get(piece.flat, {}).items():
                     if isinstance(value, Tensor):
                         flat = value.shape == piece.flat.shape
-                        if written := piece.range(value) if flat else self.written(value):
+                        # a copy for each: safetensors refuses tensors that share memory
+                        if written := piece.range(value) if flat else self.written(value.clone()):
                             ranges[f"optimizer/{name}/{key}"] = written
         return ranges
 

@@ -28,9 +28,8 @@ def _is_error(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR
 
 
-@contextmanager
-def environment(device: torch.device) -> Iterator[Any]:
-    """Tell DeepSpeed what it would look up or guess by itself. Yields the package."""
+def prepared_deepspeed(device: torch.device) -> Any:
+    """The package, told what it would look up or guess by itself."""
     deepspeed = import_deepspeed()
     if device.type == "cpu" and deepspeed.accelerator.get_accelerator().device_name() != "cpu":  # there is a GPU
         deepspeed.accelerator.set_accelerator(import_module("deepspeed.accelerator.cpu_accelerator").CPU_Accelerator())
@@ -38,17 +37,9 @@ def environment(device: torch.device) -> Iterator[Any]:
     deepspeed.utils.groups._WORLD_GROUP = distributed.group.WORLD
     # a C++ kernel for inference on CPUs, never called in training: it wants a compiler and half a minute to build
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
-    # it finds its device by the one and checks the group against the other, which another launcher may not have set
-    values = {"LOCAL_RANK": str(device.index or 0), "WORLD_SIZE": str(distributed.get_world_size())}
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield deepspeed
-    finally:
-        for name, value in before.items():
-            del os.environ[name]
-            if value is not None:
-                os.environ[name] = value
+    # It finds its device by the one, at each forward too, and checks the group against the other; srun sets neither.
+    os.environ.update(LOCAL_RANK=str(device.index or 0), WORLD_SIZE=str(distributed.get_world_size()))
+    return deepspeed
 
 
 @contextmanager

@@ -99,8 +99,12 @@ def test_a_mistake_is_one_line(theirs: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["resnet", "mnist", "gpt", "gan"])
 def test_every_strategy_trains_our_recipes_alike(recipe: str) -> None:
-    small = {"resnet": ["micro_batch_size=8"], "gpt": ["model.layers=2", "micro_batch_size=2"]}.get(recipe, [])
-    printed = parity(f"recipe={recipe}", "compare=10", *small, expect=0)
+    # at 8 pixels the last stage of a ResNet is BatchNorm over a single pixel of few samples: it blows rounding up 90-fold a step
+    small = {
+        "resnet": ["data.image_size=16", "micro_batch_size=4", "optim.lr=0.005"],
+        "gpt": ["model.layers=2", "micro_batch_size=2"],
+    }
+    printed = parity(f"recipe={recipe}", "compare=10", *small.get(recipe, []), expect=0)
     for strategy in ("ddp", "fsdp", "zero1", "zero2", "zero3"):
         assert len(rows(printed, strategy)) >= 3
 

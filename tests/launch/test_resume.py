@@ -134,6 +134,16 @@ def test_the_next_life_may_have_another_number_of_ranks(tmp_path: Path, before: 
     assert (found["step"], found["best_step"]) == (expected["step"], expected["best_step"])
 
 
+def test_a_checkpoint_holds_the_running_statistics_of_all_ranks(tmp_path: Path) -> None:
+    found = {}
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks)
+        run_ranks(ranks, life, folder, ("optimizer=sgd", "held_out=0"), 6)  # no evaluation: it would synchronise them too
+        saved = checkpoint.Checkpoint(folder / "checkpoints" / "step-00000006").of("model")
+        found[ranks] = [saved.read(f"model/1.running_{name}", 0, 8) for name in ("mean", "var")]
+    torch.testing.assert_close(found[2], found[1], rtol=1e-5, atol=1e-6)
+
+
 def test_the_optimizer_comes_along(tmp_path: Path) -> None:
     job = trained(job_of(alone(), "Fit", *WORDS), tmp_path)
     again = job_of(alone(), "Fit", *WORDS)

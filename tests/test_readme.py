@@ -1,0 +1,139 @@
+"""The README tells the truth: its recipe trains, its commands run, what it names is there."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from launch.config import Config, keys_of
+from tests.launch.processes import ROOT, call
+
+README = (ROOT / "README.md").read_text()
+SHORT = {  # nothing is evaluated, and the largest model is small
+    "resnet": ("data.val=0", "data.test=0", "batch_size=16", "micro_batch_size=4"),
+    "mnist": ("data.val=0", "data.test=0"),
+    "gpt": ("data.val=0", "data.test=0", "model.layers=1"),
+    "./mine.py": (),
+}
+
+
+def blocks(language: str) -> list[str]:
+    """The code blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+
+def commands() -> list[list[str]]:
+    """Each line of the bash blocks, as words; `a && b` is two."""
+    lines = [part for block in blocks("bash") for line in block.splitlines() for part in line.split("&&")]
+    return [shlex.split(line) for line in lines]
+
+
+def runs() -> list[list[str]]:
+    """The commands that call launch/run.py."""
+    return [words for words in commands() if "launch/run.py" in words]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with the README's recipe."""
+    (tmp_path / "mine.py").write_text(blocks("python")[0])
+    return tmp_path
+
+
+def losses(run_dir: Path) -> list[float]:
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_the_recipe_has_about_forty_lines() -> None:
+    assert len([line for line in blocks("python")[0].splitlines() if line.strip()]) <= 45
+
+
+def test_the_recipe_trains_alike_on_one_and_two_ranks(folder: Path) -> None:
+    for name, ranks in (("one", 0), ("two", 2)):
+        ended = call("recipe=./mine.py", "steps=20", f"run_dir={name}", cwd=folder, ranks=ranks)
+        assert ended.code == 0, ended.err
+        assert "test/accuracy" in ended.out
+    assert len(losses(folder / "one")) == 20
+    assert losses(folder / "two") == pytest.approx(losses(folder / "one"), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_every_run_runs(folder: Path) -> None:
+    """In the order of the page: one continues another."""
+    known: set[str] = set()
+    for words in runs():
+        ranks = next((int(word.partition("=")[2]) for word in words if word.startswith("--nproc_per_node")), 0)
+        said = words[words.index("launch/run.py") + 1 :]
+        recipe = next(word.partition("=")[2] for word in said if word.startswith("recipe="))
+        run_dir = next((word for word in said if word.startswith("run_dir=")), "")
+        steps = 2 if run_dir in known else 1
+        known |= {run_dir} - {""}
+        short = () if "--help" in said else (*SHORT[recipe], f"steps={steps}")
+        ended = call(*said, *short, cwd=folder, ranks=ranks, timeout=120)
+        assert ended.code == 0, f"{shlex.join(words)}\n{ended.err}"
+        if steps == 2:
+            assert "continues" in ended.out
+
+
+@pytest.mark.slow
+def test_the_recipe_passes_parity(folder: Path) -> None:
+    parity = [sys.executable, str(ROOT / "launch" / "parity.py"), "recipe=./mine.py", "strategies=ddp", "steps=2"]
+    ended = subprocess.run(parity, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+def test_every_command_is_of_a_kind_that_is_tested() -> None:
+    assert len(runs()) > 5
+    for words in commands():
+        tested = {"launch/run.py", "launch/parity.py", "slurm/train.sbatch", "pip", "pytest"} & set(words)
+        assert tested, f"no test runs: {shlex.join(words)}"
+
+
+def test_the_extras_that_pip_is_asked_for_exist() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    asked = re.findall(r'pip install -e "\.\[(\w+)\]"', README)
+    assert {"test", "tested"} == set(asked) == set(extras)
+
+
+def test_the_batch_script_is_bash() -> None:
+    subprocess.run(["bash", "-n", str(ROOT / "slurm" / "train.sbatch")], check=True)
+
+
+def test_the_mistake_reads_as_shown(folder: Path) -> None:
+    shown = re.search(r"^\$ python launch/run\.py (.*)\n(rankzero: .*)$", README, re.MULTILINE)
+    assert shown is not None
+    ended = call(*shlex.split(shown[1]), cwd=folder)
+    assert (ended.code, ended.err) == (2, shown[2] + "\n")
+
+
+def test_the_weights_load_in_three_lines(folder: Path) -> None:
+    words = ("batch_size=2", "micro_batch_size=2", "steps=1", "run_dir=run")
+    ended = call("recipe=resnet", *SHORT["resnet"][:2], *words, cwd=folder)
+    assert ended.code == 0, ended.err
+    code = re.sub(r'"runs/.*?/model\.safetensors"', f'"{folder}/run/model.safetensors"', blocks("python")[1])
+    assert str(folder) in code
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_the_keys_of_the_table_exist() -> None:
+    table = README[README.index("| key |") : README.index("## What is promised")]
+    named = {name for row in re.findall(r"^\| .*", table, re.M) for name in re.findall(r"`([\w.*]+)`", row.split("|")[1])}
+    keys = {key.name for key in keys_of(Config)}
+    recipes = {"model.*", "data.*", "optim.*", "schedule.*"}
+    assert len(named) > 15
+    assert not {n for n in named - recipes if n not in keys and not any(key.startswith(n.rstrip("*")) for key in keys)}
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text())
+    assert links
+    assert not [link for link in links if not link.startswith("https://") and not (ROOT / link).exists()]
