@@ -73,6 +73,7 @@ def test_a_dead_worker_fails_the_test_and_the_pool_recovers(how: str, code: int)
     assert run_ranks(2, summed, torch.ones(1))[1][1].item() == 3.0
 
 
+@pytest.mark.slow
 def test_a_hanging_worker_fails_the_test_and_the_pool_recovers() -> None:
     with pytest.raises(RanksFailed, match=r"no answer since its start \(6 s\)") as caught:
         run_ranks(2, hangs_on, 1, timeout=6.0)
@@ -80,6 +81,7 @@ def test_a_hanging_worker_fails_the_test_and_the_pool_recovers() -> None:
     assert run_ranks(1, summed, torch.ones(1))[0][1].item() == 1.0
 
 
+@pytest.mark.slow
 def test_nothing_is_left_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ranks.shut_down()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))

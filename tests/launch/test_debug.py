@@ -102,6 +102,7 @@ def test_it_makes_the_first_steps_of_the_run_and_no_others(recipe: Path, tmp_pat
     assert [line.split()[1] for line in ended.out.splitlines() if line.startswith("step ")][:8] == [f"{n}/8" for n in range(1, 9)]
 
 
+@pytest.mark.slow
 def test_a_number_says_how_many_steps_and_the_last_run_is_replaced(recipe: Path, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "debug" / "small"
     folder.mkdir(parents=True)
@@ -122,6 +123,7 @@ def test_it_continues_a_run_from_its_checkpoint(recipe: Path, tmp_path: Path) ->
     assert losses(tmp_path / "runs" / "debug" / "small") == losses(tmp_path / "plain")[10:12]
 
 
+@pytest.mark.slow
 def test_two_ranks_and_a_wrong_number_are_refused(recipe: Path, tmp_path: Path) -> None:
     wrong = call(f"recipe={recipe}", "debug=-1", cwd=tmp_path)
     assert (wrong.code, wrong.err) == (2, "rankzero: debug=-1 must be true, false or a number of steps\n")
@@ -217,6 +219,7 @@ def test_several_losses_are_not_tried() -> None:
 # exceptions ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_without_a_terminal_the_traceback_is_told_once(recipe: Path, tmp_path: Path) -> None:
     ended = call(f"recipe={recipe}", "debug=true", "inputs=9", cwd=tmp_path)
     assert ended.code == 1
@@ -225,6 +228,7 @@ def test_without_a_terminal_the_traceback_is_told_once(recipe: Path, tmp_path: P
     assert json.loads((tmp_path / "runs" / "debug" / "small" / "failure.json").read_text())["error"] == "RuntimeError"
 
 
+@pytest.mark.slow
 def test_a_nan_of_the_backward_pass_is_traced_to_its_line(recipe: Path, tmp_path: Path) -> None:
     ended = call(f"recipe={recipe}", "debug=true", "fail=backward", cwd=tmp_path)
     assert ended.code == 1

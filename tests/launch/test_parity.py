@@ -84,6 +84,7 @@ def test_a_foreign_recipe_passes_and_a_bias_without_gradient_is_named(theirs: st
     assert "compute fp32" in printed
 
 
+@pytest.mark.slow
 def test_a_recipe_that_depends_on_the_rank_fails_with_step_and_parameter(theirs: str) -> None:
     printed = parity(theirs, "strategies=ddp", "lie=true", expect=1)
     assert all("FAIL" in row for row in rows(printed, "ddp"))

@@ -199,8 +199,10 @@ def test_the_same_seed_builds_the_same_models_and_training_moves_them(name: str)
     before = copy.deepcopy(models)
     for key, loss in recipe.losses().items():
         optimizer = recipe.optimizers()[key](models[key])
-        (loss(models, batch) / int(recipe.count(batch))).backward()
-        optimizer.step()
+        for _ in range(2):  # what stands before a gain of zero moves in the second step
+            optimizer.zero_grad()
+            (loss(models, batch) / int(recipe.count(batch))).backward()
+            optimizer.step()
         moved = [not torch.equal(a, b) for a, b in zip(models[key].parameters(), before[key].parameters(), strict=True)]
         assert all(moved)
 

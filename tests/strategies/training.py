@@ -32,7 +32,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "zero3": {"strategy": "zero3"},
 }
 
-QUICK = ("single", "ddp", "fsdp", "zero1", "zero3")
+QUICK = ("single", "ddp", "fsdp", "zero3")
 """what stands for all where a test is not about a variant; the others are marked slow"""
 
 
