@@ -26,7 +26,7 @@ def check_loss(job: Job, name: str, loss: Tensor, batches: list[Batch]) -> bool:
 
     If not: False for a recipe that leaves such steps out, else NonFinite with the culprit.
     """
-    if bool(loss.isfinite()):
+    if math.isfinite(loss):
         return True
     if job.recipe.skip_nonfinite:
         return False
@@ -38,7 +38,7 @@ def check_loss(job: Job, name: str, loss: Tensor, batches: list[Batch]) -> bool:
 
 def check_gradients(job: Job, name: str, norm: Tensor) -> None:
     """Raise NonFinite for a gradient norm that is no number; under fp16 such a step was skipped and the scale lowered."""
-    if job.config.precision != "fp16" and not bool(norm.isfinite()):
+    if job.config.precision != "fp16" and not math.isfinite(norm):
         bad = first_bad_parameter(job.strategies[name].module)
         bad = bad and f"{name}.{bad}"
         raise NonFinite(

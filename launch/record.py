@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class Record:
         self.scores: dict[str, Any] = {}
         if job.world.rank == 0:
             forget_after(run_dir / "metrics.jsonl", job.progress.step)
-            self.file = (run_dir / "metrics.jsonl").open("a", buffering=1)
+            self.file = (run_dir / "metrics.jsonl").open("a")
 
     def step(self, losses: dict[str, Tensor], norms: dict[str, Tensor], rate: float) -> None:
         """Take note of a step that has been made."""
@@ -59,36 +60,40 @@ class Record:
         if not self.pending:
             return
         names = list(self.pending[0].losses)
-        losses = torch.stack([torch.stack([p.losses[name] for name in names]) for p in self.pending])
-        if not self.job.careful:
-            total(losses)
-        norms = [float(sum(norm.double().square() for norm in p.norms.values()) ** 0.5) for p in self.pending]
+        losses = read([p.losses[name] for p in self.pending for name in names], over_ranks=not self.job.careful)
+        norms = read([p.norms.get(name) for p in self.pending for name in names])
         now = time.perf_counter()
         speed = len(self.pending) * self.job.cut.batch_size / (now - self.clock)
         self.clock = now
-        for pending, values, norm in zip(self.pending, losses.float().tolist(), norms, strict=True):
-            line = {
-                "step": pending.step,
-                "epoch": round(pending.epoch, 6),
-                "samples": pending.step * self.job.cut.batch_size,
-                "loss": float(torch.tensor(values).sum()),
-                **({f"loss/{name}": value for name, value in zip(names, values, strict=True)} if len(names) > 1 else {}),
-                "lr": pending.rate,
-                "grad_norm": norm,
-                "samples_per_second": round(speed, 1),
-                "time": round(time.time(), 3),
-            }
-            self.write(line)
-            nonfinite.check_late(self.job, pending.step, float(line["loss"]))
+        lines: list[dict[str, Any]] = []
+        for index, pending in enumerate(self.pending):
+            mine = slice(index * len(names), (index + 1) * len(names))
+            each = {f"loss/{name}": loss for name, loss in zip(names, losses[mine], strict=True)}
+            lines.append(
+                {
+                    "step": pending.step,
+                    "epoch": round(pending.epoch, 6),
+                    "samples": pending.step * self.job.cut.batch_size,
+                    "loss": sum(losses[mine]),
+                    **(each if len(names) > 1 else {}),
+                    "lr": pending.rate,
+                    "grad_norm": math.hypot(*norms[mine]),
+                    "samples_per_second": round(speed, 1),
+                    "time": round(time.time(), 3),
+                }
+            )
         self.pending.clear()
-        self.screen.step(line, self.job.last_step)
+        self.write(lines)
+        self.screen.step(lines[-1], self.job.last_step)
+        for line in lines:
+            nonfinite.check_late(self.job, line["step"], line["loss"])
 
     def evaluation(self, scores: dict[str, Any], split: str = "eval") -> None:
         """Take note of an evaluation; numbers go to the screen, tables (a confusion matrix) to the file only."""
         self.flush()
         line = {f"{split}/{name}": value for name, value in scores.items()}
         self.scores.update(line)
-        self.write({"step": self.job.progress.step, **line})
+        self.write([{"step": self.job.progress.step, **line}])
         self.screen.evaluation(self.job.progress.step, line)
         self.clock = time.perf_counter()
 
@@ -98,10 +103,11 @@ class Record:
         checkpoint.save(self.job, self.run_dir, self.versions)
         self.clock = time.perf_counter()
 
-    def write(self, line: dict[str, Any]) -> None:
-        """One line of metrics.jsonl. Floats are written with `repr`: two runs can be compared bit by bit."""
+    def write(self, lines: list[dict[str, Any]]) -> None:
+        """Lines of metrics.jsonl. Floats are written with `repr`: two runs can be compared bit by bit."""
         if self.job.world.rank == 0:
-            self.file.write(json.dumps(line) + "\n")
+            self.file.write("".join(json.dumps(line) + "\n" for line in lines))
+            self.file.flush()
 
     def close(self) -> None:
         """The closing summary."""
@@ -109,6 +115,15 @@ class Record:
         if self.job.world.rank == 0:
             self.file.close()
         self.screen.summary(self.job, self.first_step, time.perf_counter() - self.started, self.scores, self.run_dir)
+
+
+def read(values: list[Tensor | None], over_ranks: bool = False) -> list[float]:
+    """Scalars from the device as float32 numbers, in one copy, summed over ranks if so asked. NaN for a missing one."""
+    if any(value is None for value in values):
+        values = [torch.tensor(math.nan) if value is None else value.cpu() for value in values]
+    packed = torch.stack([value for value in values if value is not None])
+    numbers: list[float] = (total(packed) if over_ranks else packed).float().tolist()
+    return numbers
 
 
 def forget_after(metrics: Path, step: int) -> None:

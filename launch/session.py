@@ -54,7 +54,12 @@ def drive(job: Job, run_dir: Path, resumed: str) -> None:
         debug.examine(job, screen)
         resume(job, run_dir)  # the models are new again
     record = Record(job, run_dir, found, screen)
-    train(job, record)
+    try:
+        train(job, record)
+    except Exception:
+        if job.careful:  # else the numbers of the last steps are still spread over the ranks
+            record.flush()
+        raise
     if job.splits.test is not None:
         record.evaluation(evaluate(job, job.splits.test), "test")
     checkpoint.export(job, run_dir / "model.safetensors")

@@ -86,8 +86,6 @@ def connected(world: World, strategy: str = "ddp") -> Iterator[World]:
     cuda = world.device.startswith("cuda")
     if cuda:
         torch.cuda.set_device(world.device)
-    # by which DeepSpeed finds its device, at each forward; torchrun sets it, srun and plain python do not
-    os.environ.setdefault("LOCAL_RANK", world.device.partition(":")[2] or "0")
     if strategy == "single":
         yield world
         return

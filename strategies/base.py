@@ -143,8 +143,9 @@ class Strategy:
 
         After the last micro-batch each gradient is the sum over all micro-batches and ranks; the caller never rescales.
         """
-        with torch.autocast(torch.device(self.world.device).type, enabled=False):
-            (loss * (self.loss_scale.value * self.gradient_mean_over)).backward()  # type: ignore[no-untyped-call]
+        factor = self.loss_scale.value * self.gradient_mean_over
+        with precision.autocast_off(self.options.precision, self.world.device):
+            (loss if factor == 1 else loss * factor).backward()  # type: ignore[no-untyped-call]
 
     def step(self) -> Tensor:
         """Unscale, clip, update, zero the gradients. Returns the true global gradient norm before clipping (scalar).

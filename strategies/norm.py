@@ -26,4 +26,6 @@ def squared_norm(tensors: list[Tensor], device: str) -> Tensor:
             parts.append(tensor)
     if not parts:
         return torch.zeros((), dtype=torch.float64, device=device)
-    return torch.stack(torch._foreach_norm(parts, 2)).to(device).double().square().sum()
+    norms = torch.stack(torch._foreach_norm(parts, 2)).to(device)
+    norm: Tensor = torch.linalg.vector_norm(norms, dtype=torch.float64)
+    return norm.square()

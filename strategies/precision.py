@@ -21,6 +21,11 @@ def autocast(precision: str, device: str) -> AbstractContextManager[object]:
     return torch.autocast(torch.device(device).type, dtype=AUTOCAST[precision])
 
 
+def autocast_off(precision: str, device: str) -> AbstractContextManager[object]:
+    """For a backward pass inside `autocast`: it runs in the dtypes that forward chose, and must not be cast again."""
+    return torch.autocast(torch.device(device).type, enabled=False) if precision in AUTOCAST else nullcontext()
+
+
 def set_matmul_precision(precision: str) -> None:
     """Let fp32 matrix products and convolutions use TF32 under `tf32` only; cuDNN would by default."""
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"

@@ -194,7 +194,7 @@ class Zero(Strategy):
 
     def backward(self, loss: Tensor) -> None:
         """As in the base class."""
-        with torch.autocast(self.device.type, enabled=False):
+        with precision.autocast_off(self.options.precision, self.world.device):
             self.engine.backward(loss * (self.loss_scale.value * self.gradient_mean_over))
 
     def step(self) -> Tensor:

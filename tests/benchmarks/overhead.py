@@ -124,7 +124,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s)")
     print(f"{'workload':<14}{'raw step':>13}{'extra':>15}{'ratio':>9}   quartiles of the ratio")
     measure("empty step", Dense(), ROUNDS)
-    measure("20 ms step", Dense(width=640, layers=12, samples=64), ROUNDS // 8)
+    measure("20 ms step", Dense(width=448, layers=12, samples=64), ROUNDS // 4)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def test_resnet_on_large_images_is_torchvisions() -> None:
     torch.manual_seed(3)
     ours = ResNet(data=Images(name="synthetic", image_size=224, classes=5)).build_model()
     torch.manual_seed(3)
-    theirs = resnet18(num_classes=5)
+    theirs = resnet18(num_classes=5, zero_init_residual=True)
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     assert all(torch.equal(ours.state_dict()[name], value) for name, value in theirs.state_dict().items())
 
