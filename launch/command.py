@@ -129,7 +129,12 @@ def check(config: Config, recipe: Recipe, world: World) -> None:
         if value is not None and value < 0:
             raise ValueError(f"{name}={value} must be 0 or more")
     check_strategy(config, world)
-    accumulation(config, world)
+    many = accumulation(config, world)
+    if many > 1 and config.ddp.static_graph:
+        raise ValueError(
+            f"ddp.static_graph=true does not go with {many} micro-batches a step: DDP would reduce wrong gradients; "
+            "drop it, or raise micro_batch_size until each rank takes its share at once"
+        )
     if config.clip_norm is not None and config.clip_value is not None:
         raise ValueError("clip_norm and clip_value are both set; clip by one of them")
     if config.epochs is None and config.steps is None:

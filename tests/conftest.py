@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+
+# one thread in this process and in all that it starts, before torch is imported: several would wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 

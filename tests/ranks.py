@@ -193,6 +193,8 @@ def _process_group(rank: int, world_size: int, store: str) -> Iterator[None]:
 
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     try:
+        # a function without collectives could end, and close its connections, while another rank is still making them
+        distributed.barrier()
         yield
     finally:
         # after a failure too: it closes the connections, so that the others fail at once instead of waiting

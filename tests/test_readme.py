@@ -56,6 +56,7 @@ def test_the_recipe_has_about_forty_lines() -> None:
     assert len([line for line in blocks("python")[0].splitlines() if line.strip()]) <= 45
 
 
+@pytest.mark.slow
 def test_the_recipe_trains_alike_on_one_and_two_ranks(folder: Path) -> None:
     for name, ranks in (("one", 0), ("two", 2)):
         ended = call("recipe=./mine.py", "steps=20", f"run_dir={name}", cwd=folder, ranks=ranks)
@@ -114,6 +115,7 @@ def test_the_mistake_reads_as_shown(folder: Path) -> None:
     assert (ended.code, ended.err) == (2, shown[2] + "\n")
 
 
+@pytest.mark.slow
 def test_the_weights_load_in_three_lines(folder: Path) -> None:
     words = ("batch_size=2", "micro_batch_size=2", "steps=1", "run_dir=run")
     ended = call("recipe=resnet", *SHORT["resnet"][:2], *words, cwd=folder)

@@ -83,6 +83,7 @@ def test_mnist_reads_mnist() -> None:
     assert accuracy(recipe, model, recipe.build_data().test) >= 0.99
 
 
+@pytest.mark.slow
 def test_gpt_learns_the_letters_of_source_code() -> None:
     recipe = GPT(model=GPTModel(layers=2, width=64), data=Text(block=32))
     model = train(recipe, steps=60)["model"].eval()
