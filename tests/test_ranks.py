@@ -66,6 +66,7 @@ def test_an_exception_comes_back_with_rank_and_traceback() -> None:
     assert run_ranks(2, summed, torch.ones(1))[0][1].item() == 3.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "code"), [("exit", 7), ("kill", -9)])
 def test_a_dead_worker_fails_the_test_and_the_pool_recovers(how: str, code: int) -> None:
     with pytest.raises(RanksFailed, match=f"the process died, exit code {code}"):

@@ -75,6 +75,7 @@ def theirs(tmp_path: Path) -> str:
     return f"recipe={tmp_path / 'theirs.py'}"
 
 
+@pytest.mark.slow
 def test_a_foreign_recipe_passes_and_a_bias_without_gradient_is_named(theirs: str) -> None:
     printed = parity(theirs, "strategies=ddp,fsdp", expect=0)
     for strategy in ("ddp", "fsdp"):
