@@ -112,12 +112,12 @@ def computed(metric: Metric) -> Any:
 
 @contextmanager
 def evaluating(job: Job) -> Iterator[None]:
-    """The models in evaluation mode."""
+    """The models in evaluation mode; then those that are trained in training mode again, a fixed teacher not."""
     for model in job.models.values():
         model.eval()
     yield
-    for model in job.models.values():
-        model.train()
+    for name in job.recipe.losses():
+        job.models[name].train()
 
 
 @contextmanager
