@@ -11,7 +11,9 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from launch.chaos import parse as parse_chaos
 from launch.config import Config, build, check_known, keys_of, parse, read_file, read_line
+from launch.stop import seconds
 from launch.world import World
 from recipes import RECIPES
 from recipes.base import Recipe
@@ -113,8 +115,8 @@ def import_file(path: Path) -> Any:
 
 
 POSITIVE = (
-    *("epochs", "steps", "batch_size", "micro_batch_size", "clip_norm", "clip_value"),
-    *("checkpoint.every", "checkpoint.keep", "eval.every", "eval.patience", "log.every"),
+    *("epochs", "steps", "batch_size", "micro_batch_size", "clip_norm", "clip_value", "start_timeout", "hang_timeout"),
+    *("checkpoint.every", "checkpoint.every_minutes", "checkpoint.keep", "eval.every", "eval.patience", "log.every"),
 )
 
 
@@ -124,6 +126,10 @@ def check(config: Config, recipe: Recipe, world: World) -> None:
         value = nested_value(config, name)
         if value is not None and value <= 0:
             raise ValueError(f"{name}={value} must be greater than 0")
+    if config.max_time is not None:
+        seconds(config.max_time)
+    if config.chaos is not None and (rank := parse_chaos(config.chaos).rank) >= world.world_size:
+        raise ValueError(f"chaos={config.chaos}: there is no rank {rank} among {world.world_size}")
     for name in ("workers", "eval.min_delta"):
         value = nested_value(config, name)
         if value is not None and value < 0:

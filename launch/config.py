@@ -6,7 +6,7 @@ import difflib
 import sys
 import time
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from inspect import get_annotations
 from pathlib import Path
@@ -23,6 +23,8 @@ class CheckpointOptions:
 
     every: int | None = None
     """steps between resumable checkpoints (default: once an epoch, and at the end)"""
+    every_minutes: float | None = 30.0
+    """minutes between them as well, whatever the steps; null: never by the clock"""
     keep: int = 2
     """newest checkpoints to keep"""
     best: bool = False
@@ -58,9 +60,13 @@ class Config(Options):
     config: str | None = None
     """YAML file of keys, read first; the command line wins"""
     run_dir: str | None = None
-    """where the run is kept (default: runs/RECIPE/TIME)"""
+    """where the run is kept (default: runs/RECIPE/TIME-MARK)"""
     resume: str = "auto"
     """auto: continue the run in run_dir if there is one; none: start afresh; PATH: start from that checkpoint"""
+    init: str | None = None
+    """weights to start a new run from: a .safetensors or torch file, a checkpoint, or a run; no optimizer state is taken"""
+    init_partial: bool = False
+    """let init= leave parameters as they are that it has no weights for, and pass over weights that the model has no use for"""
     batch_size: int = 64
     """GLOBAL batch in samples, the unit of an optimizer step"""
     micro_batch_size: int | None = None
@@ -76,6 +82,17 @@ class Config(Options):
     debug: bool | int = False
     """true, or a number of steps: one process makes the first 8 (or so many) steps of the run under anomaly detection, after
     a table of the model and a check that one batch can be overfitted; pdb on an exception"""
+    launcher: Literal["auto", "torchrun", "srun", "accelerate", "mpirun", "environment", "python"] = "auto"
+    """who started the ranks, if the environment could be read in several ways"""
+    max_time: str | None = None
+    """stop, save and exit with 75 before this time is up, written as SLURM does: 90 (minutes), 1:30:00, 2-12 (days-hours);
+    SLURM's own limit is read as well"""
+    start_timeout: float = 60.0
+    """seconds for all ranks to come together, before the run ends and names who is missing"""
+    hang_timeout: float = 600.0
+    """seconds without progress on any rank, before the run ends and says where each rank hangs (first step: 3 times that)"""
+    chaos: str | None = None
+    """a fault to happen once, KIND:rank=R,step=S; kinds: kill, stall, slow, nan, sigterm, torn_checkpoint, oom"""
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     eval: EvalOptions = field(default_factory=EvalOptions)
     log: LogOptions = field(default_factory=LogOptions)
@@ -254,7 +271,7 @@ PATIENCE = 5.0
 """seconds that other ranks leave to rank zero to speak: it ends then, and the launcher ends them"""
 
 
-def stop_for(error: Exception, rank: int) -> NoReturn:
+def stop_for(error: Exception, rank: int, leave: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
     """One line for a user's mistake, from rank zero, and exit code 2.
 
     The first rank to end makes the launcher end the others: these wait, else rank zero might be ended before it spoke. A rank
@@ -263,4 +280,4 @@ def stop_for(error: Exception, rank: int) -> NoReturn:
     if rank > 0:
         time.sleep(PATIENCE)
     print(f"rankzero: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
+    leave(2)

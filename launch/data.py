@@ -8,7 +8,9 @@ found in O(1).
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -116,7 +118,22 @@ def loader(dataset: Dataset, sampler: Sampler[list[Draw]], seed: int, split: str
         num_workers=workers,
         persistent_workers=False,
         pin_memory=world.device != "cpu",
+        worker_init_fn=outlast_signals,
     )
+
+
+def outlast_signals(worker: int) -> None:  # noqa: ARG001
+    """A data worker ends when its rank does, by whatever way, and not before.
+
+    Schedulers and torchrun signal whole process groups: a worker that ended at once would make its rank fail, which is about to
+    stop in good order. And a rank that is killed cannot end its workers: the system does (`man 2 PR_SET_PDEATHSIG`).
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+PR_SET_PDEATHSIG = 1
 
 
 def default_workers(world: World) -> int:

@@ -9,7 +9,6 @@ import os
 import pdb
 import shutil
 import sys
-import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,6 +25,7 @@ from launch.data import to_device
 from launch.job import Job, build_strategies
 from launch.model_table import tables
 from launch.overfit import overfit
+from launch.verdict import is_users
 
 if TYPE_CHECKING:
     from launch.config import Config
@@ -115,12 +115,6 @@ def check_backward(strategy: Strategy, job: Job) -> None:
 
 # after an exception -------------------------------------------------------------------------------------------------------
 
-LIBRARIES = tuple(
-    {f"{sysconfig.get_path(name)}{os.sep}" for name in ("stdlib", "platstdlib", "purelib", "platlib")}
-    | {f"{Path(__file__).resolve().parent}{os.sep}", f"{Path(__file__).resolve().parents[1] / 'strategies'}{os.sep}", "<"}
-)
-"""where code lies that its user did not write"""
-
 
 class Postmortem(pdb.Pdb):
     """pdb that begins in the user's own code, not where a library noticed what was wrong."""
@@ -129,12 +123,6 @@ class Postmortem(pdb.Pdb):
         """As in the base class; the index is that of the innermost frame that is not a library's."""
         stack, index = super().get_stack(f, t)
         return stack, next((i for i in range(len(stack) - 1, -1, -1) if is_users(stack[i][0])), index)
-
-
-def is_users(frame: FrameType) -> bool:
-    """Whether a frame is the recipe's, or of a module that it uses, rather than torch's or ours."""
-    ours = str(frame.f_globals.get("__name__", "")).startswith("recipe")  # built-in recipes count as the user's
-    return ours or not frame.f_code.co_filename.startswith(LIBRARIES)
 
 
 def post_mortem(error: BaseException) -> None:

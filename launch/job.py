@@ -14,6 +14,7 @@ from launch import data
 from launch.batchnorm import RunningStatistics
 from launch.command import Settings, accumulation
 from launch.config import Config
+from launch.place import Place
 from launch.seeding import seed_device
 from launch.world import World, total
 from recipes.base import Dataset, Recipe, Splits
@@ -34,6 +35,8 @@ class Progress:
     best_step: int | None = None
     bad_evaluations: int = 0
     """evaluations since the best one"""
+    unevaluated: bool = False
+    """whether the evaluation at this step was cut off by a stop, and is still to be made"""
     plateau: Plateau = field(default_factory=Schedule().plateau)
 
     def state(self) -> dict[str, Any]:
@@ -70,6 +73,7 @@ class Job:
     strategies: dict[str, Strategy]
     statistics: RunningStatistics
     progress: Progress
+    place: Place = field(default_factory=Place)
     stop_at: int | None = None
     """a step to end at before the run's full length (debug mode)"""
 
@@ -133,7 +137,7 @@ class Job:
         return data.loader(dataset, sampler, self.config.seed, split, workers, self.world)
 
 
-def prepare(settings: Settings, world: World) -> Job:
+def prepare(settings: Settings, world: World, place: Place | None = None) -> Job:
     """Build data and models. ValueError and FileNotFoundError are the user's to read (an empty data set, a bad option)."""
     config, recipe = settings.config, settings.recipe
     set_matmul_precision(config.precision)
@@ -161,6 +165,7 @@ def prepare(settings: Settings, world: World) -> Job:
         strategies=strategies,
         statistics=RunningStatistics(strategy.module for strategy in strategies.values()),
         progress=Progress(plateau=recipe.schedule.plateau()),
+        place=place or Place(),
     )
 
 

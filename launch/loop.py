@@ -16,7 +16,7 @@ from launch.world import total
 from recipes.base import Recipe
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from torchmetrics import Metric
 
@@ -26,20 +26,40 @@ if TYPE_CHECKING:
     from strategies.base import Strategy
 
 
-def train(job: Job, record: Record) -> None:
-    """Train from where `job.progress` stands to the end, recording, evaluating and saving on the way."""
+def train(job: Job, record: Record) -> str:
+    """Train from where `job.progress` stands to the end, recording, evaluating and saving on the way.
+
+    Returns why it has stopped before the end; empty if it has not.
+    """
+    if job.progress.unevaluated:
+        look(job, record)
+    if job.stopping_early or "stop" in record.wanted:
+        return record.why_stopped
     for batches in steps_of(job.train_loader(), job.cut.accumulation):
         rate = set_learning_rate(job)
         losses, norms = train_step(job, batches)
         job.progress.step += 1
         record.step(losses, norms, rate)
         if job.splits.val is not None and job.due(job.config.eval.every):
-            record.evaluation(scores := evaluate(job, job.splits.val))
-            job.progress.observe(scores, job)
-        if job.checkpoint_due:
+            look(job, record)
+        record.agree()
+        if job.checkpoint_due or record.wanted:
             record.checkpoint()
-        if job.stopping_early:
+        if job.stopping_early or "stop" in record.wanted:
             break
+        job.place.at("data")
+    return record.why_stopped
+
+
+def look(job: Job, record: Record) -> None:
+    """Evaluate, and take note; if a stop cuts it off, it is made in the next life of the run."""
+    assert job.splits.val is not None
+    job.progress.unevaluated = True
+    if (scores := evaluate(job, job.splits.val, record.stopping)) is None:
+        return
+    job.progress.unevaluated = False
+    record.evaluation(scores)
+    job.progress.observe(scores, job)
 
 
 def train_step(job: Job, batches: list[Batch]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -48,6 +68,7 @@ def train_step(job: Job, batches: list[Batch]) -> tuple[dict[str, Tensor], dict[
     The loss is this rank's share of the mean over the global batch (under `job.careful` the mean itself).
     """
     batches = [to_device(batch, job.world.device) for batch in batches]
+    job.place.step, job.place.batches = job.progress.step + 1, batches
     count = global_count(job, batches)
     losses: dict[str, Tensor] = {}
     norms: dict[str, Tensor] = {}
@@ -58,13 +79,16 @@ def train_step(job: Job, batches: list[Batch]) -> tuple[dict[str, Tensor], dict[
             seed_device(job.config.seed, "step", job.progress.step, name, job.cut.position(turn))
             job.statistics.share(turn, job.cut.accumulation)
             with others_resting(job, trained), trained.microbatch(last=turn == job.cut.accumulation - 1):
+                job.place.at("forward")
                 loss = loss_function(job.models, batch)
+                job.place.at("backward")
                 trained.backward(loss / count)
             loss_sum += loss.detach()
         losses[name] = loss_sum / count
         if job.careful and not check_loss(job, name, total(losses[name]), batches):
             trained.discard()
             continue
+        job.place.at("step")
         norms[name] = trained.step()
         if job.careful:
             check_gradients(job, name, norms[name])
@@ -72,8 +96,12 @@ def train_step(job: Job, batches: list[Batch]) -> tuple[dict[str, Tensor], dict[
 
 
 @torch.no_grad()
-def evaluate(job: Job, dataset: Dataset) -> dict[str, Any]:
-    """The mean loss and the recipe's metrics over `dataset`, each sample counted once, on any number of ranks."""
+def evaluate(job: Job, dataset: Dataset, cut_off: Callable[[], bool] = lambda: False) -> dict[str, Any] | None:
+    """The mean loss and the recipe's metrics over `dataset`, each sample counted once, on any number of ranks.
+
+    None if `cut_off`, which all ranks ask after each batch, says so.
+    """
+    job.place.at("evaluate")
     loader, sampler = job.eval_loader(dataset)
     job.statistics.synchronise(job.world)
     # sums in float64: the order in which ranks add up then no longer shows in the result
@@ -82,6 +110,9 @@ def evaluate(job: Job, dataset: Dataset) -> dict[str, Any]:
     count = torch.zeros((), dtype=torch.float64, device=job.world.device)
     with evaluating(job):
         for turn, batch in enumerate(loader):
+            job.place.at("evaluate")
+            if cut_off():
+                return None
             batch = to_device(batch, job.world.device)
             seed_device(job.config.seed, "eval", job.cut.rank + turn * job.cut.world_size)
             with next(iter(job.strategies.values())).autocast():
@@ -115,9 +146,11 @@ def evaluating(job: Job) -> Iterator[None]:
     """The models in evaluation mode; then those that are trained in training mode again, a fixed teacher not."""
     for model in job.models.values():
         model.eval()
-    yield
-    for name in job.recipe.losses():
-        job.models[name].train()
+    try:
+        yield
+    finally:
+        for name in job.recipe.losses():
+            job.models[name].train()
 
 
 @contextmanager

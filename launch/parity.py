@@ -11,9 +11,7 @@ Exit codes: 0 they agree; 1 a row failed; 2 a mistake in the command.
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -31,6 +29,7 @@ except ModuleNotFoundError as missing:
 
 from launch import help
 from launch.config import read_line, stop_for
+from launch.proof import TOLERANCE, choose_strategies, command, environment, for_strategy, growth, whole_number, without
 from launch.world import World
 from strategies import STRATEGIES
 
@@ -39,13 +38,8 @@ if TYPE_CHECKING:
 
     Trace = dict[str, Tensor]
 
-TOLERANCE = {"fp32": (1e-5, 1e-5, 1e-4, 1e-6), "tf32": (2e-3, 2e-3, 2e-3, 1e-6), "bf16": (2e-2,) * 4, "fp16": (2e-2,) * 4}
-"""allowed relative deviation of loss, gradient norm and final weights from the single process, and of loss and gradient norm
-among the strategies; bf16 and fp16 differ where a micro-batch's rounding does, so theirs is that of the format"""
 SMALL = 0.01
 """weights deviate relative to the largest value of their tensor, or to this where all are smaller (a bias that starts at zero)"""
-ROUNDING = 6e-8
-"""half a unit in the last place of fp32"""
 OWN_KEYS = ("ranks", "strategies", "compare")
 
 
@@ -115,21 +109,11 @@ class Own:
 def own_keys(words: list[str]) -> tuple[Own, list[str]]:
     """This command's own keys, and the other words. Raises ValueError for what they cannot be."""
     line = read_line(words)
-    ranks, steps = line.get("ranks", "2"), line.get("compare", "5")
-    if not ranks.isdecimal() or int(ranks) < 2:
-        raise ValueError(f"ranks={ranks} must be a number of processes from 2")
-    if not steps.isdecimal() or int(steps) < 1:
-        raise ValueError(f"compare={steps} must be a number of steps from 1")
+    ranks = whole_number("ranks", line.get("ranks", "2"), "processes", 2)
+    steps = whole_number("compare", line.get("compare", "5"), "steps", 1)
     everywhere = [name for name in STRATEGIES if name != "single"]
-    chosen = line["strategies"].split(",") if "strategies" in line else everywhere
-    for name in chosen:
-        if name not in everywhere:
-            raise ValueError(f"strategies={line['strategies']}: {name!r} is none of {', '.join(everywhere)}")
-    if importlib.util.find_spec("deepspeed") is None and any(name.startswith("zero") for name in chosen):
-        print("zero1, zero2 and zero3 are left out: deepspeed is not installed", file=sys.stderr)
-        chosen = [name for name in chosen if not name.startswith("zero")]
-    kept = [word for word in words if word.partition("=")[0] not in (*OWN_KEYS, "strategy")]
-    return Own(int(ranks), int(steps), chosen), kept
+    chosen = choose_strategies(line, everywhere, everywhere)
+    return Own(ranks, steps, chosen), without(words, (*OWN_KEYS, "strategy"))
 
 
 def plan(settings: Settings, words: list[str], own: Own) -> list[Case]:
@@ -140,8 +124,7 @@ def plan(settings: Settings, words: list[str], own: Own) -> list[Case]:
 
     cases = []
     for strategy in ["single", *own.strategies]:
-        groups = [group for group in ("ddp", "fsdp", "zero") if not strategy.startswith(group)]
-        mine = [word for word in words if word.split(".")[0] not in groups]
+        mine = for_strategy(words, strategy)
 
         def case(accumulation: int, extra: str = "", *more: str, strategy: str = strategy, mine: list[str] = mine) -> Case:
             sizes = (f"batch_size={micro * own.ranks * accumulation}", f"micro_batch_size={micro}")
@@ -162,16 +145,10 @@ def plan(settings: Settings, words: list[str], own: Own) -> list[Case]:
 
 def run(cases: list[Case], own: Own, folder: Path) -> dict[str, Trace]:
     """The traces by case name. A case whose processes died has none."""
-    import torch
     from safetensors.torch import load_file
 
-    # the same number of threads on both sides: sums are cut differently otherwise
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    if torch.cuda.device_count() < own.ranks:
-        environment["CUDA_VISIBLE_DEVICES"] = ""  # fewer GPUs than ranks: all on the CPU
-    program = str(Path(__file__).with_name("trace.py"))
-    python = [sys.executable, program]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={own.ranks}", program]
+    found = environment(own.ranks)
+    python, torchrun = command("trace.py", 1), command("trace.py", own.ranks)
     traces: dict[str, Trace] = {}
     for start, mine in (
         (python, [case for case in cases if case.strategy == "single"]),
@@ -181,7 +158,7 @@ def run(cases: list[Case], own: Own, folder: Path) -> dict[str, Trace]:
             f"running {len(mine)} cases {'as a single process' if start is python else f'on {own.ranks} ranks'} ...", flush=True
         )
         (folder / "cases.json").write_text(json.dumps({"steps": own.steps, "cases": {case.name: case.words for case in mine}}))
-        subprocess.run([*start, str(folder)], env=environment, check=False)
+        subprocess.run([*start, str(folder)], env=found, check=False)
         traces |= {case.name: load_file(path) for case in mine if (path := folder / f"{case.name}.safetensors").exists()}
     return traces
 
@@ -250,20 +227,11 @@ def where(mine: Trace, reference: Trace, noise: Iterable[str], precision: str) -
         if key.startswith("print/") and key.removeprefix("print/") not in noise
     }
     first = min((int(torch.nonzero(far > most)[0]) for far in prints.values() if (far > most).any()), default=None)
-    since = f"from step {steps[0] + 1} on{growth(curve.tolist(), steps[0])}" if steps else "only in the weights"
+    since = f"from step {steps[0] + 1} on{growth(curve.tolist(), steps[0], compare=steps[0])}" if steps else "only in the weights"
     if first is None:
         return since
     worst = max(prints, key=lambda name: float(prints[name][first]))
     return f"{since}; the first parameter apart is {worst}, after step {first + 1}"
-
-
-def growth(curve: list[float], bad: int) -> str:
-    """Whether it is the run itself that blows rounding up: deviations that start as rounding and grow step by step."""
-    start = max(curve[0], ROUNDING)
-    if bad < 2 or start > 10 * ROUNDING:
-        return ""
-    fold = (curve[bad] / start) ** (1 / bad)
-    return f" (rounding at first, growing {fold:.0f}-fold a step: this run is that sensitive, compare={bad} tells more)"
 
 
 def part(mask: Tensor) -> str:

@@ -11,12 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.filesize import decimal
 from torch import Tensor
 
-from launch import checkpoint, nonfinite
+from launch import nonfinite
+from launch.agreement import Agreement
+from launch.checkpoint.saver import NotSaved, Saved, Saver
 from launch.job import Job
 from launch.screen import Screen
-from launch.world import total
+from launch.stop import StopRequest
+from launch.world import gathered
 
 
 @dataclass
@@ -37,12 +41,21 @@ class Record:
     the device is waited for once an interval. A job that is `careful` has already looked at each loss, so it reads at once.
     """
 
-    def __init__(self, job: Job, run_dir: Path, versions: Mapping[str, str], screen: Screen) -> None:
+    def __init__(
+        self, job: Job, run_dir: Path, versions: Mapping[str, str], screen: Screen, stop: StopRequest | None = None
+    ) -> None:
         self.job, self.run_dir, self.versions, self.screen = job, run_dir, versions, screen
         self.pending: list[Pending] = []
         self.started = self.clock = time.perf_counter()
         self.first_step = job.progress.step
         self.scores: dict[str, Any] = {}
+        self.saver = Saver(job, run_dir, versions)
+        self.saves: list[Saved] = []
+        self.slowest_save: float | None = None
+        self.slowest_step = 0.0
+        self.stop = StopRequest() if stop is None else stop
+        self.agreement = Agreement(job.world, ["save", "stop"])
+        self.wanted: set[str] = set()
         if job.world.rank == 0:
             forget_after(run_dir / "metrics.jsonl", job.progress.step)
             self.file = (run_dir / "metrics.jsonl").open("a")
@@ -50,6 +63,8 @@ class Record:
     def step(self, losses: dict[str, Tensor], norms: dict[str, Tensor], rate: float) -> None:
         """Take note of a step that has been made."""
         progress = self.job.progress
+        if progress.step == self.first_step + 1:
+            self.saver.reserve()
         self.pending.append(Pending(progress.step, self.job.epoch, losses, norms, rate))
         shown = progress.step % self.job.config.log.every == 0 or progress.step == self.job.last_step
         if shown:
@@ -63,6 +78,8 @@ class Record:
         losses = read([p.losses[name] for p in self.pending for name in names], over_ranks=not self.job.careful)
         norms = read([p.norms.get(name) for p in self.pending for name in names])
         now = time.perf_counter()
+        self.slowest_step = max(self.slowest_step, (now - self.clock) / len(self.pending))
+        self.stop.measured(self.slowest_step, self.slowest_save)
         speed = len(self.pending) * self.job.cut.batch_size / (now - self.clock)
         self.clock = now
         lines: list[dict[str, Any]] = []
@@ -84,6 +101,7 @@ class Record:
             )
         self.pending.clear()
         self.write(lines)
+        self.saved(self.saver.finished())
         self.screen.step(lines[-1], self.job.last_step)
         for line in lines:
             nonfinite.check_late(self.job, line["step"], line["loss"])
@@ -97,11 +115,59 @@ class Record:
         self.screen.evaluation(self.job.progress.step, line)
         self.clock = time.perf_counter()
 
+    def agree(self) -> None:
+        """Once a step, and in evaluations once a batch: what any rank wishes (to save by the clock, to stop), all hear."""
+        rank_zero = self.job.world.rank == 0
+        wishes = {"stop"} if self.stop.wished(rank_zero) else set()
+        if rank_zero and self.saver.overdue:
+            wishes.add("save")
+        self.wanted |= self.agreement.exchange(wishes)
+
+    def stopping(self) -> bool:
+        """Whether the ranks have agreed to stop; each asks at the same places."""
+        self.agree()
+        return "stop" in self.wanted
+
+    @property
+    def why_stopped(self) -> str:
+        """In words of this rank; empty if the ranks have not agreed to."""
+        return (self.stop.reason or "a signal to another rank") if "stop" in self.wanted else ""
+
     def checkpoint(self) -> None:
-        """Save a checkpoint."""
+        """Save a checkpoint, behind the training."""
         self.flush()
-        checkpoint.save(self.job, self.run_dir, self.versions)
+        self.job.place.at("save")
+        self.saved(self.saver.save())
+        self.wanted.discard("save")
         self.clock = time.perf_counter()
+
+    def saved(self, saved: Saved | None) -> None:
+        """Take note of a save that has ended. One that failed is told, and is no reason to lose the training too."""
+        if saved is None:
+            return
+        self.saves.append(saved)
+        self.slowest_save = max(self.slowest_save or 0.0, saved.stall + saved.write)
+        if saved.problem:
+            self.screen.warn(f"{not_saved(saved)} The run goes on, and tries again at the next checkpoint.")
+            return
+        times = {"stall": round(saved.stall, 4), "write": round(saved.write, 4), "bytes": saved.size}
+        self.write([{"step": saved.step, **{f"checkpoint/{name}": value for name, value in times.items()}}])
+
+    def settle(self) -> None:
+        """The end of training: every step is written, the last checkpoint committed. Raises NotSaved if it could not be."""
+        self.flush()
+        self.job.place.at("save")
+        self.agreement.close()
+        last = self.saver.wait()
+        if last is not None and last.problem:
+            raise NotSaved(not_saved(last))
+        self.saved(last)
+
+    def abandon(self) -> None:
+        """After a failure: write what is known, and leave the save in flight the time to become whole."""
+        if self.job.careful:  # else the numbers of the last steps are still spread over the ranks
+            self.flush()
+        self.saver.linger()
 
     def write(self, lines: list[dict[str, Any]]) -> None:
         """Lines of metrics.jsonl. Floats are written with `repr`: two runs can be compared bit by bit."""
@@ -110,19 +176,32 @@ class Record:
             self.file.flush()
 
     def close(self) -> None:
-        """The closing summary."""
+        """The closing summary, of a run that has come to its end."""
         self.flush()
         if self.job.world.rank == 0:
             self.file.close()
-        self.screen.summary(self.job, self.first_step, time.perf_counter() - self.started, self.scores, self.run_dir)
+        if self.why_stopped:
+            return
+        self.screen.summary(self.job, self.first_step, time.perf_counter() - self.started, self.scores, self.saves, self.run_dir)
+
+
+def not_saved(saved: Saved) -> str:
+    """Why there is no checkpoint."""
+    return (
+        f"step {saved.step} was not saved: {saved.problem}. A rank writes about {decimal(saved.size)}; "
+        "what was saved before is untouched."
+    )
 
 
 def read(values: list[Tensor | None], over_ranks: bool = False) -> list[float]:
-    """Scalars from the device as float32 numbers, in one copy, summed over ranks if so asked. NaN for a missing one."""
+    """Scalars from the device as float32 numbers, in one copy, summed over ranks if so asked. NaN for a missing one.
+
+    The sum is made here, rank by rank: what a reduction of several numbers adds first depends on how many there are.
+    """
     if any(value is None for value in values):
         values = [torch.tensor(math.nan) if value is None else value.cpu() for value in values]
     packed = torch.stack([value for value in values if value is not None])
-    numbers: list[float] = (total(packed) if over_ranks else packed).float().tolist()
+    numbers: list[float] = (gathered(packed).sum(0) if over_ranks else packed).float().tolist()
     return numbers
 
 

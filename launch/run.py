@@ -5,7 +5,8 @@
     python launch/run.py recipe=./mine.py debug=true
 
 `strategy=single|ddp|fsdp|zero1|zero2|zero3` decides how the model is spread over the ranks; the numbers stay the same.
-A run is kept in run_dir (default runs/RECIPE/TIME); the same command with the same run_dir continues it.
+A run is kept in run_dir (default runs/RECIPE/TIME-MARK); the same command with the same run_dir continues it.
+`--check` goes through the command and ends; the ranks are those of RANK, WORLD_SIZE and LOCAL_WORLD_SIZE in the environment.
 Exit codes: 0 done; 1 failed; 2 a mistake in the command, told in one line; 75 stopped on purpose, run it again to continue.
 """
 
@@ -32,18 +33,26 @@ def main(words: list[str]) -> None:
     """Train what `words` say; the exit code tells how it ended."""
     world = World()
     try:
+        check_only, words = "--check" in words, [word for word in words if word != "--check"]
         if "--help" in words or "-h" in words:
             print(help.page(__doc__ or "", [word for word in words if word not in ("--help", "-h")]))
             return
-        world = find_world(os.environ)
+        # which rank this is must be known before the first mistake: one rank tells it
+        launcher = next((word.removeprefix("launcher=") for word in words if word.startswith("launcher=")), "auto")
+        world = find_world(os.environ, launcher)
         settings = resolve(words, world)
         run_dir = find_run_dir(settings)
+        if check_only:
+            return
     except (ValueError, FileNotFoundError) as error:
         stop_for(error, world.rank)
     # torch is imported from here on: what can be refused has been refused
     from launch.session import run
 
-    run(settings, world, run_dir)
+    code = run(settings, world, run_dir)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # threads of libraries (gloo's, DeepSpeed's) may make a clean exit take seconds, or end in an abort
 
 
 if __name__ == "__main__":

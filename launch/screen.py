@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from rich.filesize import decimal
+
 from strategies.precision import contract
 
 if TYPE_CHECKING:
+    from launch.checkpoint.saver import Saved
     from launch.job import Job
 
 
@@ -27,6 +30,11 @@ class Screen:
         """A line that stays."""
         if self.speaks:
             print(f"\r\x1b[2K{text}" if self.live else text, file=self.stream, flush=True)
+
+    def warn(self, text: str) -> None:
+        """A line on stderr that stays."""
+        if self.speaks:
+            print(f"{chr(13) + chr(27) + '[2K' if self.live else ''}rankzero: {text}", file=sys.stderr, flush=True)
 
     def step(self, line: Mapping[str, Any], total_steps: int) -> None:
         """The progress line: loss, learning rate, speed, time left."""
@@ -77,7 +85,9 @@ class Screen:
         for name, text in rows.items():
             self.say(f"  {name:<10}{text}")
 
-    def summary(self, job: Job, first_step: int, seconds: float, scores: Mapping[str, Any], run_dir: Path) -> None:
+    def summary(
+        self, job: Job, first_step: int, seconds: float, scores: Mapping[str, Any], saves: Sequence[Saved], run_dir: Path
+    ) -> None:
         """How it ended, and where it lies."""
         steps = job.progress.step - first_step
         early = " (stopped early)" if job.stopping_early else ""
@@ -89,6 +99,12 @@ class Screen:
         numbers = {name: value for name, value in scores.items() if isinstance(value, float)}
         if numbers:
             self.say("  " + "  ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
+        if saves:
+            stall, write = (sorted(times)[len(saves) // 2] for times in ([s.stall for s in saves], [s.write for s in saves]))
+            self.say(
+                f"  {len(saves)} checkpoint(s) of {decimal(saves[-1].size)} a rank: {stall:.3f} s of waiting, "
+                f"{write:.2f} s of writing behind the training"
+            )
         if job.progress.best is not None:
             self.say(f"  best eval/{job.recipe.objective} {job.progress.best:.4f} at step {job.progress.best_step}")
         self.say(f"  weights {run_dir / 'model.safetensors'}")

@@ -2,85 +2,148 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import os
+import signal
 import sys
+import time
 import traceback
 from pathlib import Path
+from typing import NoReturn
 
-from launch import checkpoint, debug, failure
+from launch import chaos, debug
+from launch.checkpoint.export import export_weights
+from launch.checkpoint.reader import Checkpoint
+from launch.checkpoint.resume import resume
+from launch.checkpoint.shelf import committed
+from launch.checkpoint.weights import initialise
 from launch.command import Settings
-from launch.config import stop_for
+from launch.config import PATIENCE, nested, stop_for
+from launch.failure import fail
 from launch.job import Job, prepare
 from launch.loop import evaluate, train
+from launch.meeting import NotAllThere, connected
+from launch.place import Place
 from launch.record import Record
 from launch.run_dir import start_run_dir
 from launch.screen import Screen
+from launch.stop import EXIT_CODE, SIGNALS, StopRequest, deadline, leave_note
+from launch.verdict import block, keep, of_exception
 from launch.versions import versions
-from launch.world import World, connected, from_rank_zero
+from launch.watch import Watch, end
+from launch.world import World, from_rank_zero
 
 
-def run(settings: Settings, world: World, run_dir: Path) -> None:
-    """Train to the end. Leaves the process with exit code 2 for a user's mistake and 1 for a failure; never hangs on either."""
-    job: Job | None = None
+def run(settings: Settings, world: World, run_dir: Path) -> int:
+    """Train to the end, or to a stop on purpose; returns the exit code. A failure or mistake ends the process, never hangs."""
+    config, place = settings.config, Place()
+    stop = StopRequest(deadline(config.max_time, os.environ))
+    stop.listen(*SIGNALS)
+    watch: Watch | None = None
     started = False
     try:
-        with debug.mode(settings.config, run_dir), connected(world, settings.config.strategy) as world:
+        with debug.mode(config, run_dir), connected(world, config.strategy, config.start_timeout, identity(settings)) as world:
+            watch = Watch(world, place, config.hang_timeout)
             run_dir = Path(from_rank_zero(str(run_dir)))
-            job = prepare(settings, world)
-            resumed = resume(job, run_dir)
+            job = prepare(settings, world, place)
+            beginning = begin(job, run_dir)
             if world.rank == 0:
                 start_run_dir(run_dir, settings, world)
-            started = True
-            drive(job, run_dir, resumed)
+            watch.run_dir, started = run_dir, True
+            stop.listen(signal.SIGINT)
+            why = drive(job, run_dir, beginning, stop, watch)
+            watch.close()
+            return stop_with(why, job, run_dir) if why else 0
     except KeyboardInterrupt:
         if world.rank == 0:
-            print(f"rankzero: interrupted{'' if job is None else f' at step {job.progress.step}'}", file=sys.stderr)
+            print("rankzero: interrupted", file=sys.stderr)
         os._exit(130)  # a clean exit would wait for the other ranks
+    except NotAllThere as error:
+        stop.give_up()
+        not_all_there(error, world)
     except Exception as error:
-        if not started and is_mistake(error):
-            stop_for(error, world.rank)
-        failure.report(error, run_dir if started else None, world.rank, None if job is None else job.progress.step + 1)
-        if settings.config.debug:
-            debug.post_mortem(error)
-        failure.leave()
+        mistake = not started and is_mistake(error)
+        if watch is not None and (mistake or config.debug):
+            watch.close()
+        if mistake:
+            stop.give_up()
+            stop_for(error, world.rank, os._exit)  # a clean exit would take longer than the others wait
+        if watch is None or config.debug:
+            verdict = of_exception(error, world, place)
+            if started:
+                keep(verdict, run_dir)
+            print(block(verdict, None), file=sys.stderr, flush=True)
+            if config.debug:
+                debug.post_mortem(error)
+            end()
+        fail(error, watch)
 
 
-def drive(job: Job, run_dir: Path, resumed: str) -> None:
-    """Banner, training, test, weights, summary."""
+def drive(job: Job, run_dir: Path, beginning: str, stop: StopRequest, watch: Watch) -> str:
+    """Banner, training, test, weights, summary. Returns why the run has stopped before its end; empty if it has not."""
     found = versions()
     screen = Screen(job.world.rank == 0, lines=bool(job.config.debug))
-    screen.banner(job, run_dir, found, resumed)
+    screen.banner(job, run_dir, found, beginning)
     if job.config.debug:
         debug.examine(job, screen)
-        resume(job, run_dir)  # the models are new again
-    record = Record(job, run_dir, found, screen)
+        begin(job, run_dir)  # the models are new again
+    record = Record(job, run_dir, found, screen, stop)
+    watch.before_end = record.saver.linger
+    chaos.prepare(job, run_dir)
     try:
-        train(job, record)
+        why = train(job, record)
+        record.settle()
+        if not why and job.splits.test is not None:
+            scores = evaluate(job, job.splits.test, record.stopping)
+            why = record.why_stopped
+            if scores is not None:
+                record.evaluation(scores, "test")
+        if not why and job.world.rank == 0:
+            job.place.at("export")
+            with Checkpoint(committed(run_dir)[-1]) as newest:
+                export_weights(newest, run_dir / "model.safetensors", told=job.place.still_there)
+        record.close()
     except Exception:
-        if job.careful:  # else the numbers of the last steps are still spread over the ranks
-            record.flush()
+        record.abandon()
         raise
-    if job.splits.test is not None:
-        record.evaluation(evaluate(job, job.splits.test), "test")
-    checkpoint.export(job, run_dir / "model.safetensors")
-    record.close()
+    return why
 
 
-def resume(job: Job, run_dir: Path) -> str:
-    """Take up the run that `resume` asks for; says in words where it starts."""
-    wanted = job.config.resume
-    if wanted == "none":
-        return "new"
-    if wanted == "auto":
-        found = checkpoint.complete(run_dir / "checkpoints")
-        folder = from_rank_zero(str(found[-1]) if found else "")
-        if not folder:
-            return "new"
-    else:
-        inside = checkpoint.complete(Path(wanted) / "checkpoints")
-        folder = str(inside[-1]) if inside else wanted
-    checkpoint.load(job, Path(folder))
-    return f"continues {folder} at step {job.progress.step}"
+def stop_with(why: str, job: Job, run_dir: Path) -> int:
+    """The end of a run that has stopped on purpose and been saved."""
+    if job.world.rank == 0:
+        step = job.progress.step
+        leave_note(run_dir, {"step": step, "reason": why})
+        print(
+            f"rankzero: stopped ({why}); step {step} is saved, the same command with run_dir={run_dir} goes on", file=sys.stderr
+        )
+    return EXIT_CODE
+
+
+def not_all_there(error: NotAllThere, world: World) -> NoReturn:
+    """The ranks did not come together: one line, from rank zero; where rank zero is not reached, one a node."""
+    if world.rank > 0:
+        time.sleep(PATIENCE)  # the launcher ends this rank while rank zero speaks
+    if world.rank == 0 or (not error.known_to_all and (world.local_rank == 0 or world.rank == 1)):
+        print(f"rankzero: {error}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def identity(settings: Settings) -> str:
+    """What this rank was asked to do: the same text on all ranks."""
+    source = Path(inspect.getsourcefile(type(settings.recipe)) or "")
+    return json.dumps([nested(settings.config), nested(settings.recipe), source.read_text() if source.is_file() else ""])
+
+
+def begin(job: Job, run_dir: Path) -> str:
+    """Take up the run that `resume` asks for, or begin a new one; says in words which."""
+    folder = resume(job, run_dir)
+    if folder is not None:
+        return f"continues {folder} at step {job.progress.step}"
+    if job.config.init is not None:
+        return initialise(job, job.config.init)
+    return "new"
 
 
 def is_mistake(error: Exception) -> bool:

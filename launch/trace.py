@@ -18,7 +18,8 @@ from launch.command import resolve
 from launch.data import steps_of
 from launch.job import Job, prepare
 from launch.loop import set_learning_rate, train_step
-from launch.world import World, connected, find_world
+from launch.meeting import connected
+from launch.world import World, find_world
 
 NOISE = 1e-7
 """an element whose gradient stays below this share of the whole gradient norm has none but rounding noise, one that

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("rankzero", "torch", "torchvision", "deepspeed", "accelerate", "safetensors")
 
 
@@ -19,6 +21,15 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def code_digest() -> str:
+    """A digest of our own code as it stands on the disk, changed or not."""
+    digest = hashlib.sha256()
+    for folder in ("launch", "recipes", "slurm", "strategies"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:8]
 
 
 def git_revision() -> str | None:

@@ -52,6 +52,8 @@ class Recipe:
     """`min` or `max`: which way the objective is better"""
     skip_nonfinite: ClassVar[bool] = False
     """leave out steps whose loss is NaN or infinite instead of stopping the run (costs a device synchronisation a step)"""
+    may_change: ClassVar[tuple[str, ...]] = ("data.root", "data.path")
+    """keys of this recipe that a resumed run may change: where the data lies, not what it is"""
 
     schedule: Schedule = field(default_factory=Schedule)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from strategies import activation, precision
 from strategies.initialise import initialise
 from strategies.norm import squared_norm
 from strategies.options import Options
-from strategies.state import Range, Reader, empty_optimizer_state, share, unique_state
+from strategies.state import Range, Reader, described_groups, empty_optimizer_state, share, unique_state
 
 
 class World(Protocol):
@@ -40,6 +40,9 @@ class World(Protocol):
         """Of this rank: `cpu` or `cuda:N`."""
 
 
+CHUNK = 2**22
+"""elements that are read from a checkpoint at a time: memory of that size is used again, larger pieces are faulted in anew"""
+
 BuildModel = Callable[[], nn.Module]
 BuildOptimizer = Callable[[nn.Module], Optimizer]
 Blocks = Callable[[nn.Module], Iterable[nn.Module]]
@@ -48,7 +51,8 @@ Blocks = Callable[[nn.Module], Iterable[nn.Module]]
 class Strategy:
     """How one model is trained. Valid after `setup`: `model` (call it), `module` (it, unwrapped), `optimizer`.
 
-    A model that was set up without optimizer (a fixed teacher) has no `optimizer` and nothing `trainable`.
+    A model that was set up without optimizer (a fixed teacher) has no `optimizer`, nothing `trainable` and no `groups`, which
+    are the optimizer's parameter groups as plain data.
     """
 
     model: nn.Module
@@ -64,6 +68,7 @@ class Strategy:
         self.options = options
         self.loss_scale = precision.LossScale(options.precision == "fp16")
         self.trainable: list[nn.Parameter] = []
+        self.groups: list[dict[str, Any]] = []
 
     # setup ------------------------------------------------------------------------------------------------------------
 
@@ -103,6 +108,7 @@ class Strategy:
     def attach(self, build_optimizer: BuildOptimizer) -> None:
         """Build the optimizer over the parameters as sharded."""
         self.optimizer = build_optimizer(self.module)
+        self.groups = described_groups(self.optimizer, self.module)
         optimized = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
         if forgotten := [n for n, p in self.module.named_parameters() if p.requires_grad and id(p) not in optimized]:
             # nobody would zero their gradients, and clipping would count them
@@ -205,10 +211,24 @@ class Strategy:
         tensors["loss_scale"] = torch.tensor([self.loss_scale.value, self.loss_scale.good_steps], dtype=torch.float64)
         return {name: written for name, tensor in tensors.items() if (written := self.written(tensor)) is not None}
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of parameters and buffers, whole, by the names that `state` gives them."""
+        return {f"model/{name}": self.whole_shape(tensor) for name, tensor in unique_state(self.module)}
+
+    def whole_shape(self, tensor: Tensor) -> tuple[int, ...]:
+        """The shape of the whole of which `tensor` is this rank's part."""
+        return tuple(tensor.shape)
+
+    def load_weights(self, saved: Reader) -> None:
+        """Read this rank's part of the parameters and buffers that `saved` has; the others stay as they are."""
+        shapes = saved.shapes
+        for name, tensor in unique_state(self.module):
+            if f"model/{name}" in shapes:
+                self.fill(tensor, f"model/{name}", saved)
+
     def load_state(self, saved: Reader) -> None:
         """Read the ranges that this rank keeps, whatever the strategy and world size of the writer."""
-        for name, tensor in unique_state(self.module):
-            self.fill(tensor, f"model/{name}", saved)
+        self.load_weights(saved)
         names = dict(self.module.named_parameters())
         if self.trainable:
             self.optimizer.state.clear()  # what was not saved (a step that was never made) must not survive
@@ -233,7 +253,13 @@ class Strategy:
     def fill(self, tensor: Tensor, name: str, saved: Reader) -> None:
         """Read this rank's part of `tensor` from `saved`."""
         part, start = self.local(tensor)
-        part.copy_(saved.read(name, start, start + part.numel()).view(part.shape))
+        if not part.is_contiguous():
+            part.copy_(saved.read(name, start, start + part.numel()).view(part.shape))
+            return
+        flat = part.view(-1)
+        for first in range(0, len(flat), CHUNK):
+            last = min(first + CHUNK, len(flat))
+            flat[first:last].copy_(saved.read(name, start + first, start + last))
 
     def export(self) -> dict[str, Tensor]:
         """All of the model, whole, on the host, with plain names; on rank zero (elsewhere empty). All ranks call it."""

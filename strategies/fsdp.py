@@ -131,10 +131,14 @@ class FSDP(Strategy):
             unit.set_requires_gradient_sync(enabled, recurse=False)
 
     def _forget_calls(self) -> None:
-        """Only a backward pass through FSDP2 clears its record of calls: for a model without one it would grow for ever."""
-        root = self.units[-1]
-        if hasattr(root, "reset_iter_state"):  # not in torch 2.11
-            root.reset_iter_state()
+        """Only a backward pass through FSDP2 clears its list of calls: for a model without one it would grow for ever.
+
+        Its own `reset_iter_state` is too much: it discards gradients that are being accumulated.
+        """
+        calls: list[object] = getattr(
+            self.units[-1]._get_fsdp_state()._comm_ctx, "post_forward_order", []
+        )  # none before the first
+        calls.clear()
 
     def _reduce_scalars(self) -> None:
         """Sum the gradients of the scalars over the ranks. A scalar that a rank did not use counts zero there."""
@@ -159,10 +163,10 @@ class FSDP(Strategy):
         self.reshard()
         return super().state()
 
-    def load_state(self, saved: Reader) -> None:
+    def load_weights(self, saved: Reader) -> None:
         """As in the base class."""
         self.reshard()  # else the next forward pass would still use the old values of what is gathered
-        super().load_state(saved)
+        super().load_weights(saved)
 
     def local(self, tensor: Tensor) -> tuple[Tensor, int]:
         """A shard is a contiguous range of the flattened tensor: whole rows."""

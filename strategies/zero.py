@@ -251,10 +251,20 @@ class Zero(Strategy):
                             ranges[f"optimizer/{name}/{key}"] = written
         return ranges
 
-    def load_state(self, saved: Reader) -> None:
+    def whole_shape(self, tensor: Tensor) -> tuple[int, ...]:
+        """As in the base class."""
+        piece = self.pieces.get(id(tensor))
+        return piece.shape if piece else super().whole_shape(tensor)
+
+    def load_weights(self, saved: Reader) -> None:
         """Read this rank's partitions; DeepSpeed's own collective then brings the whole parameters up to date."""
-        for name, tensor in unique_state(self.module):
-            self.fill(tensor, f"model/{name}", saved)
+        super().load_weights(saved)
+        if self.engine is not None:
+            self.gather()
+
+    def load_state(self, saved: Reader) -> None:
+        """As in the base class; the optimizer's state belongs to flat partitions."""
+        self.load_weights(saved)
         self.loss_scale.restore(saved.read("loss_scale", 0, 2))
         if self.engine is None:
             return
@@ -265,7 +275,6 @@ class Zero(Strategy):
             name, _, key = rest.rpartition("/")
             if kind == "optimizer" and parameters[name].requires_grad:
                 self.fill_optimizer(self.pieces[id(parameters[name])], key, shape, entry, saved)
-        self.gather()
 
     def fill_optimizer(self, piece: Piece, key: str, shape: tuple[int, ...], entry: str, saved: Reader) -> None:
         """Read one saved entry of one parameter's optimizer state."""

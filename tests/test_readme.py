@@ -85,6 +85,20 @@ def test_every_run_runs(folder: Path) -> None:
 
 
 @pytest.mark.slow
+def test_every_look_into_checkpoints_works(folder: Path) -> None:
+    for name in ("a", "b"):
+        assert call("recipe=./mine.py", "steps=4", "checkpoint.every=2", f"run_dir=runs/{name}", cwd=folder).code == 0
+    looks = [words for words in commands() if "launch/ckpt.py" in words]
+    said = {words[words.index("launch/ckpt.py") + 1] for words in looks}
+    assert said == {"list", "inspect", "verify", "export", "diff", "prune"}
+    for words in looks:
+        program = [sys.executable, str(ROOT / "launch" / "ckpt.py"), *words[words.index("launch/ckpt.py") + 1 :]]
+        ended = subprocess.run(program, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+        assert ended.returncode == 0, f"{shlex.join(words)}\n{ended.stderr}"
+    assert (folder / "weights.pt").is_file()
+
+
+@pytest.mark.slow
 def test_the_recipe_passes_parity(folder: Path) -> None:
     parity = [sys.executable, str(ROOT / "launch" / "parity.py"), "recipe=./mine.py", "strategies=ddp", "steps=2"]
     ended = subprocess.run(parity, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
@@ -94,7 +108,8 @@ def test_the_recipe_passes_parity(folder: Path) -> None:
 def test_every_command_is_of_a_kind_that_is_tested() -> None:
     assert len(runs()) > 5
     for words in commands():
-        tested = {"launch/run.py", "launch/parity.py", "slurm/train.sbatch", "pip", "pytest"} & set(words)
+        tested = {"run.py", "parity.py", "ckpt.py", "resume_check.py", "doctor.py", "train.sbatch", "submit.py", "pip", "pytest"}
+        tested &= {Path(word).name for word in words}
         assert tested, f"no test runs: {shlex.join(words)}"
 
 

@@ -9,53 +9,23 @@ backward, clip-free gradient norm, step, loss read once in ten steps.
 from __future__ import annotations
 
 import statistics
-import tempfile
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.optim import Optimizer
+from torch import nn
 
-from launch.command import Settings
-from launch.config import Config
-from launch.job import Job, prepare
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from launch.job import Job
 from launch.loop import set_learning_rate, train_step
 from launch.record import Record
-from launch.screen import Screen
-from launch.world import World
-from recipes.base import Batch, Recipe, Splits
+from recipes.base import Batch
+from tests.benchmarks.workload import Dense, prepared
 
 ROUNDS, STEPS = 40, 50
-
-
-@dataclass(kw_only=True)
-class Dense(Recipe):
-    """A multilayer perceptron on random numbers."""
-
-    width: int = 8
-    layers: int = 1
-    samples: int = 16
-
-    def build_data(self) -> Splits:
-        """Never read: the benchmark makes its own batches."""
-        return Splits(train=[0] * self.samples)  # type: ignore[arg-type]  # a list is a data set
-
-    def build_model(self) -> nn.Module:
-        """Linear layers and ReLU."""
-        return nn.Sequential(*[m for _ in range(self.layers) for m in (nn.Linear(self.width, self.width), nn.ReLU())])
-
-    def build_optimizer(self, model: nn.Module) -> Optimizer:
-        """Plain SGD."""
-        return torch.optim.SGD(model.parameters(), lr=1e-3)
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Squared error, summed."""
-        return F.mse_loss(model(batch[0]), batch[1], reduction="sum")
 
 
 def raw_steps(recipe: Dense, batch: Batch) -> Iterator[None]:
@@ -83,15 +53,6 @@ def rankzero_steps(job: Job, record: Record, batch: Batch) -> Iterator[None]:
         job.progress.step += 1
         record.step(losses, norms, rate)
         yield
-
-
-@contextmanager
-def prepared(recipe: Dense) -> Iterator[tuple[Job, Record]]:
-    """A run of `recipe` that never ends by itself."""
-    config = Config(recipe="dense", strategy="single", batch_size=recipe.samples, steps=10**9)
-    job = prepare(Settings(config, recipe), World())
-    with tempfile.TemporaryDirectory() as folder:
-        yield job, Record(job, Path(folder), {}, Screen(speaks=False))
 
 
 def seconds(steps: Iterator[None]) -> float:

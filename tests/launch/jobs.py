@@ -30,7 +30,7 @@ def trained(job: Job, folder: Path) -> Job:
         folder.mkdir(parents=True, exist_ok=True)
     record = Record(job, folder, versions(), Screen(False))
     train(job, record)
-    record.flush()
+    record.settle()
     return job
 
 

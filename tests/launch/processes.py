@@ -38,17 +38,20 @@ class Ended:
         return [line for line in self.err.splitlines() if line.startswith("rankzero: ")]
 
 
-def command(*words: str, ranks: int = 0, run: Path = RUN) -> list[str]:
+def command(*words: str, ranks: int = 0, run: Path = RUN, restarts: int = 0) -> list[str]:
     """The command line; with `ranks` under torchrun, on a port that nobody else has."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", f"--max-restarts={restarts}"]
+    launcher = torchrun if ranks else []
     return [sys.executable, *launcher, str(run), *words]
 
 
-def start(*words: str, cwd: Path, ranks: int = 0, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+def start(
+    *words: str, cwd: Path, ranks: int = 0, restarts: int = 0, env: Mapping[str, str] | None = None
+) -> subprocess.Popen[str]:
     """Start the command in a process group of its own, without what a launcher around the tests may have set."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
     return subprocess.Popen(
-        command(*words, ranks=ranks),
+        command(*words, ranks=ranks, restarts=restarts),
         cwd=cwd,
         env={**clean, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", MARK: str(cwd), **(env or {})},
         stdout=subprocess.PIPE,

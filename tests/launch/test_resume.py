@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from pathlib import Path
 from typing import Any
@@ -12,22 +11,25 @@ import torch
 from safetensors.torch import load_model
 from torch import nn
 
-from launch import checkpoint
-from launch.session import resume
+from launch.checkpoint.manifest import Manifest
+from launch.checkpoint.reader import Checkpoint
+from launch.checkpoint.resume import resume
+from launch.checkpoint.shelf import committed
 from tests.launch.jobs import alone, job_of, lines_of, series, trained
 from tests.launch.processes import TINY, Ended, call, finish, start
 from tests.launch.tiny import FEATURES
 from tests.ranks import World, run_ranks
 
 COMMAND = (f"recipe={TINY}:Broken", "held_out=7", "batch_size=16", "steps=12", "checkpoint.every=5", "eval.every=3", "workers=0")
-"""its own `run_dir=` comes on top; a life with KILL_AT=9 in the environment ends in step 9 by SIGKILL"""
+"""its own `run_dir=` comes on top; with KILL_AT=9 in the environment it ends in step 9 by SIGKILL, once KILL_AFTER is there"""
 
 
 @pytest.fixture(scope="module")
 def lives(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended, Ended, Ended]:
     """A run without interruption in `whole`, one killed in step 9 and started again in `killed`; the killed, the second."""
     folder = tmp_path_factory.mktemp("lives")
-    both = (start(*COMMAND, "run_dir=whole", cwd=folder), start(*COMMAND, "run_dir=killed", cwd=folder, env={"KILL_AT": "9"}))
+    kill = {"KILL_AT": "9", "KILL_AFTER": "killed/checkpoints/step-00000005"}
+    both = (start(*COMMAND, "run_dir=whole", cwd=folder), start(*COMMAND, "run_dir=killed", cwd=folder, env=kill))
     whole, killed = (finish(process) for process in both)
     # what a save that was cut off leaves: newer than the last whole checkpoint, and never to be taken
     (folder / "killed" / "checkpoints" / ".step-00000008.partial").mkdir()
@@ -42,9 +44,13 @@ def test_the_killed_run_goes_on_bit_by_bit(lives: tuple[Path, Ended, Ended, Ende
     folder, whole, killed, again = lives
     assert (whole.code, killed.code, again.code) == (0, -signal.SIGKILL, 0), again.err
     assert "at step 5" in again.out, "from the newest whole checkpoint"
-    changing = ("samples_per_second", "time")
+    changing = ("samples_per_second", "time")  # and how long saves took
     expected, found = (
-        [{name: value for name, value in line.items() if name not in changing} for line in lines_of(folder / run)]
+        [
+            {name: value for name, value in line.items() if name not in changing}
+            for line in lines_of(folder / run)
+            if "checkpoint/write" not in line
+        ]
         for run in ("whole", "killed")
     )
     assert [line["step"] for line in expected if "loss" in line] == list(range(1, 13))
@@ -109,23 +115,22 @@ BATCHNORM, ADAM = ("optimizer=sgd",), ("batchnorm=false",)
 def life(place: World, folder: Path, words: tuple[str, ...], stop_at: int | None) -> str:
     """A life of the run in `folder`, to its end or to `stop_at`; says where it started."""
     job = job_of(place, "Fit", *WORDS, *words)
-    started = resume(job, folder)
+    found = resume(job, folder)
     job.stop_at = stop_at
     trained(job, folder)
-    return started
+    return "new" if found is None else found.name
 
 
 def progress(folder: Path) -> dict[str, Any]:
     """What the newest checkpoint says."""
-    found: dict[str, Any] = json.loads((checkpoint.complete(folder / "checkpoints")[-1] / "manifest.json").read_text())
-    return dict(found["progress"])
+    return Manifest.read(committed(folder)[-1]).progress
 
 
 @pytest.mark.parametrize(("before", "after", "words"), [(2, 1, BATCHNORM), (1, 2, ADAM), (4, 2, BATCHNORM), (4, 1, ADAM)])
 def test_the_next_life_may_have_another_number_of_ranks(tmp_path: Path, before: int, after: int, words: tuple[str, ...]) -> None:
     run_ranks(1, life, tmp_path / "whole", words, None)
     assert run_ranks(before, life, tmp_path / "run", words, 6)[0] == "new"
-    assert run_ranks(after, life, tmp_path / "run", words, None)[0].endswith("at step 6")
+    assert run_ranks(after, life, tmp_path / "run", words, None)[0] == "step-00000006"
     for name in ("loss", "grad_norm", "eval/loss"):
         assert series(tmp_path / "run", name) == pytest.approx(series(tmp_path / "whole", name), rel=1e-5), name
     assert len(series(tmp_path / "whole")) == 10
@@ -139,15 +144,15 @@ def test_a_checkpoint_holds_the_running_statistics_of_all_ranks(tmp_path: Path) 
     for ranks in (1, 2):
         folder = tmp_path / str(ranks)
         run_ranks(ranks, life, folder, ("optimizer=sgd", "held_out=0"), 6)  # no evaluation: it would synchronise them too
-        saved = checkpoint.Checkpoint(folder / "checkpoints" / "step-00000006").of("model")
-        found[ranks] = [saved.read(f"model/1.running_{name}", 0, 8) for name in ("mean", "var")]
+        with Checkpoint(folder / "checkpoints" / "step-00000006") as saved:
+            found[ranks] = [saved.read(f"model/model/1.running_{name}", 0, 8) for name in ("mean", "var")]
     torch.testing.assert_close(found[2], found[1], rtol=1e-5, atol=1e-6)
 
 
 def test_the_optimizer_comes_along(tmp_path: Path) -> None:
     job = trained(job_of(alone(), "Fit", *WORDS), tmp_path)
     again = job_of(alone(), "Fit", *WORDS)
-    checkpoint.load(again, checkpoint.complete(tmp_path / "checkpoints")[-1])
+    resume(again, tmp_path)
     for mine, theirs in zip(again.models["model"].parameters(), job.models["model"].parameters(), strict=True):
         states = [run.strategies["model"].optimizer.state[p] for run, p in ((again, mine), (job, theirs))]
         assert states[0].keys() == states[1].keys() == {"step", "exp_avg", "exp_avg_sq"}
@@ -158,9 +163,9 @@ def test_the_optimizer_comes_along(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("batch_size=8",), "batch_size=16, this run has 8"),
-        (("seed=3",), "seed=0, this run has 3"),
-        (("size=30",), "train_samples=50, this run has 30"),
+        (("batch_size=8",), "batch_size=16, now 8"),
+        (("seed=3",), "seed=0, now 3"),
+        (("size=30",), "50 training samples, now 30"),
     ],
 )
 def test_a_run_that_would_not_continue_the_curve_is_refused(tmp_path: Path, words: tuple[str, ...], message: str) -> None:
@@ -179,7 +184,7 @@ def test_the_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
 
 def test_only_the_newest_are_kept_and_the_best(tmp_path: Path) -> None:
     trained(job_of(alone(), "Fit", *WORDS, "checkpoint.every=1", "checkpoint.keep=2"), tmp_path / "newest")
-    assert [path.name for path in checkpoint.complete(tmp_path / "newest" / "checkpoints")] == ["step-00000009", "step-00000010"]
+    assert [path.name for path in committed(tmp_path / "newest")] == ["step-00000009", "step-00000010"]
     words = ("eval.every=2", "lr=1e-12", "checkpoint.every=2", "checkpoint.keep=1", "checkpoint.best=true", "batchnorm=false")
     trained(job_of(alone(), "Fit", *WORDS, *words), tmp_path / "best")  # no evaluation is better than the first
-    assert [path.name for path in checkpoint.complete(tmp_path / "best" / "checkpoints")] == ["step-00000002", "step-00000010"]
+    assert [path.name for path in committed(tmp_path / "best")] == ["step-00000002", "step-00000010"]

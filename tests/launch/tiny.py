@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -117,6 +118,8 @@ class Masked(Fit):
 class Broken(Fit):
     """Goes wrong on one rank in one step, the way that `fail` says."""
 
+    may_change: ClassVar[tuple[str, ...]] = ("fail", "fail_rank", "pause")
+
     fail: str = "no"
     """raise, nan (loss), gradient (NaN, of a finite loss)"""
     fail_rank: int = 1
@@ -131,6 +134,8 @@ class Broken(Fit):
         time.sleep(self.pause)
         self.step += torch.is_grad_enabled()  # neither evaluation nor a second look at a failed step counts
         if os.environ.get("KILL_AT") == str(self.step):
+            while not Path(os.environ["KILL_AFTER"]).exists():  # it is written behind the training
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
         failing = self.step == self.fail_step and int(os.environ.get("RANK", "0")) == self.fail_rank
         if failing and self.fail == "raise":

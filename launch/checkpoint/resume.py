@@ -1,0 +1,174 @@
+"""Which checkpoint a run goes on from, and whether it may: whole, and of the same run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from launch.checkpoint.manifest import NAME, Manifest
+from launch.checkpoint.reader import Checkpoint
+from launch.checkpoint.shelf import committed, named, set_aside, shelf, step_of
+from launch.config import flatten, nested
+from launch.job import Job
+from launch.world import barrier, first_problem, from_rank_zero
+
+MAY_CHANGE = {
+    *("config", "run_dir", "resume", "init", "init_partial", "debug", "workers"),
+    *("launcher", "max_time", "start_timeout", "hang_timeout", "chaos"),
+    *("strategy", "steps", "epochs", "micro_batch_size", "activation_checkpointing", "compile"),
+    *("ddp", "fsdp", "zero", "checkpoint", "eval", "log"),
+}
+"""keys, and groups of keys, that do not change what is computed, or only how far"""
+
+
+def resume(job: Job, run_dir: Path) -> Path | None:
+    """Continue `job` from the checkpoint that `resume` asks for. Returns its folder; None if there is none to continue from.
+
+    All ranks call it. Raises ValueError if what is there is damaged or belongs to another run.
+    """
+    checkpoint = find(job, run_dir)
+    if checkpoint is None:
+        return None
+    with checkpoint:
+        refuse_changes(job, checkpoint)
+        for name, strategy in job.strategies.items():
+            strategy.load_state(checkpoint.of(name))
+        job.progress.load_state(checkpoint.manifest.progress)
+    return checkpoint.folder
+
+
+# which one ---------------------------------------------------------------------------------------------------------------
+
+
+def find(job: Job, run_dir: Path) -> Checkpoint | None:
+    """The newest checkpoint that verifies, open on all ranks; damaged ones are told of, and set aside if they are the run's."""
+    wanted, own = job.config.resume, shelf(run_dir)
+    if wanted == "none":
+        return None
+    # what rank zero sees: another node may see a shared folder a little later
+    candidates, problem = [], ""
+    if job.world.rank == 0:
+        try:
+            candidates = [str(path) for path in asked_for(wanted, run_dir)]
+        except ValueError as error:
+            problem = str(error)
+    if problem := first_problem(problem):
+        raise ValueError(problem)
+    candidates = from_rank_zero(candidates)
+    for index, folder in enumerate(map(Path, candidates)):
+        checkpoint, problem = opened(folder, job)
+        if checkpoint is not None:
+            return checkpoint
+        if index + 1 == len(candidates):
+            raise ValueError(
+                f"{problem}; no whole checkpoint is left to continue from. To start afresh, say another run_dir= "
+                "(nothing in this one was touched)"
+            )
+        if job.world.rank == 0:
+            print(f"rankzero: {problem}; going back to {candidates[index + 1]}", file=sys.stderr, flush=True)
+            if folder.parent == own:
+                set_aside(folder)
+    barrier()
+    return None
+
+
+def asked_for(wanted: str, run_dir: Path) -> list[Path]:
+    """The checkpoints that may be taken, the best first."""
+    if wanted == "auto":
+        return named(run_dir)[::-1]  # one without a manifest has lost it: it is told of, not passed over
+    path = Path(wanted)
+    found = [path] if (path / NAME).is_file() else committed(path)[::-1]
+    if not found:
+        raise ValueError(f"resume={wanted} is not a checkpoint: it has no {NAME}, and no checkpoints/step-*/ with one")
+    newer = [other for other in committed(run_dir) if step_of(other) > step_of(found[0])]
+    if newer and found[0].resolve().parent == shelf(run_dir).resolve():
+        raise ValueError(
+            f"resume={wanted} is not the newest of its run: going back in run_dir={run_dir} would mix two runs; "
+            f"choose another run_dir, or remove {newer[0]} and what follows it"
+        )
+    return found
+
+
+def opened(folder: Path, job: Job) -> tuple[Checkpoint | None, str]:
+    """The checkpoint in `folder`, if all ranks find it whole; else what the first rank found wrong.
+
+    Each rank hashes its share of the files, so that each file is read once, whatever the world size.
+    """
+    checkpoint, problem = None, ""
+    try:
+        checkpoint = Checkpoint(folder)
+        checkpoint.verify_sizes()
+        mine = range(job.world.rank, len(checkpoint.manifest.files), job.world.world_size)
+        checkpoint.verify(mine, job.place.still_there)
+    except ValueError as error:
+        problem = str(error)
+    problem = first_problem(problem)
+    if problem and checkpoint is not None:
+        checkpoint.close()
+    return (None if problem else checkpoint), problem
+
+
+# whether it may ----------------------------------------------------------------------------------------------------------
+
+
+def refuse_changes(job: Job, checkpoint: Checkpoint) -> None:
+    """Raise ValueError with what has changed since the checkpoint, if the curve would not continue."""
+    manifest, folder = checkpoint.manifest, checkpoint.folder
+    if manifest.config["recipe"] != job.config.recipe:
+        raise ValueError(
+            f"{folder} belongs to recipe={manifest.config['recipe']}, not {job.config.recipe}; choose another run_dir"
+        )
+    changes = [*changed_keys(manifest, job), *changed_code(checkpoint, job)]
+    if changes:
+        shown = "; ".join(changes[:8]) + (f"; and {len(changes) - 8} more" if len(changes) > 8 else "")
+        raise ValueError(
+            f"{folder} was saved by another run than this, and the curve would not continue: {shown}. "
+            f"Put it back, or start a new run (another run_dir) from its weights alone: init={folder}"
+        )
+
+
+def changed_keys(manifest: Manifest, job: Job) -> Iterator[str]:
+    """The keys of the command line that are not what they were. A key that one of the two does not know is passed over."""
+    allowed = MAY_CHANGE | set(job.recipe.may_change)
+    before, now = dict(flatten(manifest.config)), dict(flatten(nested(job.config) | nested(job.recipe)))
+    for name in now:
+        if name in before and before[name] != now[name] and not {name, name.partition(".")[0]} & allowed:
+            yield f"{name}={before[name]}, now {now[name]}"
+    if manifest.train_samples != len(job.splits.train):
+        yield f"{manifest.train_samples:,} training samples, now {len(job.splits.train):,}"
+
+
+def changed_code(checkpoint: Checkpoint, job: Job) -> Iterator[str]:
+    """What is different in the models and optimizers that the recipe builds."""
+    saved = set(checkpoint.models)
+    for model, strategy in job.strategies.items():
+        before = {n: s for n, s in checkpoint.of(model).shapes.items() if n.startswith("model/")} if model in saved else {}
+        now = {name: shape for name, shape in strategy.shapes().items() if 0 not in shape}
+        for name in sorted(before.keys() | now.keys()):
+            if before.get(name) != now.get(name):
+                yield f"{model} {name.removeprefix('model/')}: {words(before.get(name))}, now {words(now.get(name))}"
+        yield from changed_groups(model, checkpoint.manifest.optimizers.get(model, []), strategy.groups)
+
+
+def changed_groups(model: str, before: list[dict[str, Any]], now: list[dict[str, Any]]) -> Iterator[str]:
+    """What is different in the parameter groups of one optimizer."""
+    if len(before) != len(now):
+        yield f"{model}: {len(before)} parameter groups, now {len(now)}"
+        return
+    for index, (old, new) in enumerate(zip(before, now, strict=True)):
+        where = f"{model} optimizer" + (f" group {index}" if len(now) > 1 else "")
+        if old["optimizer"] != new["optimizer"]:
+            yield f"{where}: {old['optimizer']}, now {new['optimizer']}"
+            continue
+        if old["parameters"] != new["parameters"]:
+            yield f"{where} has other parameters"
+        for key, value in new["settings"].items():
+            if key in old["settings"] and old["settings"][key] != value:
+                yield f"{where} {key}: {old['settings'][key]}, now {value}"
+
+
+def words(shape: tuple[int, ...] | None) -> str:
+    """A shape, or that there is none."""
+    return "not there" if shape is None else "x".join(map(str, shape)) or "a scalar"

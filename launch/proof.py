@@ -1,0 +1,83 @@
+"""What the commands that prove something share: their own keys, how they start the real thing, how far apart is too far."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+TOLERANCE = {"fp32": (1e-5, 1e-5, 1e-4, 1e-6), "tf32": (2e-3, 2e-3, 2e-3, 1e-6), "bf16": (2e-2,) * 4, "fp16": (2e-2,) * 4}
+"""allowed relative deviation of loss, gradient norm and final weights from the single process, and of loss and gradient norm
+among the strategies; bf16 and fp16 differ where a micro-batch's rounding does, so theirs is that of the format"""
+ROUNDING = 6e-8
+"""half a unit in the last place of fp32"""
+PLACES = {
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+}
+"""variables by which a launcher places a process: one around the proof must not place what the proof starts"""
+
+
+def whole_number(name: str, text: str, what: str, least: int) -> int:
+    """The number that a key of ours was given. Raises ValueError if it is none, or less than `least`."""
+    if not text.isdecimal() or int(text) < least:
+        raise ValueError(f"{name}={text} must be a number of {what} from {least}")
+    return int(text)
+
+
+def choose_strategies(line: Mapping[str, str], allowed: Sequence[str], default: Sequence[str]) -> list[str]:
+    """What `strategies=` names, without those whose library is not installed. Raises ValueError for any not `allowed`."""
+    chosen = list(dict.fromkeys(line["strategies"].split(","))) if "strategies" in line else list(default)
+    for name in chosen:
+        if name not in allowed:
+            raise ValueError(f"strategies={line['strategies']}: {name!r} is none of {', '.join(allowed)}")
+    if importlib.util.find_spec("deepspeed") is None and any(name.startswith("zero") for name in chosen):
+        chosen = [name for name in chosen if not name.startswith("zero")]
+        if not chosen:
+            raise ValueError(f"strategies={line['strategies']} needs deepspeed, which is not installed: pip install deepspeed")
+        print("zero1, zero2 and zero3 are left out: deepspeed is not installed", file=sys.stderr)
+    return chosen
+
+
+def without(words: Sequence[str], names: Iterable[str]) -> list[str]:
+    """The words that say none of the keys `names`."""
+    return [word for word in words if word.partition("=")[0].removeprefix("--") not in names]
+
+
+def for_strategy(words: Sequence[str], strategy: str) -> list[str]:
+    """The words without the options of other strategies, which would be refused."""
+    groups = [group for group in ("ddp", "fsdp", "zero") if not strategy.startswith(group)]
+    return [word for word in words if word.removeprefix("--").split(".")[0] not in groups]
+
+
+def environment(ranks: int) -> dict[str, str]:
+    """The environment of a process that a proof starts, on at most `ranks` ranks."""
+    import torch
+
+    clean = {name: value for name, value in os.environ.items() if name not in PLACES and not name.startswith("TORCHELASTIC_")}
+    # the same number of threads everywhere: sums are cut differently otherwise
+    found = {**clean, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    if torch.cuda.device_count() < ranks:
+        found["CUDA_VISIBLE_DEVICES"] = ""  # fewer GPUs than ranks: all on the CPU
+    return found
+
+
+def command(program: str, ranks: int) -> list[str]:
+    """How a user starts a file of `launch/`: under python, or on several ranks under torchrun."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    return [sys.executable, *torchrun, str(Path(__file__).with_name(program))]
+
+
+def growth(curve: Sequence[float], bad: int, compare: int) -> str:
+    """Whether it is the run itself that blows rounding up: deviations that start as rounding and grow step by step.
+
+    `curve` holds the deviation of each step, `bad` is the index of the first that is too large, `compare` the value of that key
+    with which it would not be reached.
+    """
+    start = max(curve[0], ROUNDING)
+    if bad < 2 or start > 10 * ROUNDING:
+        return ""
+    fold = (curve[bad] / start) ** (1 / bad)
+    return f" (rounding at first, growing {fold:.0f}-fold a step: this run is that sensitive, compare={compare} tells more)"

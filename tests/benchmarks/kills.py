@@ -1,0 +1,155 @@
+"""One run, killed with SIGKILL again and again at random times, many of them during a save, and resumed until it is done.
+
+    OMP_NUM_THREADS=1 python tests/benchmarks/kills.py kills=30 ranks=2 strategy=fsdp seed=0
+
+After each kill: every checkpoint that was committed is still there, or was removed because newer ones had replaced it; the newest
+verifies; the next life starts from it. At the end: every loss, gradient norm and learning rate, and the final weights, are equal
+bit by bit to those of a run that nobody killed. Exit code 1 if anything is not.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from launch.checkpoint.manifest import Damaged
+from launch.checkpoint.reader import Checkpoint
+from launch.checkpoint.shelf import committed, step_of
+from launch.config import read_line
+from launch.curves import compared, only_one_knows, same_files, steps_of, wrong_steps
+from launch.lives import Ended, Layout, is_saving, last_step, lines_of, live, resumed_at, saved_step, step_seconds
+from launch.proof import environment
+
+EVERY, KEEP = 3, 2
+WORDS = (
+    *(
+        "recipe=gpt",
+        "model.layers=2",
+        "model.width=384",
+        "data.block=32",
+        "data.val=0.002",
+        "data.test=0",
+        "batch_size=8",
+        "micro_batch_size=4",
+        "workers=0",
+    ),
+    *(f"checkpoint.every={EVERY}", f"checkpoint.keep={KEEP}", "checkpoint.every_minutes=null", "log.every=1"),
+)
+"""4 million parameters, 44 MB with what AdamW keeps of them: a save takes as long as a few steps"""
+STEPS_A_KILL = 8
+"""length of the run: more than a life makes on average that is killed in it"""
+START = 12.0
+"""seconds: a kill by the clock comes at any time up to here, which is mostly before the first step"""
+
+
+def main(words: list[str]) -> int:
+    """The table; returns the exit code."""
+    line = {"kills": "30", "ranks": "2", "strategy": "fsdp", "seed": "0", **read_line(words)}
+    kills, layout, draw = int(line["kills"]), Layout(line["strategy"], int(line["ranks"])), random.Random(int(line["seed"]))
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="kills-") as folder:
+        whole, killed = Path(folder) / "whole", Path(folder) / "killed"
+        asked = [*WORDS, f"eval.every={kills * STEPS_A_KILL}", f"steps={kills * STEPS_A_KILL}"]
+        one_life = partial(live, asked, layout, environment=environment(layout.ranks))
+        problems = [f"the run that nobody killed: {ended.trouble}"] if (ended := one_life(run_dir=whole)).trouble else []
+        print(f"{layout}, {kills * STEPS_A_KILL} steps, a checkpoint every {EVERY}; without kills: {ended.seconds:.0f} s")
+        print("kill  started from  at step  in a save  newest whole  steps lost  seconds", flush=True)
+        saves = lost = done = 0
+        while not problems and done < kills:
+            before, seen = saved_step(killed), set[int]()
+            moment = partial(watched, killed, seen, aim(killed, draw, before))
+            ended = one_life(run_dir=killed, kill_when=moment)
+            if ended.how != "killed":
+                problems.append(f"kill {done + 1} came too late: the run had ended ({ended.trouble or 'in order'})")
+                problems += ended.last_words() if ended.trouble else []
+                break
+            done += 1
+            problems = wrong_after(killed, ended, before, seen)
+            saved, made = saved_step(killed), made_steps(killed, ended.began)
+            step, saving = (last_step(killed), is_saving(killed)) if made else (before, False)
+            saves, lost = saves + saving, lost + step - saved
+            numbers = f"{done:>4}{before:>14}{step:>9}{'yes' if saving else '':>11}{saved:>14}{step - saved:>12}"
+            print(f"{numbers}{ended.seconds:>9.1f}", flush=True)
+        if not problems:
+            before = saved_step(killed)
+            ended = one_life(run_dir=killed)
+            problems = [ended.trouble, *ended.last_words()] if ended.trouble else wrong_start(killed, ended, before)
+            problems += [] if problems else differences(whole, killed)
+    print(*problems, sep="\n")
+    verdict = "anything but equal" if problems else "all losses, norms, scores and final weights bit-equal"
+    print(f"{done} kills, {saves} of them during a save, {lost} steps made again, {time.monotonic() - start:.0f} s: {verdict}")
+    return int(bool(problems))
+
+
+def aim(run_dir: Path, draw: random.Random, before: int) -> Callable[[], bool]:
+    """The moment of the next kill: in the first, second or third save of the life, some time after a step, or by the clock."""
+    kind = draw.choices(("save", "step", "clock"), (5, 4, 1))[0]
+    step, share = before + draw.randint(1, 3 * EVERY), draw.random()
+    began = time.time()
+    end = began + draw.uniform(0, START)
+
+    def moment() -> bool:
+        if kind == "clock":
+            return time.time() > end
+        if last_step(run_dir) < step or not made_steps(run_dir, began):  # what the life before left says nothing
+            return False
+        if kind == "save":
+            return is_saving(run_dir)
+        time.sleep(share * step_seconds(run_dir))
+        return True
+
+    return moment
+
+
+def watched(run_dir: Path, seen: set[int], moment: Callable[[], bool]) -> bool:
+    """`moment`, and on the way note which checkpoints there are."""
+    seen.update(map(step_of, committed(run_dir)))
+    return moment()
+
+
+def wrong_after(run_dir: Path, life: Ended, before: int, seen: set[int]) -> list[str]:
+    """What a kill has left that should not be, in words."""
+    problems = wrong_start(run_dir, life, before) if made_steps(run_dir, life.began) else []
+    there = [step_of(path) for path in committed(run_dir)]
+    for step in seen - set(there):
+        if sum(other > step for other in there) < KEEP:
+            problems.append(f"the checkpoint of step {step} was committed and is gone; there are {there}")
+    if there:
+        try:
+            with Checkpoint(committed(run_dir)[-1]) as newest:
+                newest.verify_sizes()
+                newest.verify()
+        except Damaged as error:
+            problems.append(str(error))
+    return problems
+
+
+def wrong_start(run_dir: Path, life: Ended, before: int) -> list[str]:
+    """Whether a life did not start from the newest checkpoint, in words."""
+    found = resumed_at(run_dir, life)
+    return [] if found == before else [f"started from step {found}, though the checkpoint of step {before} was committed"]
+
+
+def made_steps(run_dir: Path, began: float) -> bool:
+    """Whether a life came to its first step, by which time it has swept up what the one before it left."""
+    return any(line.get("time", 0) >= began for line in lines_of(run_dir)[::-1])
+
+
+def differences(whole: Path, killed: Path) -> list[str]:
+    """What differs between the run that nobody killed and the other, in words."""
+    expected, found = lines_of(whole), lines_of(killed)
+    problems = [wrong_steps(steps_of(expected), steps_of(found)), only_one_knows(expected, found)]
+    problems += [str(number) for number in compared(expected, found) if number.by > 0][:3]
+    problems += [] if same_files(whole, killed) else ["the final weights are not the same bytes"]
+    return [problem for problem in problems if problem]
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `live` then leaves no process behind
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,64 @@
+"""A run of a multilayer perceptron on random numbers, as large as a benchmark wants it, without the command around it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+
+from launch.command import Settings
+from launch.config import CheckpointOptions, Config
+from launch.job import Job, prepare
+from launch.record import Record
+from launch.screen import Screen
+from launch.world import World
+from recipes.base import Batch, Recipe, Splits
+
+
+@dataclass(kw_only=True)
+class Dense(Recipe):
+    """A multilayer perceptron on random numbers."""
+
+    width: int = 8
+    layers: int = 1
+    samples: int = 16
+    adam: bool = False
+
+    def build_data(self) -> Splits:
+        """Never read: the benchmark makes its own batches."""
+        return Splits(train=[0] * self.samples)  # type: ignore[arg-type]  # a list is a data set
+
+    def build_model(self) -> nn.Module:
+        """Linear layers and ReLU."""
+        return nn.Sequential(*[m for _ in range(self.layers) for m in (nn.Linear(self.width, self.width), nn.ReLU())])
+
+    def build_optimizer(self, model: nn.Module) -> Optimizer:
+        """Plain SGD, or Adam with two more tensors a parameter."""
+        if self.adam:
+            return torch.optim.Adam(model.parameters(), lr=1e-3)
+        return torch.optim.SGD(model.parameters(), lr=1e-3)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Squared error, summed."""
+        return F.mse_loss(model(batch[0]), batch[1], reduction="sum")
+
+
+@contextmanager
+def prepared(recipe: Dense, **checkpoint: Any) -> Iterator[tuple[Job, Record]]:
+    """A run of `recipe` that never ends by itself."""
+    config = Config(
+        recipe="dense", strategy="single", batch_size=recipe.samples, steps=10**9, checkpoint=CheckpointOptions(**checkpoint)
+    )
+    job = prepare(Settings(config, recipe), World())
+    with tempfile.TemporaryDirectory() as folder:
+        record = Record(job, Path(folder), {}, Screen(speaks=False))
+        yield job, record
+        record.settle()

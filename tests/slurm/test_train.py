@@ -1,0 +1,109 @@
+"""Real trainings under a real SLURM of two nodes: the numbers stay those of one process, whatever happens to the job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.launch.jobs import series
+from tests.launch.processes import ROOT, TINY, call
+from tests.slurm.cluster import SCRIPT, Cluster, until
+
+WORDS = ("batch_size=32", "micro_batch_size=16", "workers=0", "checkpoint.every_minutes=null")
+FIT = (f"recipe={TINY}:Fit", "size=64", "steps=6", *WORDS)
+LONG = (f"recipe={TINY}:Broken", "size=64", "checkpoint.every=5", *WORDS)
+NODES = "--nodes=2 --cpus-per-task=1"
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of one process without SLURM."""
+    folder = tmp_path_factory.mktemp("alone")
+    ended = call(*FIT, "run_dir=run", cwd=folder)
+    assert ended.code == 0, ended.err
+    return series(folder / "run")
+
+
+def steps(run_dir: Path) -> int:
+    """The optimizer steps that are recorded."""
+    return len(series(run_dir)) if (run_dir / "metrics.jsonl").exists() else 0
+
+
+def begun(cluster: Cluster, folder: Path, *words: str, options: str = NODES) -> str:
+    """A long training on two nodes that is under way."""
+    number = cluster.submit(*LONG, "run_dir=run", *words, cwd=folder, options=options)
+    until(lambda: steps(folder / "run") > 5, "the run trains", seconds=60)
+    return number
+
+
+@pytest.mark.parametrize(
+    "words", [("strategy=ddp",), ("strategy=fsdp",), ("strategy=zero3",), ("strategy=ddp", "launcher=srun")], ids=" ".join
+)
+def test_two_nodes_train_as_one_process(cluster: Cluster, alone: list[float], tmp_path: Path, words: tuple[str, ...]) -> None:
+    number = cluster.submit(*FIT, "run_dir=run", *words, cwd=tmp_path, options=NODES)
+    printed = cluster.done(number, timeout=120)
+    assert "2 rank(s) on 2 node(s)" in printed
+    assert series(tmp_path / "run") == pytest.approx(alone, rel=1e-5)  # fp32: the ranks' sums are added in another order
+
+
+def test_srun_within_salloc(cluster: Cluster, alone: list[float], tmp_path: Path) -> None:
+    run = ("srun", "--ntasks-per-node=1", "python", str(ROOT / "launch" / "run.py"), *FIT, "strategy=ddp", "run_dir=run")
+    ended = cluster.call("salloc", "--nodes=2", *run, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert series(tmp_path / "run") == pytest.approx(alone, rel=1e-5)
+
+
+def test_a_requeued_run_goes_on_bit_by_bit(cluster: Cluster, tmp_path: Path) -> None:
+    """Both by `scontrol requeue`, which says TERM to all, and by a signal; with data workers, which hear the signals, too."""
+    words = ("steps=60", "workers=1")
+    cluster.done(cluster.submit(*LONG, *words, "run_dir=straight", cwd=tmp_path, options=NODES))
+    number = begun(cluster, tmp_path, *words, "pause=0.1")
+    cluster.ask("scontrol", "requeue", number)
+    assert cluster.wait(number, "PENDING")["Restarts"] == "1"
+    before = steps(tmp_path / "run")
+    cluster.wait(number, "RUNNING")
+    until(lambda: steps(tmp_path / "run") > before, "the run goes on", seconds=60)
+    cluster.ask("scancel", "--signal=USR1", number)
+    assert cluster.wait(number, "COMPLETED")["Restarts"] == "2"
+    assert series(tmp_path / "run") == series(tmp_path / "straight")
+
+
+def test_a_cancelled_run_is_over(cluster: Cluster, tmp_path: Path) -> None:
+    number = begun(cluster, tmp_path, "steps=1000", "pause=0.1")
+    cluster.ask("scancel", number)
+    assert cluster.wait(number, "CANCELLED")["Restarts"] == "0"
+    until(lambda: not cluster.tasks(), "nothing is left running")
+
+
+def test_a_time_limit_is_met(cluster: Cluster, tmp_path: Path) -> None:
+    """A minute, the shortest that SLURM knows: the run, which has not saved yet and leaves time for it, stops at a third."""
+    words = (*LONG, "checkpoint.every=1000", "steps=180", "pause=0.1", "run_dir=run")
+    number = cluster.submit(*words, cwd=tmp_path, options=f"{NODES} --time=1")
+    until((tmp_path / "run" / "stopped.json").exists, "the run stops", seconds=60)
+    cluster.wait(number, "PENDING")
+    cluster.ask("scontrol", "update", f"JobId={number}", "TimeLimit=10")  # one more life is enough
+    job = cluster.wait(number, "COMPLETED", timeout=90)
+    assert job["Restarts"] == "1"
+    assert steps(tmp_path / "run") == 180
+    printed = Path(job["StdOut"]).read_text()
+    assert "rankzero: stopped (its time is up)" in printed
+    assert "DUE TO TIME LIMIT" not in printed
+
+
+def test_a_node_is_drained(cluster: Cluster, stub: Path, tmp_path: Path) -> None:
+    """What runs on it ends there; what comes next waits until it is back."""
+    number = begun(cluster, tmp_path, "steps=40", "pause=0.1")
+    cluster.ask("scontrol", "update", "NodeName=n2", "State=DRAIN", "Reason=test")
+    after = cluster.submit("launcher=srun", cwd=tmp_path, home=stub, options=NODES)
+    cluster.done(number)
+    assert steps(tmp_path / "run") == 40
+    assert cluster.job(after)["JobState"] == "PENDING"
+    cluster.ask("scontrol", "update", "NodeName=n2", "State=RESUME")
+    cluster.done(after)
+
+
+def test_the_script_reads_in_a_minute() -> None:
+    """Short, and no count is written in it."""
+    code = [line for line in SCRIPT.read_text().splitlines() if line.strip() and not line.startswith("#")]
+    assert len(code) <= 50
