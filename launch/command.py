@@ -11,9 +11,9 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from launch.chaos import parse as parse_chaos
 from launch.config import Config, build, check_known, keys_of, parse, read_file, read_line
-from launch.stop import seconds
+from launch.guard.chaos import parse as parse_chaos
+from launch.guard.stop import seconds
 from launch.world import World
 from recipes import RECIPES
 from recipes.base import Recipe

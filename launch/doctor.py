@@ -37,7 +37,7 @@ from launch.checkup.report import Finding, Report, nodes_of
 from launch.checkup.scratch import remove_all
 from launch.checkup.table import show
 from launch.config import PATIENCE, build, check_known, keys_of, parse, read_line, stop_for
-from launch.store import NotMet, meeting_point
+from launch.guard.store import NotMet, meeting_point
 from launch.world import World, find_world
 
 QUIET = {

@@ -14,7 +14,7 @@ from launch import data
 from launch.batchnorm import RunningStatistics
 from launch.command import Settings, accumulation
 from launch.config import Config
-from launch.place import Place
+from launch.guard.place import Place
 from launch.seeding import seed_device
 from launch.world import World, total
 from recipes.base import Dataset, Recipe, Splits

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from launch.data import steps_of, to_device
-from launch.nonfinite import check_gradients, check_loss
+from launch.guard.nonfinite import check_gradients, check_loss
 from launch.seeding import seed_device
 from launch.world import total
 from recipes.base import Recipe

@@ -29,7 +29,7 @@ except ModuleNotFoundError as missing:
 
 from launch import help
 from launch.config import read_line, stop_for
-from launch.proof import TOLERANCE, choose_strategies, command, environment, for_strategy, growth, whole_number, without
+from launch.proof.common import TOLERANCE, choose_strategies, command, environment, for_strategy, growth, whole_number, without
 from launch.world import World
 from strategies import STRATEGIES
 
@@ -148,7 +148,7 @@ def run(cases: list[Case], own: Own, folder: Path) -> dict[str, Trace]:
     from safetensors.torch import load_file
 
     found = environment(own.ranks)
-    python, torchrun = command("trace.py", 1), command("trace.py", own.ranks)
+    python, torchrun = command("proof/trace.py", 1), command("proof/trace.py", own.ranks)
     traces: dict[str, Trace] = {}
     for start, mine in (
         (python, [case for case in cases if case.strategy == "single"]),

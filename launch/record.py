@@ -14,12 +14,12 @@ import torch
 from rich.filesize import decimal
 from torch import Tensor
 
-from launch import nonfinite
-from launch.agreement import Agreement
 from launch.checkpoint.saver import NotSaved, Saved, Saver
+from launch.guard import nonfinite
+from launch.guard.agreement import Agreement
+from launch.guard.stop import StopRequest
 from launch.job import Job
 from launch.screen import Screen
-from launch.stop import StopRequest
 from launch.world import gathered
 
 

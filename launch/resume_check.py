@@ -44,9 +44,9 @@ except ModuleNotFoundError as missing:
 from launch import help
 from launch.checkpoint.shelf import folder_of
 from launch.config import read_line, stop_for
-from launch.curves import Row, judge, same_files
-from launch.lives import Ended, Layout, is_saving, last_step, lines_of, live, resumed_at, saved_step, step_seconds
-from launch.proof import TOLERANCE, choose_strategies, environment, for_strategy, whole_number, without
+from launch.proof.common import TOLERANCE, choose_strategies, environment, for_strategy, whole_number, without
+from launch.proof.curves import Row, judge, same_files
+from launch.proof.lives import Ended, Layout, is_saving, last_step, lines_of, live, resumed_at, saved_step, step_seconds
 from launch.world import World
 from strategies import STRATEGIES
 

@@ -12,7 +12,6 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from launch import chaos, debug
 from launch.checkpoint.export import export_weights
 from launch.checkpoint.reader import Checkpoint
 from launch.checkpoint.resume import resume
@@ -20,18 +19,20 @@ from launch.checkpoint.shelf import committed
 from launch.checkpoint.weights import initialise
 from launch.command import Settings
 from launch.config import PATIENCE, nested, stop_for
-from launch.failure import fail
+from launch.debugging import debug
+from launch.guard import chaos
+from launch.guard.failure import fail
+from launch.guard.meeting import NotAllThere, connected
+from launch.guard.place import Place
+from launch.guard.stop import EXIT_CODE, SIGNALS, StopRequest, deadline, leave_note
+from launch.guard.verdict import block, keep, of_exception
+from launch.guard.watch import Watch, end
 from launch.job import Job, prepare
 from launch.loop import evaluate, train
-from launch.meeting import NotAllThere, connected
-from launch.place import Place
 from launch.record import Record
 from launch.run_dir import start_run_dir
 from launch.screen import Screen
-from launch.stop import EXIT_CODE, SIGNALS, StopRequest, deadline, leave_note
-from launch.verdict import block, keep, of_exception
 from launch.versions import versions
-from launch.watch import Watch, end
 from launch.world import World, from_rank_zero
 
 

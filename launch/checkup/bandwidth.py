@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from launch.checkup.meeting import Meeting
 from launch.checkup.network import spoken
 from launch.checkup.report import Finding, Report, Status, leaders_of, listed, nodes_of
-from launch.store import open_store, within
+from launch.guard.store import open_store, within
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]  # torch exports it, its stubs do not

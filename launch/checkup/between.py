@@ -13,7 +13,7 @@ from launch.checkup.machine import file_system
 from launch.checkup.meeting import Meeting
 from launch.checkup.report import Finding, Report, Status, by_value, listed, nodes_of
 from launch.checkup.scratch import scratch
-from launch.store import addresses_of, spans
+from launch.guard.store import addresses_of, spans
 from launch.world import World
 
 PINGS = 5

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from launch.store import check_own, open_store, reach
+from launch.guard.store import check_own, open_store, reach
 from launch.world import World
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 
 from launch.checkup.report import Finding, Report, Status, by_value, leaders_of
-from launch.store import addresses_of, owner_of
+from launch.guard.store import addresses_of, owner_of
 
 DEFAULT_PORT = 29500
 """torchrun's"""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from launch.store import within
+from launch.guard.store import within
 from launch.world import World
 
 Status = Literal["pass", "warn", "fail"]

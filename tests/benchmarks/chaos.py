@@ -29,12 +29,12 @@ from typing import Any
 
 import psutil
 
-from launch.chaos import KINDS
 from launch.checkpoint.shelf import shelf
 from launch.config import read_line
-from launch.curves import compared, only_one_knows, same_files, steps_of, wrong_steps
-from launch.lives import Ended, Layout, is_saving, lines_of, live, resumed_at, saved_step
-from launch.proof import environment
+from launch.guard.chaos import KINDS
+from launch.proof.common import environment
+from launch.proof.curves import compared, only_one_knows, same_files, steps_of, wrong_steps
+from launch.proof.lives import Ended, Layout, is_saving, lines_of, live, resumed_at, saved_step
 
 STEPS, EVERY, HANG = 30, 4, 8
 WORDS = (
@@ -241,10 +241,7 @@ VERDICTS = {
     "kill": ("lost", LOST),
     "torn_checkpoint": ("lost", LOST),
     "stall": ("hang", r"rank {rank}: step {step}, forward, .* in stall"),
-    "nan": (
-        "exception",
-        r"step {step} NonFinite: the loss is nan at step {step}: micro-batch 0 of rank {rank}, first in module ",
-    ),
+    "nan": ("words", r"the loss is nan at step {step}: micro-batch 0 of rank {rank}, first in module "),
     "oom": ("exception", r"rank {rank} step {step} RuntimeError: .*can't allocate memory"),
 }
 """the kind of verdict for a kind of fault, and what it says"""

@@ -15,7 +15,7 @@ import pytest
 
 from launch.checkup import bandwidth, between, gpus, machine, network, software, table
 from launch.checkup.report import Finding, Report, findings_of_json, leaders_of, listed, nodes_of, tried
-from launch.store import NotMet, check_own
+from launch.guard.store import NotMet, check_own
 from launch.world import World
 
 NETWORK: dict[str, Any] = {

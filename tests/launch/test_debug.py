@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from launch.command import resolve
+from launch.debugging.model_table import TABLE_ROWS, rows, tables, tree
+from launch.debugging.overfit import overfit
 from launch.job import Job, prepare
-from launch.model_table import TABLE_ROWS, rows, tables, tree
-from launch.overfit import overfit
 from launch.world import World
 from tests.launch.processes import TINY, call, command
 

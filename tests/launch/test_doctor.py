@@ -18,7 +18,7 @@ import torch.distributed as dist
 from launch import doctor
 from launch.checkup import between
 from launch.checkup.meeting import Meeting
-from launch.store import NotMet, check_own, open_store, reach, within
+from launch.guard.store import NotMet, check_own, open_store, reach, within
 from tests.launch.hosts import KNOWN, OURS, Host, by_hand, two_hosts
 from tests.launch.processes import Ended, command, finish
 
@@ -168,7 +168,7 @@ def test_what_keeps_a_rank_from_the_master() -> None:
 
 
 def test_a_stranger_on_the_port_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launch.store.OPEN", 0.5)
+    monkeypatch.setattr("launch.guard.store.OPEN", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as server, pytest.raises(NotMet, match="something else than a store"):
         open_store(("127.0.0.1", server.getsockname()[1]), "doctor")
 

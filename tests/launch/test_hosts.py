@@ -4,7 +4,6 @@ host that dies, and a run that goes on with the host that is left."""
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import time
@@ -19,13 +18,7 @@ from tests.launch.hosts import Host, by_hand, start_on, two_hosts
 from tests.launch.jobs import series
 from tests.launch.processes import RUN, TINY, Ended, call, finish
 
-pytestmark = [
-    pytest.mark.slow,
-    # not yet shown to pass again and again, nor to fit into the time of a whole run
-    pytest.mark.skipif(
-        not os.environ.get("RANKZERO_TEST_HOSTS"), reason="set RANKZERO_TEST_HOSTS=1 to run on two network namespaces"
-    ),
-]
+pytestmark = pytest.mark.slow
 
 STEPS, HANG, PORT = 28, 6, 29500
 WORDS = (

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from torch.distributed import PrefixStore, TCPStore
 
-from launch.meeting import NotAllThere, different, roll_call
-from launch.store import spans
+from launch.guard.meeting import NotAllThere, different, roll_call
+from launch.guard.store import spans
 from launch.world import World
 from tests.launch.processes import ROOT, TINY, Ended, finish, start
 

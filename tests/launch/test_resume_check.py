@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from launch import lives
 from launch.command import Settings
-from launch.curves import Row, compared, deviation, judge, same_files, wrong_steps
-from launch.lives import Layout, last_step, live
-from launch.proof import command, environment
+from launch.proof import lives
+from launch.proof.common import command, environment
+from launch.proof.curves import Row, compared, deviation, judge, same_files, wrong_steps
+from launch.proof.lives import Layout, last_step, live
 from launch.resume_check import agree, own_keys, plan
 from tests.launch.processes import MARK, TINY, offspring
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from launch import verdict as verdicts
 from launch.command import resolve
+from launch.guard import verdict as verdicts
 from launch.run_dir import default_run_dir, find_run_dir, refuse_to_loop, start_run_dir
 from launch.world import World
 from tests.launch.processes import ROOT, TINY

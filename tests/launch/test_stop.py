@@ -12,14 +12,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch import stop as stops
-from launch.agreement import Agreement
 from launch.checkpoint.resume import resume
 from launch.checkpoint.shelf import committed, step_of
+from launch.guard import stop as stops
+from launch.guard.agreement import Agreement
+from launch.guard.stop import StopRequest
 from launch.loop import train
 from launch.record import Record
 from launch.screen import Screen
-from launch.stop import StopRequest
 from launch.world import World as LaunchWorld
 from tests.launch.jobs import job_of, lines_of, series
 from tests.launch.processes import TINY, Ended, call, finish, offspring, start

@@ -12,15 +12,15 @@ import pytest
 import torch
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from launch import verdict as verdicts
-from launch import watch as watches
-from launch.place import Place
-from launch.watch import Others
+from launch.guard import verdict as verdicts
+from launch.guard import watch as watches
+from launch.guard.place import Place
+from launch.guard.watch import Others
 from launch.world import World
 from tests.launch.jobs import series
 from tests.launch.processes import TINY, Ended, call, finish, offspring, start
 
-FIT = (f"recipe={TINY}:Fit", "batch_size=16", "steps=3000", "checkpoint.every=4", "run_dir=run", "workers=1", "hang_timeout=3")
+FIT = (f"recipe={TINY}:Fit", "batch_size=16", "steps=3000", "checkpoint.every=4", "run_dir=run", "workers=1", "hang_timeout=4")
 
 
 def struck(cwd: Path, chaos: str, *words: str, ranks: int = 2) -> Ended:
@@ -39,7 +39,7 @@ def failure(cwd: Path) -> dict[str, Any]:
 def test_a_hang_says_who_is_where(tmp_path: Path) -> None:
     ended = struck(tmp_path, "stall:rank=1")
     assert ended.code == 1
-    assert re.search(r"no rank has made progress for 3 s \(hang_timeout=3\); they are not in the same place", ended.ours[0])
+    assert re.search(r"no rank has made progress for 4 s \(hang_timeout=4\); they are not in the same place", ended.ours[0])
     assert re.search(r"^  rank 0: step 9, backward, ", ended.err, re.MULTILINE)
     assert re.search(r"^  rank 1: step 9, forward, chaos.py:\d+ in stall$", ended.err, re.MULTILINE)
     assert "in stall" in "".join(failure(tmp_path)["stacks"].values()), "the whole stacks are kept"
@@ -49,7 +49,7 @@ def test_a_hang_says_who_is_where(tmp_path: Path) -> None:
 def test_a_hang_of_a_single_process_is_found_too(tmp_path: Path) -> None:
     ended = struck(tmp_path, "stall:rank=0", ranks=0)
     assert ended.code == 1
-    assert "no rank has made progress for 3 s" in ended.ours[0]
+    assert "no rank has made progress for 4 s" in ended.ours[0]
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """A few steps of a run, seen closely: losses, gradient norms, weights. What `parity` compares; it starts this file itself.
 
-torchrun ... launch/trace.py FOLDER     runs each case of FOLDER/cases.json and leaves FOLDER/CASE.safetensors
+torchrun ... launch/proof/trace.py FOLDER     runs each case of FOLDER/cases.json and leaves FOLDER/CASE.safetensors
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from launch.command import resolve
 from launch.data import steps_of
+from launch.guard.meeting import connected
 from launch.job import Job, prepare
 from launch.loop import set_learning_rate, train_step
-from launch.meeting import connected
 from launch.world import World, find_world
 
 NOISE = 1e-7

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import psutil
 
 from launch.checkpoint.shelf import committed, shelf, step_of
-from launch.proof import command
+from launch.proof.common import command
 
 PATIENCE = 900.0
 """seconds without a new line of metrics.jsonl after which a life is taken for hung: beyond any step, start or evaluation"""

@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]  # its stubs forget it
 
-from launch import verdict as verdicts
-from launch.meeting import NotAllThere, meet
-from launch.store import spans, wait_for
-from launch.verdict import Verdict
+from launch.guard import verdict as verdicts
+from launch.guard.meeting import NotAllThere, meet
+from launch.guard.store import spans, wait_for
+from launch.guard.verdict import Verdict
 
 if TYPE_CHECKING:
-    from launch.place import Place
+    from launch.guard.place import Place
     from launch.world import World
 
 RANKS_A_SECOND = 256

@@ -22,10 +22,10 @@ from torch.utils.data import Subset
 
 from launch.batchnorm import RunningStatistics
 from launch.data import to_device
+from launch.debugging.model_table import tables
+from launch.debugging.overfit import overfit
+from launch.guard.verdict import is_users
 from launch.job import Job, build_strategies
-from launch.model_table import tables
-from launch.overfit import overfit
-from launch.verdict import is_users
 
 if TYPE_CHECKING:
     from launch.config import Config

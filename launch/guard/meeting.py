@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]  # its stubs forget them
 
-from launch.store import NotMet, check_own, meeting_point, open_store, reach, spans, wait_for
+from launch.guard.store import NotMet, check_own, meeting_point, open_store, reach, spans, wait_for
 from launch.versions import code_digest, versions
 from launch.world import World, find_device
 

@@ -6,10 +6,10 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from launch import verdict as verdicts
 from launch.checkpoint.saver import NotSaved
-from launch.nonfinite import NonFinite
-from launch.watch import Watch
+from launch.guard import verdict as verdicts
+from launch.guard.nonfinite import NonFinite
+from launch.guard.watch import Watch
 
 WORDS = (NonFinite, NotSaved)
 """errors that are verdicts in words, the same on all ranks: no line of code would add to them"""

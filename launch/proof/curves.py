@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.files import digest_of
-from launch.lives import Layout
-from launch.proof import TOLERANCE, growth
+from launch.proof.common import TOLERANCE, growth
+from launch.proof.lives import Layout
 
 Line = Mapping[str, Any]
 """a line of metrics.jsonl"""

@@ -20,13 +20,13 @@ import psutil
 from rich.filesize import decimal
 
 if TYPE_CHECKING:
-    from launch.place import Place
+    from launch.guard.place import Place
     from launch.world import World
 
 FILE, FORMER = "failure.json", "failure.former.json"
 Verdict = dict[str, Any]
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]
 LIBRARIES = tuple(
     {f"{sysconfig.get_path(name)}{os.sep}" for name in ("stdlib", "platstdlib", "purelib", "platlib")}
     | {f"{HERE}{os.sep}", f"{HERE.parent / 'strategies'}{os.sep}", "<"}

@@ -67,7 +67,7 @@ def environment(ranks: int) -> dict[str, str]:
 def command(program: str, ranks: int) -> list[str]:
     """How a user starts a file of `launch/`: under python, or on several ranks under torchrun."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    return [sys.executable, *torchrun, str(Path(__file__).with_name(program))]
+    return [sys.executable, *torchrun, str(Path(__file__).parents[1] / program)]
 
 
 def growth(curve: Sequence[float], bad: int, compare: int) -> str:

@@ -1,0 +1,1 @@
+"""debug=true: the model as a table, one batch overfitted, checks on."""

@@ -1,0 +1,1 @@
+"""How a run is proved equal to another: its real command started, killed, resumed and compared."""
