@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from recipes.base import Splits
 from recipes.parts.classification import Classification
 from recipes.parts.regression import Regression
+from recipes.resnet import ResNet
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -207,3 +208,17 @@ class Pair(Fit):
 
     def metrics(self) -> Mapping[str, Metric]:
         return {}
+
+
+@dataclass(kw_only=True)
+class Shallow(ResNet):
+    """A ResNet of half the depth."""
+
+    def build_model(self) -> nn.Module:
+        from torchvision.models.resnet import BasicBlock
+        from torchvision.models.resnet import ResNet as Network
+
+        model = Network(BasicBlock, [1, 1, 1, 1], num_classes=self.num_classes(), zero_init_residual=True)
+        model.conv1 = nn.Conv2d(self.data.channels, 64, 3, padding=1, bias=False)
+        model.maxpool = nn.Identity()
+        return model

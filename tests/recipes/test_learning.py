@@ -65,8 +65,8 @@ def accuracy(recipe: Recipe, model: nn.Module, data: Dataset | None) -> float:
 @pytest.mark.slow
 def test_resnet_reads_digits() -> None:
     recipe = ResNet()
-    model = train(recipe)["model"]
-    assert accuracy(recipe, model, recipe.build_data().test) >= 0.97
+    model = train(recipe, epochs=4)["model"]
+    assert accuracy(recipe, model, recipe.build_data().test) >= 0.95
 
 
 @pytest.mark.slow
@@ -79,8 +79,8 @@ def test_mnist_reads_digits() -> None:
 @pytest.mark.slow
 def test_mnist_reads_mnist() -> None:
     recipe = MNIST(data=Images(name="mnist", root=str(mnist_root())))
-    model = train(recipe, epochs=3)["model"]
-    assert accuracy(recipe, model, recipe.build_data().test) >= 0.99
+    model = train(recipe, epochs=1)["model"]
+    assert accuracy(recipe, model, recipe.build_data().test) >= 0.98  # 0.99 after three epochs
 
 
 @pytest.mark.slow

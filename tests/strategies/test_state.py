@@ -56,11 +56,3 @@ def test_training_goes_on_under_another_strategy(place: tuple[str, int]) -> None
     ring = PLACES + ZERO
     check_resumed(ring[ring.index(place) - 1], place, FIRST)
     check_resumed(place, ("single", 1), FIRST)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("reader", PLACES)
-@pytest.mark.parametrize("writer", PLACES)
-def test_every_strategy_reads_every_other(writer: tuple[str, int], reader: tuple[str, int]) -> None:
-    for case in (FIRST, Case(model="gpt", optimizer="sgd", micro_batches=4, steps=3)):
-        check_resumed(writer, reader, case)
