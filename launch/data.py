@@ -11,21 +11,28 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
-from launch.seeding import seed_sample
+from launch.seeding import sample_seeds, seed_sample
 from launch.world import World
-from recipes.base import Batch, Dataset
+from recipes.base import Batch, Dataset, Resident
 from recipes.parts.permutation import Permutation
 
 Draw = tuple[int, int]
 """(epoch, index): one sample of the stream"""
+Numbers = NDArray[np.int64]
+AHEAD = 4096
+"""samples whose places are computed at a time: numpy takes as long for one"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,23 +64,30 @@ class TrainSampler(Sampler[list[Draw]]):
         return (self.stop - self.start) * self.cut.accumulation
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        micro = self.cut.micro_batch_size
-        for step in range(self.start, self.stop):
-            for turn in range(self.cut.accumulation):
-                first = step * self.cut.batch_size + self.cut.position(turn) * micro
-                yield draws(self.size, self.seed, first, first + micro)
+        cut, micro = self.cut, self.cut.micro_batch_size
+        in_step = np.array([cut.position(turn) * micro for turn in range(cut.accumulation)])[:, None] + np.arange(micro)
+        ahead = max(AHEAD // in_step.size, 1)
+        for first in range(self.start, self.stop, ahead):
+            steps = np.arange(first, min(first + ahead, self.stop))
+            epochs, indices = places(self.size, self.seed, (steps[:, None, None] * cut.batch_size + in_step).reshape(-1, micro))
+            for draws in zip(epochs.tolist(), indices.tolist(), strict=True):
+                yield list(zip(*draws, strict=True))
+
+
+def places(size: int, seed: int, positions: Numbers) -> tuple[Numbers, Numbers]:
+    """Epoch and index of the samples at `positions` (any shape) of the stream over a data set of `size` samples."""
+    epochs, within = np.divmod(positions, size)
+    indices = np.empty_like(within)
+    for epoch in np.unique(epochs).tolist():
+        here = epochs == epoch
+        indices[here] = Permutation(size, seed, epoch)(within[here])
+    return epochs, indices
 
 
 def draws(size: int, seed: int, start: int, stop: int) -> list[Draw]:
     """The samples at positions [start, stop) of the stream over a data set of `size` samples."""
-    found: list[Draw] = []
-    while start < stop:
-        epoch, first = divmod(start, size)
-        last = min(first + stop - start, size)
-        order = Permutation(size, seed, epoch)
-        found += [(epoch, int(index)) for index in order(torch.arange(first, last).numpy())]
-        start += last - first
-    return found
+    epochs, indices = places(size, seed, np.arange(start, stop))
+    return list(zip(epochs.tolist(), indices.tolist(), strict=True))
 
 
 class EvalSampler(Sampler[list[Draw]]):
@@ -110,16 +124,57 @@ class Seeded(TorchDataset[Any]):
         return self.dataset[draw[1]]
 
 
-def loader(dataset: Dataset, sampler: Sampler[list[Draw]], seed: int, split: str, workers: int, world: World) -> DataLoader[Any]:
-    """Collated micro-batches on the host, pinned when they go to a GPU."""
+class SeededBatches(TorchDataset[Any]):
+    """The same for data that gives whole micro-batches."""
+
+    def __init__(self, dataset: Resident, seed: int, split: str) -> None:
+        self.dataset, self.seed, self.split = dataset, seed, split
+
+    def __getitems__(self, draws: list[Draw]) -> Batch:
+        epochs, indices = np.array(draws).T
+        return self.dataset.batch(torch.from_numpy(indices), sample_seeds(epochs, indices, self.seed, self.split))
+
+
+@dataclass(frozen=True)
+class InPlace:
+    """A loader for data that lies in memory: no processes, no queues."""
+
+    batches: SeededBatches
+    sampler: Sampler[list[Draw]]
+    device: str
+
+    def __len__(self) -> int:
+        return len(self.sampler)  # type: ignore[arg-type]  # ours have a length
+
+    def __iter__(self) -> Iterator[Batch]:
+        for draws in self.sampler:
+            yield pinned(self.batches.__getitems__(draws), self.device)
+
+
+Loader = DataLoader[Any] | InPlace
+
+
+def loader(
+    dataset: Dataset, sampler: Sampler[list[Draw]], seed: int, split: str, workers: int, world: World, lasting: bool = False
+) -> Loader:
+    """Collated micro-batches, pinned if they go to a GPU from the host. Its processes outlast an iteration if `lasting`."""
+    batches = SeededBatches(dataset, seed, split) if isinstance(dataset, Resident) else None
+    if batches and not workers:
+        return InPlace(batches, sampler, world.device)
     return DataLoader(
-        Seeded(dataset, seed, split),
+        batches or Seeded(dataset, seed, split),
         batch_sampler=sampler,
         num_workers=workers,
-        persistent_workers=False,
+        collate_fn=as_it_is if batches else None,
+        persistent_workers=lasting and workers > 0,
         pin_memory=world.device != "cpu",
         worker_init_fn=outlast_signals,
     )
+
+
+def as_it_is(batch: Batch) -> Batch:
+    """The collation of what is collated."""
+    return batch
 
 
 def outlast_signals(worker: int) -> None:  # noqa: ARG001
@@ -138,21 +193,43 @@ PR_SET_PDEATHSIG = 1
 
 def default_workers(world: World) -> int:
     """Loading processes per rank: the CPUs that this process may use, shared by the node's ranks, one kept for the step."""
-    return max(min(len(os.sched_getaffinity(0)) // world.local_world_size - 1, 8), 0)
+    return max(min(usable_cpus() // world.local_world_size - 1, 8), 0)
+
+
+def usable_cpus(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """The CPUs of this process: those that it is bound to, or fewer, if its container may not use them all of the time."""
+    bound = len(os.sched_getaffinity(0))
+    try:
+        allowed, period = quota.read_text().split()
+    except (OSError, ValueError):
+        return bound
+    return bound if allowed == "max" else max(min(bound, int(allowed) // int(period)), 1)
+
+
+def mapped(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    """The batch with each of its tensors changed."""
+    if isinstance(batch, Tensor):
+        return change(batch)
+    if isinstance(batch, Mapping):
+        return {name: mapped(part, change) for name, part in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        return [mapped(part, change) for part in batch]
+    return batch
+
+
+def pinned(batch: Batch, device: str) -> Batch:
+    """The batch, in memory from which a copy to `device` need not be waited for."""
+    if device == "cpu":
+        return batch
+    return mapped(batch, lambda tensor: tensor if tensor.is_cuda else tensor.pin_memory())
 
 
 def to_device(batch: Batch, device: str) -> Batch:
     """The batch with its tensors on `device`; copies from pinned memory do not block."""
-    if isinstance(batch, torch.Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return {name: to_device(part, device) for name, part in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        return [to_device(part, device) for part in batch]
-    return batch
+    return mapped(batch, lambda tensor: tensor.to(device, non_blocking=True))
 
 
-def steps_of(loader: DataLoader[Any], accumulation: int) -> Iterator[list[Batch]]:
+def steps_of(loader: Loader, accumulation: int) -> Iterator[list[Batch]]:
     """The micro-batches of one optimizer step at a time."""
     batches: list[Batch] = []
     for batch in loader:
@@ -160,3 +237,38 @@ def steps_of(loader: DataLoader[Any], accumulation: int) -> Iterator[list[Batch]
         if len(batches) == accumulation:
             yield batches
             batches = []
+
+
+def copied_ahead(steps: Iterator[list[Batch]], device: str) -> Iterator[list[Batch]]:
+    """The micro-batches of each step on `device`; on a GPU those of the next one are copied while this one is computed."""
+    if device == "cpu":
+        yield from steps
+        return
+    side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has left it so
+    before: tuple[list[Batch], torch.cuda.Event] | None = None
+    for batches in steps:
+        with torch.cuda.stream(side):
+            now = [to_device(batch, device) for batch in batches], side.record_event()
+        if before is not None:
+            yield arrived(*before)
+        before = now
+    if before is not None:
+        yield arrived(*before)
+
+
+def arrived(batches: list[Batch], event: torch.cuda.Event) -> list[Batch]:
+    """The batches, for whose copies the computation waits; their memory is kept until it is done with them."""
+    stream = torch.cuda.current_stream()
+    stream.wait_event(event)
+    for tensor in tensors_of(batches):
+        tensor.record_stream(stream)
+    return batches
+
+
+def tensors_of(batch: Batch) -> Iterator[Tensor]:
+    """The tensors in a batch."""
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, (Mapping, list, tuple)):
+        for part in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from tensors_of(part)

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
 
 from launch import data
 from launch.batchnorm import RunningStatistics
 from launch.command import Settings, accumulation
 from launch.config import Config
 from launch.guard.place import Place
+from launch.resident import near, resident
 from launch.seeding import seed_device
 from launch.world import World, total
-from recipes.base import Dataset, Recipe, Splits
+from recipes.base import Batch, Dataset, Recipe, Resident, Splits
 from recipes.parts.schedule import Plateau, Schedule
 from strategies import strategy_class
 from strategies.base import Strategy
@@ -74,6 +74,8 @@ class Job:
     statistics: RunningStatistics
     progress: Progress
     place: Place = field(default_factory=Place)
+    eval_loaders: dict[int, tuple[data.Loader, data.EvalSampler]] = field(default_factory=dict)
+    """by data set: their processes, if any, last from one evaluation to the next"""
     stop_at: int | None = None
     """a step to end at before the run's full length (debug mode)"""
 
@@ -122,19 +124,31 @@ class Job:
         best = self.config.checkpoint.best and self.progress.best_step == self.progress.step
         return best or self.stopping_early or self.due(self.config.checkpoint.every)
 
-    def train_loader(self) -> DataLoader[Any]:
+    def train_steps(self) -> Iterator[list[Batch]]:
+        """This rank's micro-batches of each step to come, on its device."""
+        return data.copied_ahead(data.steps_of(self.train_loader(), self.cut.accumulation), self.world.device)
+
+    def train_loader(self) -> data.Loader:
         """This rank's micro-batches from the next step to the last."""
         sampler = data.TrainSampler(len(self.splits.train), self.cut, self.config.seed, self.progress.step, self.last_step)
-        return self._loader(self.splits.train, sampler, "train")
+        return data.loader(self.splits.train, sampler, self.config.seed, "train", self.workers(self.splits.train), self.world)
 
-    def eval_loader(self, dataset: Dataset) -> tuple[DataLoader[Any], data.EvalSampler]:
+    def eval_loader(self, dataset: Dataset) -> tuple[data.Loader, data.EvalSampler]:
         """Each sample of `dataset` once, over all ranks, and the sampler that knows which micro-batches count."""
-        sampler = data.EvalSampler(len(dataset), self.cut.micro_batch_size, self.world.rank, self.world.world_size)
-        return self._loader(dataset, sampler, "eval"), sampler
+        if id(dataset) not in self.eval_loaders:
+            sampler = data.EvalSampler(len(dataset), self.cut.micro_batch_size, self.world.rank, self.world.world_size)
+            many = self.workers(dataset)
+            self.eval_loaders[id(dataset)] = (
+                data.loader(dataset, sampler, self.config.seed, "eval", many, self.world, lasting=True),
+                sampler,
+            )
+        return self.eval_loaders[id(dataset)]
 
-    def _loader(self, dataset: Dataset, sampler: Sampler[list[data.Draw]], split: str) -> DataLoader[Any]:
-        workers = data.default_workers(self.world) if self.config.workers is None else self.config.workers
-        return data.loader(dataset, sampler, self.config.seed, split, workers, self.world)
+    def workers(self, dataset: Dataset) -> int:
+        """Processes of this rank that load from `dataset`."""
+        if self.config.workers is not None:
+            return self.config.workers
+        return 0 if isinstance(dataset, Resident) else data.default_workers(self.world)
 
 
 def prepare(settings: Settings, world: World, place: Place | None = None) -> Job:
@@ -145,7 +159,7 @@ def prepare(settings: Settings, world: World, place: Place | None = None) -> Job
         raise ValueError("precision=tf32 has no effect on a CPU; use fp32 or bf16")
     if config.sync_batchnorm and world.device == "cpu":
         raise ValueError("sync_batchnorm=true needs CUDA; on a CPU a fixed micro_batch_size keeps BatchNorm independent of ranks")
-    splits = recipe.build_data()
+    splits = in_memory(recipe.build_data(), world, config.workers)
     for name, split in vars(splits).items():
         if split is not None and len(split) == 0:
             raise ValueError(f"the {name} split of recipe={config.recipe} is empty")
@@ -167,6 +181,14 @@ def prepare(settings: Settings, world: World, place: Place | None = None) -> Job
         progress=Progress(plateau=recipe.schedule.plateau()),
         place=place or Place(),
     )
+
+
+def in_memory(splits: Splits, world: World, workers: int | None) -> Splits:
+    """The splits, those that lie in memory as such; the training data on the GPU, if small and no processes are asked for."""
+    found = {name: resident(split) or split for name, split in vars(splits).items()}
+    if isinstance(found["train"], Resident) and not workers:
+        found["train"] = near(found["train"], world.device)
+    return Splits(**found)
 
 
 def refuse_without_validation(config: Config, recipe: Recipe) -> None:

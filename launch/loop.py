@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from launch.data import steps_of, to_device
+from launch.data import to_device
 from launch.guard.nonfinite import check_gradients, check_loss
 from launch.seeding import seed_device
 from launch.world import total
@@ -35,25 +36,27 @@ def train(job: Job, record: Record) -> str:
         look(job, record)
     if job.stopping_early or "stop" in record.wanted:
         return record.why_stopped
-    for batches in steps_of(job.train_loader(), job.cut.accumulation):
-        rate = set_learning_rate(job)
-        losses, norms = train_step(job, batches)
-        job.progress.step += 1
-        record.step(losses, norms, rate)
-        if job.splits.val is not None and job.due(job.config.eval.every):
-            look(job, record)
-        record.agree()
-        if job.checkpoint_due or record.wanted:
-            record.checkpoint()
-        if job.stopping_early or "stop" in record.wanted:
-            break
-        job.place.at("data")
+    with collected_by_hand():
+        for batches in record.throughput.watch(job.train_steps()):
+            rate = set_learning_rate(job)
+            losses, norms = train_step(job, batches)
+            job.progress.step += 1
+            record.step(losses, norms, rate)
+            if job.splits.val is not None and job.due(job.config.eval.every):
+                look(job, record)
+            record.agree()
+            if job.checkpoint_due or record.wanted:
+                record.checkpoint()
+            if job.stopping_early or "stop" in record.wanted:
+                break
+            job.place.at("data")
     return record.why_stopped
 
 
 def look(job: Job, record: Record) -> None:
     """Evaluate, and take note; if a stop cuts it off, it is made in the next life of the run."""
     assert job.splits.val is not None
+    record.flush()
     job.progress.unevaluated = True
     if (scores := evaluate(job, job.splits.val, record.stopping)) is None:
         return
@@ -139,6 +142,22 @@ def computed(metric: Metric) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The ``compute`` method of metric", UserWarning)
         return metric.compute().float().tolist()
+
+
+@contextmanager
+def collected_by_hand() -> Iterator[None]:
+    """Without Python's garbage collector, which would stop one rank in the midst of a step while the others wait for it.
+
+    The record collects between steps, on all ranks at the same ones.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import time
@@ -20,6 +21,7 @@ from launch.guard.agreement import Agreement
 from launch.guard.stop import StopRequest
 from launch.job import Job
 from launch.screen import Screen
+from launch.throughput import Start, Throughput
 from launch.world import gathered
 
 
@@ -42,13 +44,23 @@ class Record:
     """
 
     def __init__(
-        self, job: Job, run_dir: Path, versions: Mapping[str, str], screen: Screen, stop: StopRequest | None = None
+        self,
+        job: Job,
+        run_dir: Path,
+        versions: Mapping[str, str],
+        screen: Screen,
+        stop: StopRequest | None = None,
+        start: Start | None = None,
     ) -> None:
         self.job, self.run_dir, self.versions, self.screen = job, run_dir, versions, screen
         self.pending: list[Pending] = []
         self.started = self.clock = time.perf_counter()
         self.first_step = job.progress.step
+        self.throughput, self.start = Throughput(job), start or Start()
+        self.speed, self.uncounted = 0.0, 0
+        """samples a second when last looked, and pending steps that do not count for it"""
         self.scores: dict[str, Any] = {}
+        self.speeds: list[str] = []
         self.saver = Saver(job, run_dir, versions)
         self.saves: list[Saved] = []
         self.slowest_save: float | None = None
@@ -63,12 +75,23 @@ class Record:
     def step(self, losses: dict[str, Tensor], norms: dict[str, Tensor], rate: float) -> None:
         """Take note of a step that has been made."""
         progress = self.job.progress
-        if progress.step == self.first_step + 1:
-            self.saver.reserve()
+        first = progress.step == self.first_step + 1
+        self.throughput.stepped(first)
         self.pending.append(Pending(progress.step, self.job.epoch, losses, norms, rate))
+        if first:
+            self.warmed_up()
         shown = progress.step % self.job.config.log.every == 0 or progress.step == self.job.last_step
         if shown:
             self.flush()
+
+    def warmed_up(self) -> None:
+        """The first step of a life has been made: what it took (compiling, first allocations) is no step's time."""
+        if self.job.world.device != "cpu":
+            torch.cuda.synchronize()
+        self.start.reached("first step")
+        self.saver.reserve()
+        self.speed = self.job.cut.batch_size / (time.perf_counter() - self.clock)
+        self.clock, self.uncounted = time.perf_counter(), 1
 
     def flush(self) -> None:
         """Read the pending steps from the device and write them."""
@@ -78,10 +101,14 @@ class Record:
         losses = read([p.losses[name] for p in self.pending for name in names], over_ranks=not self.job.careful)
         norms = read([p.norms.get(name) for p in self.pending for name in names])
         now = time.perf_counter()
-        self.slowest_step = max(self.slowest_step, (now - self.clock) / len(self.pending))
+        self.slowest_step = max(self.slowest_step, (now - self.clock) / max(len(self.pending) - self.uncounted, 1))
         self.stop.measured(self.slowest_step, self.slowest_save)
-        speed = len(self.pending) * self.job.cut.batch_size / (now - self.clock)
-        self.clock = now
+        steps = len(self.pending) - self.uncounted
+        if steps:
+            self.throughput.logged(now - self.clock, steps)
+            self.speed = steps * self.job.cut.batch_size / (now - self.clock)
+        self.clock, self.uncounted = now, 0
+        unit = self.job.recipe.unit
         lines: list[dict[str, Any]] = []
         for index, pending in enumerate(self.pending):
             mine = slice(index * len(names), (index + 1) * len(names))
@@ -95,7 +122,8 @@ class Record:
                     **(each if len(names) > 1 else {}),
                     "lr": pending.rate,
                     "grad_norm": math.hypot(*norms[mine]),
-                    "samples_per_second": round(speed, 1),
+                    "samples_per_second": round(self.speed, 1),
+                    **({} if unit == "samples" else {f"{unit}_per_second": round(self.speed * self.throughput.units, 1)}),
                     "time": round(time.time(), 3),
                 }
             )
@@ -105,6 +133,7 @@ class Record:
         self.screen.step(lines[-1], self.job.last_step)
         for line in lines:
             nonfinite.check_late(self.job, line["step"], line["loss"])
+        gc.collect(1)  # what is young; all of it with each evaluation
 
     def evaluation(self, scores: dict[str, Any], split: str = "eval") -> None:
         """Take note of an evaluation; numbers go to the screen, tables (a confusion matrix) to the file only."""
@@ -113,6 +142,7 @@ class Record:
         self.scores.update(line)
         self.write([{"step": self.job.progress.step, **line}])
         self.screen.evaluation(self.job.progress.step, line)
+        gc.collect()
         self.clock = time.perf_counter()
 
     def agree(self) -> None:
@@ -156,6 +186,7 @@ class Record:
     def settle(self) -> None:
         """The end of training: every step is written, the last checkpoint committed. Raises NotSaved if it could not be."""
         self.flush()
+        self.speeds = [*self.throughput.in_words(), *([f"started in {self.start}"] if self.start.parts else [])]
         self.job.place.at("save")
         self.agreement.close()
         last = self.saver.wait()
@@ -182,7 +213,8 @@ class Record:
             self.file.close()
         if self.why_stopped:
             return
-        self.screen.summary(self.job, self.first_step, time.perf_counter() - self.started, self.scores, self.saves, self.run_dir)
+        seconds = time.perf_counter() - self.started
+        self.screen.summary(self.job, self.first_step, seconds, self.scores, self.saves, self.run_dir, self.speeds)
 
 
 def not_saved(saved: Saved) -> str:

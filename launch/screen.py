@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.filesize import decimal
 
+from recipes.base import Resident
 from strategies.precision import contract
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Screen:
         )
         text = (
             f"step {line['step']}/{total_steps}  epoch {line['epoch']:.2f}  loss {line['loss']:.4f}  lr {line['lr']:.3g}  "
-            f"grad_norm {line['grad_norm']:.3g}  {line['samples_per_second']:,.0f} samples/s  left {left}"
+            f"grad_norm {line['grad_norm']:.3g}  {speed_of(line)}  left {left}"
         )
         if not self.live:
             self.say(text)
@@ -77,7 +78,7 @@ class Screen:
                 f"{'' if len(job.strategies) == 1 else name + ' '}{strategy.parameter_count():,} parameters"
                 for name, strategy in job.strategies.items()
             ),
-            "data": f"{sizes} samples",
+            "data": f"{sizes} samples, {way_of(job)}",
             "length": f"{job.total_steps} steps ({length}), learning rate {job.recipe.schedule.name}",
             "run": f"{run_dir} ({resumed})",
         }
@@ -86,7 +87,14 @@ class Screen:
             self.say(f"  {name:<10}{text}")
 
     def summary(
-        self, job: Job, first_step: int, seconds: float, scores: Mapping[str, Any], saves: Sequence[Saved], run_dir: Path
+        self,
+        job: Job,
+        first_step: int,
+        seconds: float,
+        scores: Mapping[str, Any],
+        saves: Sequence[Saved],
+        run_dir: Path,
+        speeds: Sequence[str],
     ) -> None:
         """How it ended, and where it lies."""
         steps = job.progress.step - first_step
@@ -99,6 +107,8 @@ class Screen:
         numbers = {name: value for name, value in scores.items() if isinstance(value, float)}
         if numbers:
             self.say("  " + "  ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
+        for line in speeds:
+            self.say(f"  {line}")
         if saves:
             stall, write = (sorted(times)[len(saves) // 2] for times in ([s.stall for s in saves], [s.write for s in saves]))
             self.say(
@@ -110,6 +120,12 @@ class Screen:
         self.say(f"  weights {run_dir / 'model.safetensors'}")
 
 
+def speed_of(line: Mapping[str, Any]) -> str:
+    """In what the recipe counts."""
+    *_, unit = (name.removesuffix("_per_second") for name in line if name.endswith("_per_second"))
+    return f"{line[f'{unit}_per_second']:,.0f} {unit}/s"
+
+
 def device_name(device: str) -> str:
     """The device in words."""
     import torch
@@ -119,12 +135,23 @@ def device_name(device: str) -> str:
     return f"{device} ({torch.cuda.get_device_name(device)})"
 
 
+def way_of(job: Job) -> str:
+    """How the training data come to the step."""
+    many = job.workers(job.splits.train)
+    if many:
+        return f"read by {many} process(es) a rank"
+    if not isinstance(job.splits.train, Resident):
+        return "read one by one in the step"
+    return f"read in place{'' if job.world.device == 'cpu' else ' on the GPU'}"
+
+
 def extras(job: Job) -> list[str]:
     """What was switched on beside the strategy."""
     config = job.config
     chosen = {
-        "activation checkpointing": config.activation_checkpointing,
-        "compiled": config.compile,
+        f"activation checkpointing {config.activation_checkpointing}": config.activation_checkpointing != "none",
+        "compiled" if config.compile in (True, "default") else f"compiled for {config.compile}": config.compile,
+        f"gradients reduced in {config.ddp.compress}": config.ddp.compress != "none",
         f"clip_norm {config.clip_norm}": config.clip_norm,
         f"clip_value {config.clip_value}": config.clip_value,
         "sync_batchnorm": config.sync_batchnorm,

@@ -32,13 +32,15 @@ from launch.loop import evaluate, train
 from launch.record import Record
 from launch.run_dir import start_run_dir
 from launch.screen import Screen
+from launch.throughput import Start
 from launch.versions import versions
 from launch.world import World, from_rank_zero
 
 
 def run(settings: Settings, world: World, run_dir: Path) -> int:
     """Train to the end, or to a stop on purpose; returns the exit code. A failure or mistake ends the process, never hangs."""
-    config, place = settings.config, Place()
+    config, place, start = settings.config, Place(), Start()
+    start.reached("imports")
     stop = StopRequest(deadline(config.max_time, os.environ))
     stop.listen(*SIGNALS)
     watch: Watch | None = None
@@ -47,13 +49,15 @@ def run(settings: Settings, world: World, run_dir: Path) -> int:
         with debug.mode(config, run_dir), connected(world, config.strategy, config.start_timeout, identity(settings)) as world:
             watch = Watch(world, place, config.hang_timeout)
             run_dir = Path(from_rank_zero(str(run_dir)))
+            start.reached("ranks")
             job = prepare(settings, world, place)
+            start.reached("data and models")
             beginning = begin(job, run_dir)
             if world.rank == 0:
                 start_run_dir(run_dir, settings, world)
             watch.run_dir, started = run_dir, True
             stop.listen(signal.SIGINT)
-            why = drive(job, run_dir, beginning, stop, watch)
+            why = drive(job, run_dir, beginning, stop, watch, start)
             watch.close()
             return stop_with(why, job, run_dir) if why else 0
     except KeyboardInterrupt:
@@ -81,7 +85,7 @@ def run(settings: Settings, world: World, run_dir: Path) -> int:
         fail(error, watch)
 
 
-def drive(job: Job, run_dir: Path, beginning: str, stop: StopRequest, watch: Watch) -> str:
+def drive(job: Job, run_dir: Path, beginning: str, stop: StopRequest, watch: Watch, start: Start) -> str:
     """Banner, training, test, weights, summary. Returns why the run has stopped before its end; empty if it has not."""
     found = versions()
     screen = Screen(job.world.rank == 0, lines=bool(job.config.debug))
@@ -89,7 +93,7 @@ def drive(job: Job, run_dir: Path, beginning: str, stop: StopRequest, watch: Wat
     if job.config.debug:
         debug.examine(job, screen)
         begin(job, run_dir)  # the models are new again
-    record = Record(job, run_dir, found, screen, stop)
+    record = Record(job, run_dir, found, screen, stop, start)
     watch.before_end = record.saver.linger
     chaos.prepare(job, run_dir)
     try:

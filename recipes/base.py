@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from recipes.parts.schedule import Schedule
 
@@ -31,6 +31,27 @@ class Dataset(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
+@runtime_checkable
+class Resident(Dataset, Protocol):
+    """A data set that lies in memory and gives a whole micro-batch at once: no worker processes, no collation.
+
+    `torch.utils.data.TensorDataset` is taken for one by itself.
+    """
+
+    @property
+    def nbytes(self) -> int:
+        """What it holds: a small one is moved to the GPU."""
+
+    def to(self, device: str) -> Resident:
+        """The same samples in the memory of `device`."""
+
+    def batch(self, indices: Tensor, seeds: Tensor) -> Batch:
+        """The samples at `indices`, collated, where they lie; both arguments are int64 [n], on the host.
+
+        An augmentation is a function of `seeds` (`recipes.parts.augment.uniform`), and so not of ranks and workers.
+        """
+
+
 @dataclass(kw_only=True)
 class Splits:
     """The data of a run. A split that is None is not evaluated."""
@@ -46,6 +67,8 @@ class Recipe:
 
     defaults: ClassVar[dict[str, Any]] = {}
     """this recipe's defaults for keys of the run, e.g. {"batch_size": 64, "micro_batch_size": 16, "epochs": 10}"""
+    unit: ClassVar[str] = "samples"
+    """what `count` counts; a run's speed is told in it (`tokens`)"""
     objective: ClassVar[str] = "loss"
     """the evaluation metric that early stopping and reduce-on-plateau watch"""
     objective_mode: ClassVar[str] = "min"

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from launch.command import resolve
-from launch.data import steps_of
 from launch.guard.meeting import connected
 from launch.job import Job, prepare
 from launch.loop import set_learning_rate, train_step
@@ -51,7 +50,7 @@ def follow(words: list[str], steps: int, world: World) -> dict[str, Tensor]:
     losses: dict[str, list[Tensor]] = {}
     norms: dict[str, list[Tensor]] = {}
     prints: dict[str, list[Tensor]] = {}
-    for batches in steps_of(job.train_loader(), job.cut.accumulation):
+    for batches in job.train_steps():
         set_learning_rate(job)
         step_losses, step_norms = train_step(job, batches)
         job.progress.step += 1

@@ -1,17 +1,20 @@
 """Labelled images as options: where they come from, how they are split, normalised and augmented.
 
-A sample is (float32 tensor [channels, height, width], class). Augmentation draws from the default generators inside
-`dataset[index]`: who seeds them per sample gets the same picture on any rank, in any worker.
+A sample is (float32 tensor [channels, height, width], class). Images in memory are augmented a whole batch at a time, by the seed
+of each sample; photographs in files one by one, from the default generators: who seeds them gets the same picture anywhere.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from recipes.base import Dataset, Splits
+from recipes.parts.augment import crop_and_mirror, rotate_and_move
 from recipes.parts.image_files import (
     CIFAR10_FILES,
     MNIST_FILES,
@@ -27,6 +30,9 @@ from recipes.parts.split import holdout, split
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    Augment = Callable[[Tensor, Tensor], Tensor]
+    """of images [n, channels, height, width] and a seed for each, int64 [n]"""
 
 USED_BY = {
     "root": ("mnist", "cifar10", "imagefolder"),
@@ -169,14 +175,10 @@ class Images:
         augmentation = self._augmentation() if self.augment else None
         return tuple(InMemory(images, classes, self, vary) for vary in (augmentation, None))  # type: ignore[return-value]
 
-    def _augmentation(self) -> Callable[[Tensor], Tensor]:
-        from torchvision.transforms import v2
-
+    def _augmentation(self) -> Augment:
         if self.name == "cifar10":
-            crop = v2.RandomCrop(self.pixels, padding=self.pixels // 8)
-            return v2.Compose([crop, v2.RandomHorizontalFlip()])  # type: ignore[no-any-return]
-        bilinear = v2.InterpolationMode.BILINEAR
-        return v2.RandomAffine(degrees=10, translate=(0.1, 0.1), interpolation=bilinear)  # type: ignore[no-any-return]
+            return partial(crop_and_mirror, padding=self.pixels // 8)
+        return partial(rotate_and_move, degrees=10, share=0.1)
 
     def _is_divided(self) -> bool:
         return (Path(self.root) / "train").is_dir()
@@ -222,12 +224,12 @@ class Images:
 
 
 class InMemory:
-    """Images held as bytes, [N, channels, height, width], and made floats one at a time."""
+    """Images held as bytes, [N, channels, height, width], and made floats a batch at a time."""
 
-    def __init__(self, images: Tensor, classes: Tensor, options: Images, augment: Callable[[Tensor], Tensor] | None) -> None:
+    def __init__(self, images: Tensor, classes: Tensor, options: Images, augment: Augment | None) -> None:
         import torch
 
-        self.images, self.classes, self.augment = images, classes.tolist(), augment
+        self.images, self.classes, self.augment = images, classes, augment
         self.pixels = options.pixels
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in options.mean_std())
         # (x / 255 - mean) / std in one multiplication and one addition
@@ -237,15 +239,35 @@ class InMemory:
         return len(self.images)
 
     def __getitem__(self, index: int, /) -> tuple[Tensor, int]:
-        image = self.images[index].float()
-        if image.shape[-1] != self.pixels:
-            from torch.nn import functional as F
+        import torch
 
+        images, classes = self.batch(torch.tensor([index]), torch.randint(2**62, (1,)))
+        return images[0], int(classes)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the images; the classes are little beside them."""
+        return self.images.nbytes
+
+    def to(self, device: str) -> InMemory:
+        """The same images in the memory of `device`."""
+        moved = copy(self)
+        for name in ("images", "classes", "scale", "shift"):
+            setattr(moved, name, getattr(self, name).to(device))
+        return moved
+
+    def batch(self, indices: Tensor, seeds: Tensor) -> list[Tensor]:
+        """Images [n, channels, height, width] and classes [n]."""
+        from torch.nn import functional as F
+
+        indices = indices.to(self.images.device)
+        images = self.images[indices].float()
+        if images.shape[-1] != self.pixels:
             size = (self.pixels, self.pixels)
-            image = F.interpolate(image[None], size, mode="bilinear", align_corners=False, antialias=True)[0]
+            images = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
         if self.augment is not None:
-            image = self.augment(image)
-        return image * self.scale + self.shift, self.classes[index]
+            images = self.augment(images, seeds)
+        return [images * self.scale + self.shift, self.classes[indices]]
 
 
 class Synthetic:

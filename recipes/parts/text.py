@@ -84,7 +84,9 @@ class Text:
         )
 
     def _windows(self, tokens: Tokens) -> Windows:
-        return Windows(tokens, self.block, self.stride or self.block)
+        import torch
+
+        return Windows(torch.from_numpy(tokens), self.block, self.stride or self.block)
 
     def _read(self) -> Tokens:
         import numpy as np
@@ -93,9 +95,9 @@ class Text:
             points = np.frombuffer(self._decoded.encode("utf-32-le"), dtype=np.uint32)
             return np.unique(points, return_inverse=True)[1].astype(np.int32)
         if self.path is None:
-            return np.frombuffer(stdlib_source(), dtype=np.uint8)
+            return np.frombuffer(bytearray(stdlib_source()), dtype=np.uint8)
         # mapped, not read: the pages of a large file are shared by all ranks and workers of a node
-        return np.memmap(self.path, dtype=np.uint8, mode="r")
+        return np.memmap(self.path, dtype=np.uint8, mode="c")
 
     @cached_property
     def _decoded(self) -> str:
@@ -110,20 +112,35 @@ class Text:
 class Windows:
     """Window i of `tokens` starts at i * stride; a tail too short for one is left out."""
 
-    def __init__(self, tokens: Tokens, block: int, stride: int) -> None:
+    def __init__(self, tokens: Tensor, block: int, stride: int) -> None:
         self.tokens, self.block, self.stride = tokens, block, stride
 
     def __len__(self) -> int:
         return (len(self.tokens) - self.block - 1) // self.stride + 1
 
     def __getitem__(self, index: int, /) -> tuple[Tensor, Tensor]:
-        import torch
-
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
         start = index * self.stride
-        window = torch.from_numpy(self.tokens[start : start + self.block + 1].astype("int64"))
+        window = self.tokens[start : start + self.block + 1].long()
         return window[:-1], window[1:]
+
+    @property
+    def nbytes(self) -> int:
+        """Of the tokens, with what lies between the windows."""
+        return self.tokens.nbytes
+
+    def to(self, device: str) -> Windows:
+        """The same text in the memory of `device`."""
+        return Windows(self.tokens.to(device), self.block, self.stride)
+
+    def batch(self, indices: Tensor, seeds: Tensor) -> list[Tensor]:  # noqa: ARG002  # nothing is drawn
+        """x and y, int64 [n, block] each."""
+        import torch
+
+        starts = indices.to(self.tokens.device) * self.stride
+        windows = self.tokens[starts[:, None] + torch.arange(self.block + 1, device=starts.device)].long()
+        return [windows[:, :-1], windows[:, 1:]]
 
 
 def stdlib_source(limit: int = STDLIB_BYTES) -> bytes:

@@ -30,7 +30,7 @@ def test_a_sample_is_a_window_and_the_same_one_token_on(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [11, 12, 20, 21, 22, 101])
 def test_windows_do_not_overlap_and_leave_out_less_than_one(size: int) -> None:
-    windows = Windows(torch.arange(size).numpy(), 10, 10)
+    windows = Windows(torch.arange(size), 10, 10)
     assert all_x(windows) == list(range(10 * len(windows)))
     assert 0 <= size - 1 - 10 * len(windows) < 10
     with pytest.raises(IndexError):
@@ -38,7 +38,7 @@ def test_windows_do_not_overlap_and_leave_out_less_than_one(size: int) -> None:
 
 
 def test_a_stride_makes_windows_overlap() -> None:
-    windows = Windows(torch.arange(21).numpy(), 10, 3)
+    windows = Windows(torch.arange(21), 10, 3)
     assert [windows[i][0][0].item() for i in range(len(windows))] == [0, 3, 6, 9]
     assert windows[3][1][-1] == 19
 
