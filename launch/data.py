@@ -25,7 +25,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from launch.seeding import sample_seeds, seed_sample
 from launch.world import World
-from recipes.base import Batch, Dataset, Resident
+from recipes.parts.data import Batch, Dataset, Resident
 from recipes.parts.permutation import Permutation
 
 Draw = tuple[int, int]
@@ -224,9 +224,20 @@ def pinned(batch: Batch, device: str) -> Batch:
     return mapped(batch, lambda tensor: tensor if tensor.is_cuda else tensor.pin_memory())
 
 
-def to_device(batch: Batch, device: str) -> Batch:
-    """The batch with its tensors on `device`; copies from pinned memory do not block."""
-    return mapped(batch, lambda tensor: tensor.to(device, non_blocking=True))
+def to_device(batch: Batch, device: str, channels_last: bool = False) -> Batch:
+    """The batch with its tensors on `device`; copies from pinned memory do not block. Images for a GPU in the layout asked for.
+
+    The activations follow them. Weights in that layout would not do: FSDP2 refuses them, and ZeRO flattens them.
+    """
+    moved = mapped(batch, lambda tensor: tensor.to(device, non_blocking=True))
+    return mapped(moved, last_channels) if channels_last and device != "cpu" else moved
+
+
+def last_channels(tensor: Tensor) -> Tensor:
+    """Images, float [n, channels, height, width], with the channels of a pixel side by side in memory; others as they are."""
+    if tensor.ndim != 4 or not tensor.is_floating_point():
+        return tensor
+    return tensor.contiguous(memory_format=torch.channels_last)
 
 
 def steps_of(loader: Loader, accumulation: int) -> Iterator[list[Batch]]:
@@ -239,7 +250,7 @@ def steps_of(loader: Loader, accumulation: int) -> Iterator[list[Batch]]:
             batches = []
 
 
-def copied_ahead(steps: Iterator[list[Batch]], device: str) -> Iterator[list[Batch]]:
+def copied_ahead(steps: Iterator[list[Batch]], device: str, channels_last: bool) -> Iterator[list[Batch]]:
     """The micro-batches of each step on `device`; on a GPU those of the next one are copied while this one is computed."""
     if device == "cpu":
         yield from steps
@@ -248,7 +259,7 @@ def copied_ahead(steps: Iterator[list[Batch]], device: str) -> Iterator[list[Bat
     before: tuple[list[Batch], torch.cuda.Event] | None = None
     for batches in steps:
         with torch.cuda.stream(side):
-            now = [to_device(batch, device) for batch in batches], side.record_event()
+            now = [to_device(batch, device, channels_last) for batch in batches], side.record_event()
         if before is not None:
             yield arrived(*before)
         before = now

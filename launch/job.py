@@ -17,7 +17,8 @@ from launch.guard.place import Place
 from launch.resident import near, resident
 from launch.seeding import seed_device
 from launch.world import World, total
-from recipes.base import Batch, Dataset, Recipe, Resident, Splits
+from recipes.base import Recipe
+from recipes.parts.data import Batch, Dataset, Resident, Splits
 from recipes.parts.schedule import Plateau, Schedule
 from strategies import strategy_class
 from strategies.base import Strategy
@@ -126,7 +127,12 @@ class Job:
 
     def train_steps(self) -> Iterator[list[Batch]]:
         """This rank's micro-batches of each step to come, on its device."""
-        return data.copied_ahead(data.steps_of(self.train_loader(), self.cut.accumulation), self.world.device)
+        steps = data.steps_of(self.train_loader(), self.cut.accumulation)
+        return data.copied_ahead(steps, self.world.device, self.recipe.channels_last)
+
+    def to_device(self, batch: Batch) -> Batch:
+        """The batch on this rank's device, in the layout of the recipe."""
+        return data.to_device(batch, self.world.device, self.recipe.channels_last)
 
     def train_loader(self) -> data.Loader:
         """This rank's micro-batches from the next step to the last."""

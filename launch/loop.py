@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from launch.data import to_device
 from launch.guard.nonfinite import check_gradients, check_loss
 from launch.seeding import seed_device
 from launch.world import total
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
     from launch.job import Job
     from launch.record import Record
-    from recipes.base import Batch, Dataset
+    from recipes.parts.data import Batch, Dataset
     from strategies.base import Strategy
 
 
@@ -70,7 +69,7 @@ def train_step(job: Job, batches: list[Batch]) -> tuple[dict[str, Tensor], dict[
 
     The loss is this rank's share of the mean over the global batch (under `job.careful` the mean itself).
     """
-    batches = [to_device(batch, job.world.device) for batch in batches]
+    batches = [job.to_device(batch) for batch in batches]
     job.place.step, job.place.batches = job.progress.step + 1, batches
     count = global_count(job, batches)
     losses: dict[str, Tensor] = {}
@@ -116,7 +115,7 @@ def evaluate(job: Job, dataset: Dataset, cut_off: Callable[[], bool] = lambda: F
             job.place.at("evaluate")
             if cut_off():
                 return None
-            batch = to_device(batch, job.world.device)
+            batch = job.to_device(batch)
             seed_device(job.config.seed, "eval", job.cut.rank + turn * job.cut.world_size)
             with next(iter(job.strategies.values())).autocast():
                 losses, outcome = job.recipe.score(job.models, batch)

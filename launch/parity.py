@@ -138,7 +138,7 @@ def plan(settings: Settings, words: list[str], own: Own) -> list[Case]:
         cases += [case(1), case(4)]
         if settings.config.clip_norm is None and settings.config.clip_value is None:
             cases.append(case(4, "clip", "clip_norm=0.1"))
-        if strategy != "single" and owner.blocks is not Recipe.blocks and not settings.config.activation_checkpointing:
+        if strategy != "single" and owner.blocks is not Recipe.blocks and settings.config.activation_checkpointing == "none":
             cases.append(case(4, "recompute", "activation_checkpointing=true"))
     return cases
 

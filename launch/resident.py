@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 
-from recipes.base import Resident
+from recipes.parts.data import Resident
 from recipes.parts.split import View
 
 SHARE = 0.1

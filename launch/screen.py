@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.filesize import decimal
 
-from recipes.base import Resident
+from recipes.parts.data import Resident
 from strategies.precision import contract
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class Screen:
             "launcher": f"{world.launcher}: {world.world_size} rank(s) on {nodes} node(s) ({world.why})",
             "device": device_name(world.device),
             "strategy": config.strategy + "".join(f", {word}" for word in extras(job)),
-            "precision": f"{config.precision}: {contract(config.precision)}",
+            "precision": f"{config.precision}: {contract(config.precision, config.ddp.compress)}",
             "batch": f"{cut.batch_size} = {cut.micro_batch_size} micro x {cut.accumulation} accumulation "
             f"x {cut.world_size} rank(s)",
             "model": ", ".join(

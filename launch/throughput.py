@@ -18,7 +18,7 @@ from launch.world import gathered
 
 if TYPE_CHECKING:
     from launch.job import Job
-    from recipes.base import Batch
+    from recipes.parts.data import Batch
 
 PEAKS = {
     "H100 PCIe": {"bf16": 756e12, "fp16": 756e12, "tf32": 378e12, "fp32": 51.2e12},

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from recipes.parts.data import Batch, Splits, samples
 from recipes.parts.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -18,47 +19,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torchmetrics import Metric
 
-Batch = Any
-"""what the default collation makes of a list of samples: tensors, or tuples, lists and dicts of tensors"""
-
 Losses = Mapping[str, "Callable[[dict[str, nn.Module], Batch], Tensor]"]
-
-
-class Dataset(Protocol):
-    """A map-style data set: `len` and an index are all that is asked for."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> Any: ...
-
-
-@runtime_checkable
-class Resident(Dataset, Protocol):
-    """A data set that lies in memory and gives a whole micro-batch at once: no worker processes, no collation.
-
-    `torch.utils.data.TensorDataset` is taken for one by itself.
-    """
-
-    @property
-    def nbytes(self) -> int:
-        """What it holds: a small one is moved to the GPU."""
-
-    def to(self, device: str) -> Resident:
-        """The same samples in the memory of `device`."""
-
-    def batch(self, indices: Tensor, seeds: Tensor) -> Batch:
-        """The samples at `indices`, collated, where they lie; both arguments are int64 [n], on the host.
-
-        An augmentation is a function of `seeds` (`recipes.parts.augment.uniform`), and so not of ranks and workers.
-        """
-
-
-@dataclass(kw_only=True)
-class Splits:
-    """The data of a run. A split that is None is not evaluated."""
-
-    train: Dataset
-    val: Dataset | None = None
-    test: Dataset | None = None
 
 
 @dataclass(kw_only=True)
@@ -69,6 +30,8 @@ class Recipe:
     """this recipe's defaults for keys of the run, e.g. {"batch_size": 64, "micro_batch_size": 16, "epochs": 10}"""
     unit: ClassVar[str] = "samples"
     """what `count` counts; a run's speed is told in it (`tokens`)"""
+    channels_last: ClassVar[bool] = False
+    """give images to the GPU with the channels of a pixel side by side, as its convolutions like it"""
     objective: ClassVar[str] = "loss"
     """the evaluation metric that early stopping and reduce-on-plateau watch"""
     objective_mode: ClassVar[str] = "min"
@@ -142,10 +105,3 @@ class Recipe:
             return {name: loss(models, batch) for name, loss in self.losses().items()}, None
         loss, predictions, targets = self.evaluate(models["model"], batch)
         return {"model": loss}, (predictions, targets)
-
-
-def samples(batch: Batch) -> int:
-    """Number of samples of a collated batch: the first dimension of its first tensor."""
-    while not hasattr(batch, "shape"):
-        batch = next(iter(batch.values())) if isinstance(batch, Mapping) else batch[0]
-    return int(batch.shape[0])

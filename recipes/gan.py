@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from recipes.base import Losses, Recipe, Splits
+from recipes.base import Losses, Recipe
+from recipes.parts.data import Splits
 from recipes.parts.images import Images
 from recipes.parts.optim import Optim
 

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from recipes.base import Recipe, Splits
+from recipes.base import Recipe
+from recipes.parts.data import Splits
 from recipes.parts.optim import Optim, decay_groups
 from recipes.parts.schedule import Schedule
 from recipes.parts.text import Text

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from recipes.base import Splits
 from recipes.parts.classification import Classification
+from recipes.parts.data import Splits
 from recipes.parts.images import Images
 from recipes.parts.optim import Optim, decay_groups
 from recipes.parts.schedule import Schedule
@@ -42,6 +42,7 @@ class MNIST(Classification):
     """Digits with AdamW and one cycle; the training images are rotated and moved a little."""
 
     defaults: ClassVar[dict[str, Any]] = {"batch_size": 64, "micro_batch_size": 16, "epochs": 20}
+    channels_last: ClassVar[bool] = True
 
     model: Model = field(default_factory=Model)
     data: Images = field(default_factory=Images)

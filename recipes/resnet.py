@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from recipes.base import Splits
 from recipes.parts.classification import Classification
+from recipes.parts.data import Splits
 from recipes.parts.images import Images
 from recipes.parts.optim import Optim, decay_groups
 from recipes.parts.schedule import Schedule
@@ -37,6 +37,7 @@ class ResNet(Classification):
     """Image classification with SGD and a cosine."""
 
     defaults: ClassVar[dict[str, Any]] = {"batch_size": 64, "micro_batch_size": 16, "epochs": 10}
+    channels_last: ClassVar[bool] = True
 
     model: Model = field(default_factory=Model)
     data: Images = field(default_factory=Images)

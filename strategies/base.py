@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from strategies import activation, precision
+from strategies import activation, compilation, precision
 from strategies.initialise import initialise
 from strategies.norm import squared_norm
 from strategies.options import Options
@@ -62,6 +62,9 @@ class Strategy:
     gradient_mean_over = 1
     """ranks over which the backend averages gradients; `backward` undoes it, since the contract is a sum"""
 
+    keeps_cast_weights = True
+    """whether autocast may keep weights in half precision from one use to the next; not where a rank holds parts of them"""
+
     def __init__(self, world: World, options: Options) -> None:
         """Raises ValueError, in words for the user, for options that this strategy cannot honour."""
         self.world = world
@@ -82,13 +85,16 @@ class Strategy:
         module = self.build(build_model)
         if build_optimizer is None:
             module.requires_grad_(False).eval()
+        parts = list(blocks(module))
+        recomputed = activation.chosen(parts, str(self.options.activation_checkpointing))
+        # Around what is compiled: the other way round, blocks with a BatchNorm would silently run as they are. But a choice
+        # of operations has to be compiled in: from around it none can be seen.
+        selective = self.options.activation_checkpointing == "selective"
+        inside = activation.selectively if selective else None
         if self.options.compile:
-            for block in list(blocks(module)) or [module]:
-                # forward is rebound in place: wrapping would change the parameter names
-                block.forward = torch.compile(block.forward)
-        if self.options.activation_checkpointing:
-            # around what is compiled: the other way round, blocks with a BatchNorm would silently run as they are
-            activation.checkpoint_blocks(list(blocks(module)))
+            compilation.compile_parts(parts or [module], self.options.compile, inside)
+        if not (self.options.compile and selective):
+            activation.checkpoint_blocks(recomputed, selective)
         self.module = module
         self.model = self.shard(module, blocks)
         self.trainable = [p for p in module.parameters() if p.requires_grad]
@@ -124,12 +130,15 @@ class Strategy:
     # one step ---------------------------------------------------------------------------------------------------------
 
     def autocast(self) -> AbstractContextManager[object]:
-        """The compute precision, for evaluation; `microbatch` enters it by itself."""
-        return precision.autocast(self.options.precision, self.world.device)
+        """The compute precision, around each batch of an evaluation; `microbatch` enters it by itself."""
+        compilation.begin(self.options.compile)
+        return precision.autocast(self.options.precision, self.world.device, self.keeps_cast_weights)
 
     @contextmanager
-    def microbatch(self, last: bool) -> Iterator[None]:  # noqa: ARG002
+    def microbatch(self, last: bool) -> Iterator[None]:
         """Around forward AND backward of one micro-batch; gradients are reduced over ranks in the `last` of a step only."""
+        if not last:
+            compilation.refuse_accumulation(self.options.compile, self.world.device)
         with self.autocast():
             yield
 

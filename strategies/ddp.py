@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from strategies.base import Blocks, Strategy, World, listed
@@ -43,7 +44,7 @@ class DDP(Strategy):
         if not any(parameter.requires_grad for parameter in module.parameters()):
             return module
         device = torch.device(self.world.device)
-        return DistributedDataParallel(
+        model = DistributedDataParallel(
             module,
             device_ids=None if device.type == "cpu" else [device.index or 0],
             # running statistics are averaged before evaluation and saving, not copied from rank zero in each forward
@@ -53,6 +54,9 @@ class DDP(Strategy):
             static_graph=self.options.ddp.static_graph,
             find_unused_parameters=self.options.ddp.find_unused_parameters,
         )
+        if self.options.ddp.compress == "bf16":
+            model.register_comm_hook(None, bf16_compress_hook)
+        return model
 
     @contextmanager
     def microbatch(self, last: bool) -> Iterator[None]:

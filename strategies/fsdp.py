@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, distributed, nn
@@ -17,7 +17,6 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from strategies import precision
 from strategies.base import Blocks, BuildModel, BuildOptimizer, Strategy, World
 from strategies.initialise import build_without_weights, initialise, materialise
 from strategies.norm import squared_norm
@@ -30,6 +29,8 @@ class FSDP(Strategy):
 
     Scalar parameters, which cannot be sharded, are held whole; their gradients are reduced in `step`.
     """
+
+    keeps_cast_weights = False
 
     def __init__(self, world: World, options: Options) -> None:
         super().__init__(world, options)
@@ -73,13 +74,6 @@ class FSDP(Strategy):
             split_scalars(self.optimizer)
 
     # one step ---------------------------------------------------------------------------------------------------------
-
-    def autocast(self) -> AbstractContextManager[object]:
-        """As in the base class, without the cache of cast weights: it would keep a whole model in half precision."""
-        if self.options.precision not in precision.AUTOCAST:
-            return nullcontext()
-        kind = torch.device(self.world.device).type
-        return torch.autocast(kind, dtype=precision.AUTOCAST[self.options.precision], cache_enabled=False)
 
     @contextmanager
     def microbatch(self, last: bool) -> Iterator[None]:

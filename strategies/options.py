@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,6 +20,8 @@ class DDPOptions:
     """the set of used parameters never changes: lets DDP skip its bookkeeping"""
     find_unused_parameters: bool = False
     """let parameters go without gradient (otherwise an error names them)"""
+    compress: Literal["none", "bf16"] = "none"
+    """bf16: reduce gradients in bf16, half the traffic; they are rounded, and the losses then depend on the number of ranks"""
 
 
 @dataclass(kw_only=True)
@@ -56,10 +59,12 @@ class Options:
     """seed of everything random"""
     precision: Precision = "fp32"
     """compute precision; parameters, reductions and optimizer state stay fp32"""
-    activation_checkpointing: bool = False
-    """recompute the recipe's blocks in backward instead of keeping their activations"""
-    compile: bool = False
-    """torch.compile the recipe's blocks (the whole model if it names none)"""
+    activation_checkpointing: str | bool = "none"
+    """recompute the recipe's blocks in backward instead of keeping their activations: none; full (or true): all of them;
+    every:N: each N-th; selective: all, but for their matrix products, convolutions and attention"""
+    compile: Literal[False, True, "default", "reduce-overhead", "max-autotune"] = False
+    """torch.compile the recipe's blocks (the whole model if it names none), in torch's mode of that name; true: default;
+    reduce-overhead: with CUDA graphs, for small models; max-autotune: tries kernels out as well, for minutes"""
     clip_norm: float | None = None
     """clip the global gradient norm to this value"""
     clip_value: float | None = None
@@ -67,3 +72,14 @@ class Options:
     ddp: DDPOptions = field(default_factory=DDPOptions)
     fsdp: FSDPOptions = field(default_factory=FSDPOptions)
     zero: ZeroOptions = field(default_factory=ZeroOptions)
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a word that activation_checkpointing does not know."""
+        said = str(self.activation_checkpointing)
+        mode = {"true": "full", "false": "none"}.get(said.lower(), said)
+        if mode not in ("none", "full", "selective") and not re.fullmatch("every:0*[1-9][0-9]*", mode):
+            raise ValueError(
+                f"activation_checkpointing={said} is not none|full|every:N|selective; "
+                "give one of them, for every:N a number of blocks from 1 (every:2)"
+            )
+        self.activation_checkpointing = mode

@@ -14,11 +14,11 @@ from torch import Tensor
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def autocast(precision: str, device: str) -> AbstractContextManager[object]:
-    """The autocast context of `precision` on `device`; a no-op for fp32 and tf32."""
+def autocast(precision: str, device: str, cache: bool = True) -> AbstractContextManager[object]:
+    """The autocast context of `precision` on `device`, with or without torch's cache of cast weights; none for fp32 and tf32."""
     if precision not in AUTOCAST:
         return nullcontext()
-    return torch.autocast(torch.device(device).type, dtype=AUTOCAST[precision])
+    return torch.autocast(torch.device(device).type, dtype=AUTOCAST[precision], cache_enabled=cache)
 
 
 def autocast_off(precision: str, device: str) -> AbstractContextManager[object]:
@@ -32,10 +32,11 @@ def set_matmul_precision(precision: str) -> None:
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
-def contract(precision: str) -> str:
-    """The contract in one line, for the banner and under the table of `parity`."""
+def contract(precision: str, compress: str = "none") -> str:
+    """The contract in one line, for the banner and under the table of `parity`; `compress` as in `ddp.compress`."""
     compute = {"fp32": "fp32", "tf32": "tf32", "bf16": "bf16 autocast", "fp16": "fp16 autocast, dynamic loss scale"}
-    return f"parameters fp32, compute {compute[precision]}, reduce fp32, optimizer fp32, buffers fp32"
+    reduce = "fp32" if compress == "none" else compress
+    return f"parameters fp32, compute {compute[precision]}, reduce {reduce}, optimizer fp32, buffers fp32"
 
 
 class LossScale:

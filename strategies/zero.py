@@ -64,10 +64,16 @@ class Zero(Strategy):
         self.device = torch.device(world.device)
         self.stage = int(options.strategy.removeprefix("zero"))
         self.gradient_mean_over = world.world_size
+        self.keeps_cast_weights = self.stage < 3
         self.pieces: dict[int, Piece] = {}
         self.verdict = 0.0
         if options.zero.cpu_offload and self.device.type == "cpu":
             raise ValueError("zero.cpu_offload=true has no effect without a GPU: all is in host memory; drop the key")
+        if self.stage == 3 and options.compile and options.activation_checkpointing == "selective":
+            raise ValueError(
+                "compile with activation_checkpointing=selective needs blocks that compile as a whole, and zero3 gathers weights "
+                "inside them; use activation_checkpointing=full, or strategy=fsdp"
+            )
         if options.zero.bucket_mb < 1:
             raise ValueError(f"zero.bucket_mb={options.zero.bucket_mb} is too small: at least 1")
 
@@ -88,6 +94,8 @@ class Zero(Strategy):
             # a norm of 80, then trains on another curve than under any other strategy.
             "gradient_clipping": 0.0,
             "zero_optimization": {
+                # Gradients are reduced beside backward under ZeRO-3 (overlap_comm, its default) but not under 1 and 2: there
+                # reductions have read buckets too soon (https://github.com/deepspeedai/DeepSpeed/issues/8061, 5545).
                 "stage": self.stage,
                 "reduce_bucket_size": bucket,
                 "allgather_bucket_size": bucket,
@@ -162,12 +170,6 @@ class Zero(Strategy):
         return sum(getattr(p, "ds_numel", p.numel()) for p in self.module.parameters())
 
     # one step ---------------------------------------------------------------------------------------------------------
-
-    def autocast(self) -> AbstractContextManager[object]:
-        """As in the base class; under ZeRO-3 without the cache of cast weights, which would keep the whole model."""
-        if self.stage < 3 or self.options.precision not in precision.AUTOCAST:
-            return super().autocast()
-        return torch.autocast(self.device.type, precision.AUTOCAST[self.options.precision], cache_enabled=False)
 
     @contextmanager
     def microbatch(self, last: bool) -> Iterator[None]:

@@ -68,4 +68,7 @@ def free_gathered_weights(module: nn.Module) -> None:
 
 
 def _linear(layer: nn.Linear, linear: Callable[..., Tensor], input: Tensor) -> Tensor:
-    return linear(input, layer.weight, layer.bias)
+    # As rows: of more dimensions it would add the bias in place, to the product that selective activation checkpointing has
+    # kept, and again when it is recomputed.
+    rows = input.flatten(0, -2) if input.ndim > 2 else input
+    return linear(rows, layer.weight, layer.bias).view(*input.shape[:-1], layer.out_features)

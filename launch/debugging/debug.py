@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from launch.batchnorm import RunningStatistics
-from launch.data import to_device
 from launch.debugging.model_table import tables
 from launch.debugging.overfit import overfit
 from launch.guard.verdict import is_users
@@ -30,7 +29,7 @@ from launch.job import Job, build_strategies
 if TYPE_CHECKING:
     from launch.config import Config
     from launch.screen import Screen
-    from recipes.base import Dataset
+    from recipes.parts.data import Dataset
     from strategies.base import Strategy
 
 STEPS = 8
@@ -74,7 +73,7 @@ def examine(job: Job, screen: Screen) -> None:
         screen.say("            the next debug run of this recipe replaces the run directory")
     if job.config.compile:
         renew(job, replace(job.config, compile=False))  # compiled blocks hide their parts, and take minutes for one batch
-    batch = to_device(next(iter(job.train_loader())), job.world.device)
+    batch = job.to_device(next(iter(job.train_loader())))
     for line in tables(job, batch):
         screen.say(line)
     for line in overfit(job, batch):

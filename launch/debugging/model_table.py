@@ -14,7 +14,7 @@ from launch.seeding import seed_device
 
 if TYPE_CHECKING:
     from launch.job import Job
-    from recipes.base import Batch
+    from recipes.parts.data import Batch
     from strategies.base import Strategy
 
 TABLE_ROWS = 30

@@ -12,7 +12,7 @@ from launch.seeding import seed_device
 
 if TYPE_CHECKING:
     from launch.job import Job
-    from recipes.base import Batch
+    from recipes.parts.data import Batch
     from strategies.base import Strategy
 
 STEPS, SECONDS = 100, 20.0

@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from recipes.base import Dataset, Splits
 from recipes.parts.augment import crop_and_mirror, rotate_and_move
+from recipes.parts.data import Dataset, Splits
 from recipes.parts.image_files import (
     CIFAR10_FILES,
     MNIST_FILES,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from recipes.base import Dataset, Splits
+from recipes.parts.data import Dataset, Splits
 from recipes.parts.permutation import Permutation
 
 

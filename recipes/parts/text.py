@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from recipes.base import Splits
+from recipes.parts.data import Splits
 
 if TYPE_CHECKING:
     import numpy as np

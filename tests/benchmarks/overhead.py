@@ -1,92 +1,83 @@
-"""What the loop costs over a hand-written one, in one process, on the same batches, interleaved A B B A.
+"""What a step costs with rankzero and with its peers, over a loop written by hand: the whole step, loading included.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/overhead.py
+    OMP_NUM_THREADS=1 python tests/benchmarks/overhead.py [rounds=10] [steps=200] [json=PATH]
+        [strategies=single,ddp,fsdp,zero2,zero3] [workloads=mlp,cnn,gpt] [modes=bare,defaults]
+        [contestants=rankzero,accelerate,fabric,lightning,hf] [keep=FOLDER]
 
-Prints the median step time of both and the median of paired differences. The raw loop does what a careful person writes: forward,
-backward, clip-free gradient norm, step, loss read once in ten steps.
+`pip install -e ".[peers]"` gives the peers. On CPU ranks: one process, or two under a strategy. Each contestant and the raw loop
+run in turns (A B B A) in the same processes, `rounds` times; the figure is the median of paired ratios. A run is `steps` steps;
+each starts where the loss function is called, which takes the time, for all alike. The first 20 steps do not count. An epoch is
+longer than a run, so what happens at its end (checkpoints) is not measured. Same data, order, weights and optimizer; all take
+the gradient norm and clip at a bound that is never reached.
+
+`defaults`: what a user gets: logs, progress bars, callbacks, data workers, to a file instead of a terminal. `bare`: all that can
+be left out is, on both sides. The losses of the first 20 steps must agree with the raw loop's, else there is no figure. A
+contestant that fails, or holds its model in another way than it was asked to (DDP in place of FSDP), has none either, and the
+table says why.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import sys
-import time
-from collections.abc import Iterator
+import tempfile
+from contextlib import nullcontext
+from itertools import product
 from pathlib import Path
-
-import torch
-from torch import nn
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-from launch.job import Job
-from launch.loop import set_learning_rate, train_step
-from launch.record import Record
-from recipes.base import Batch
-from tests.benchmarks.workload import Dense, prepared
+from launch.config import read_line
+from tests.benchmarks.loops import CONTESTANTS, installed
+from tests.benchmarks.loops.compare import SAME, Duel, compare
+from tests.benchmarks.report import Report, free_port, ratios
+from tests.ranks import RanksFailed, run_ranks, shut_down
 
-ROUNDS, STEPS = 40, 50
-
-
-def raw_steps(recipe: Dense, batch: Batch) -> Iterator[None]:
-    """The hand-written loop."""
-    model = recipe.build_model()
-    optimizer = recipe.build_optimizer(model)
-    samples, step = len(batch[0]), 0
-    while True:
-        loss = recipe.loss(model, batch) / samples
-        loss.backward()
-        norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-        if step % 10 == 0:
-            loss.item(), norm.item()
-        yield
+COLUMNS = {
+    **{"strategy": "<9", "workload": "<9", "mode": "<9", "contestant": "<11"},
+    **{"raw_ms": ">9.3f", "ratio": ">9.3f", "low": ">9.3f", "high": ">9.3f", "losses": ">9.0e", "note": ""},
+}
 
 
-def rankzero_steps(job: Job, record: Record, batch: Batch) -> Iterator[None]:
-    """The body of `launch.loop.train`."""
-    while True:
-        rate = set_learning_rate(job)
-        losses, norms = train_step(job, [batch])
-        job.progress.step += 1
-        record.step(losses, norms, rate)
-        yield
+def main(words: list[str]) -> None:
+    """The table; `low` and `high` are the quartiles of the ratio, `losses` how far apart they are at most."""
+    given = {"rounds": "10", "steps": "200", "strategies": "single,ddp,fsdp,zero2,zero3", "workloads": "mlp,cnn,gpt"}
+    line = {**given, "modes": "bare,defaults", "contestants": ",".join(CONTESTANTS), **read_line(words)}
+    report = Report(line.get("json"), COLUMNS)
+    with nullcontext(line["keep"]) if "keep" in line else tempfile.TemporaryDirectory() as folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for strategy, name in product(line["strategies"].split(","), line["contestants"].split(",")):
+            if not installed(name):
+                report.row(strategy=strategy, contestant=name, note="left out: not installed")
+                continue
+            port = free_port()
+            for workload, mode in product(line["workloads"].split(","), line["modes"].split(",")):
+                row = {"strategy": strategy, "workload": workload, "mode": mode, "contestant": name}
+                asked = {"rounds": int(line["rounds"]), "steps": int(line["steps"]), "port": port, "folder": folder}
+                found = fight(Duel(name=name, strategy=strategy, workload=workload, bare=mode == "bare", **asked))
+                report.row(**row, **found)
+                if "ratio" not in found and "losses" not in found:
+                    break  # it would not do better on the next workload
+            shut_down()  # the next pair finds new processes
 
 
-def seconds(steps: Iterator[None]) -> float:
-    """Seconds a step, over `STEPS`."""
-    start = time.perf_counter()
-    for _ in range(STEPS):
-        next(steps)
-    return (time.perf_counter() - start) / STEPS
-
-
-def measure(name: str, recipe: Dense, rounds: int) -> None:
-    """One row."""
-    batch = [torch.randn(recipe.samples, recipe.width), torch.randn(recipe.samples, recipe.width)]
-    with prepared(recipe) as (job, record):
-        ours, raw = rankzero_steps(job, record, batch), raw_steps(recipe, batch)
-        seconds(raw), seconds(ours)  # warm up
-        pairs = []
-        for _ in range(rounds):
-            a, b, c, d = seconds(raw), seconds(ours), seconds(ours), seconds(raw)
-            pairs += [(a, b), (d, c)]
-    extra = statistics.median(b - a for a, b in pairs)
-    ratio = statistics.median(b / a for a, b in pairs)
-    spread = statistics.quantiles([b / a for a, b in pairs], n=4)
-    middle = statistics.median(a for a, _ in pairs)
-    print(f"{name:<14}{middle * 1e3:>10.3f} ms{extra * 1e6:>12.0f} us{ratio:>9.3f}   {spread[0]:.3f} to {spread[2]:.3f}")
-
-
-def main() -> None:
-    """The table."""
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s)")
-    print(f"{'workload':<14}{'raw step':>13}{'extra':>15}{'ratio':>9}   quartiles of the ratio")
-    measure("empty step", Dense(), ROUNDS)
-    measure("20 ms step", Dense(width=448, layers=12, samples=64), ROUNDS // 4)
+def fight(duel: Duel) -> dict[str, Any]:
+    """The rest of the row."""
+    try:
+        pairs, apart, held = run_ranks(1 if duel.strategy == "single" else 2, compare, duel, timeout=3600.0)[0]
+    except RanksFailed as failed:
+        return {"note": f"left out: {next(iter(failed.errors.values())).strip().splitlines()[-1]}"[:150]}
+    expected = "whole" if duel.strategy in ("single", "ddp") else duel.strategy
+    if held != expected:
+        return {"note": f"left out: was asked for {duel.strategy}, holds the model {held}"}
+    # both ranks on the same data, say: Accelerate and its Trainer take themselves for alone under DeepSpeed on a CPU
+    found = {"raw_ms": statistics.median(raw for raw, _ in pairs) * 1e3, "losses": apart}
+    return {**found, **(ratios(pairs) if apart <= SAME else {"ratio": "differs"})}
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

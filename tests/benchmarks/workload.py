@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
+from torch.utils.data import TensorDataset
 
 from launch.command import Settings
 from launch.config import CheckpointOptions, Config
@@ -20,7 +21,8 @@ from launch.job import Job, prepare
 from launch.record import Record
 from launch.screen import Screen
 from launch.world import World
-from recipes.base import Batch, Recipe, Splits
+from recipes.base import Recipe
+from recipes.parts.data import Batch, Splits
 
 
 @dataclass(kw_only=True)
@@ -33,8 +35,8 @@ class Dense(Recipe):
     adam: bool = False
 
     def build_data(self) -> Splits:
-        """Never read: the benchmark makes its own batches."""
-        return Splits(train=[0] * self.samples)  # type: ignore[arg-type]  # a list is a data set
+        """One batch, in memory; a benchmark may make its own."""
+        return Splits(train=TensorDataset(*torch.randn(2, self.samples, self.width)))
 
     def build_model(self) -> nn.Module:
         """Linear layers and ReLU."""
@@ -45,6 +47,10 @@ class Dense(Recipe):
         if self.adam:
             return torch.optim.Adam(model.parameters(), lr=1e-3)
         return torch.optim.SGD(model.parameters(), lr=1e-3)
+
+    def blocks(self, model: nn.Module) -> Iterable[nn.Module]:
+        """The linear layers."""
+        return [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Squared error, summed."""

@@ -30,7 +30,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from recipes.base import Recipe, Splits
+from recipes.base import Recipe
+from recipes.parts.data import Splits
 
 
 class Net(nn.Module):

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from launch.checkpoint.weights import initialise
 from launch.job import Job
-from recipes.base import Splits
+from recipes.parts.data import Splits
 from tests.launch.jobs import alone, job_of, trained
 from tests.launch.tiny import FEATURES, Fit, Points
 from tests.ranks import RanksFailed, World, run_ranks

@@ -19,7 +19,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from recipes.base import Recipe, Splits
+from recipes.base import Recipe
+from recipes.parts.data import Splits
 
 
 class Points:

@@ -14,8 +14,8 @@ from torch.utils.data import Subset, TensorDataset, default_collate
 from launch.data import Cut, InPlace, TrainSampler, loader, usable_cpus
 from launch.resident import Part, resident
 from launch.world import World
-from recipes.base import Resident
 from recipes.parts.augment import crop_and_mirror, rotate_and_move, uniform
+from recipes.parts.data import Resident
 from recipes.parts.images import Images
 from recipes.parts.permutation import GOLDEN, MASK, mix
 from recipes.parts.split import split

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from recipes.base import Splits
 from recipes.parts.classification import Classification
+from recipes.parts.data import Splits
 from recipes.parts.regression import Regression
 from recipes.resnet import ResNet
 

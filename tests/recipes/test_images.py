@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from recipes.base import Dataset
+from recipes.parts.data import Dataset
 from recipes.parts.image_files import CIFAR10_FILES, MNIST_FILES, find_idx, read_digits
 from recipes.parts.images import Images, InMemory
 

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from recipes.base import Dataset, Recipe
+from recipes.base import Recipe
 from recipes.gan import GAN
 from recipes.gpt import GPT
 from recipes.gpt import Model as GPTModel
 from recipes.mnist import MNIST
+from recipes.parts.data import Dataset
 from recipes.parts.images import Images
 from recipes.parts.permutation import Permutation
 from recipes.parts.text import Text

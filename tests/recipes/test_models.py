@@ -12,12 +12,12 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import TensorDataset
 
-from recipes.base import Splits
 from recipes.gan import GAN
 from recipes.gan import Model as GANModel
 from recipes.gpt import GPT
 from recipes.gpt import Model as GPTModel
 from recipes.mnist import MNIST
+from recipes.parts.data import Splits
 from recipes.parts.images import Images
 from recipes.parts.optim import Optim
 from recipes.parts.regression import Regression

@@ -4,7 +4,7 @@ from itertools import chain
 
 import pytest
 
-from recipes.base import Dataset
+from recipes.parts.data import Dataset
 from recipes.parts.split import holdout, split
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,8 @@ from torch.optim import SGD
 from strategies.ddp import DDP
 from strategies.options import DDPOptions, Options
 from tests.ranks import RanksFailed, World, run_ranks
-from tests.strategies.training import Case, raw, set_up, train_step
+from tests.strategies import models
+from tests.strategies.training import Case, Outcome, raw, set_up, train, train_step
 
 
 class Branches(nn.Module):
@@ -115,6 +118,48 @@ def test_a_static_graph_trains_alike_but_refuses_to_accumulate() -> None:
     many = Case(model="gpt", micro_batches=4, options=(("ddp", DDPOptions(static_graph=True)),))
     with pytest.raises(RanksFailed, match="does not go with gradient accumulation"):
         run_ranks(2, static, many)
+
+
+def compressed(world: World, case: Case) -> Outcome:
+    return train(world, "ddp", case)
+
+
+@pytest.mark.parametrize(
+    ("micro_batches", "options"),
+    [
+        (4, {}),
+        (2, {"static_graph": True}),
+        pytest.param(4, {"find_unused_parameters": True}, marks=pytest.mark.slow),
+    ],
+)
+def test_compressed_gradients_are_rounded_and_alike_on_all_ranks(micro_batches: int, options: dict[str, bool]) -> None:
+    # a clip norm that never clips: what is multiplied in place are views of the buckets
+    case = Case(model="gpt", optimizer="sgd", micro_batches=micro_batches, options=(("clip_norm", 1e4),))
+    ranks = run_ranks(2, compressed, replace(case, options=(("ddp", DDPOptions(compress="bf16", **options)), *case.options)))
+    assert ranks[0].losses == ranks[1].losses
+    assert ranks[0].norms == ranks[1].norms
+    expected = raw(case)
+    assert ranks[0].losses[0] == pytest.approx(expected.losses[0], rel=1e-6)  # what is computed is fp32
+    torch.testing.assert_close(ranks[0].losses, expected.losses, rtol=2e-3, atol=0)
+    torch.testing.assert_close(ranks[0].norms, expected.norms, rtol=1e-2, atol=0)
+    # bf16 keeps 8 bits: of nearly each gradient some are lost
+    assert abs(ranks[0].norms[0] / expected.norms[0] - 1) > 1e-6
+
+
+def test_gradients_are_views_of_the_buckets() -> None:
+    assert run_ranks(2, bucketed) == [(1, True)] * 2
+
+
+def bucketed(world: World) -> tuple[int, bool]:
+    """Storages that hold the gradients of a step, and whether the next step finds none of them."""
+    strategy = set_up(world, "ddp", Case())
+    for step in range(2):  # buckets are built again after the first
+        assert not strategy.gradients()
+        with strategy.microbatch(last=True):
+            strategy.backward(models.loss_sum(strategy.model, models.batch("mlp", step, world.rank)))
+        storages = {gradient.untyped_storage().data_ptr() for gradient in strategy.gradients()}
+        strategy.discard()
+    return len(storages), not strategy.gradients()
 
 
 def test_options_that_contradict_are_refused() -> None:

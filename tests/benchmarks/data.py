@@ -1,0 +1,170 @@
+"""What the order of the samples costs, whether it is a fair shuffle, and how fast a run gets its batches.
+
+    OMP_NUM_THREADS=1 python tests/benchmarks/data.py [rounds=10] [largest=1e7] [ours_to=1e12] [shuffles=20000] [json=PATH]
+
+Order: rankzero's `TrainSampler` against torch's `DistributedSampler`, on one of 8 ranks: peak memory (tracemalloc sees Python's
+and numpy's, not torch's own) and time to the first index after a seek to the middle of an epoch, which for torch's means to draw
+the epoch and pass over what was seen. Uniformity: over many epochs of 12 samples, how often each sample comes to each place, and
+how often each pair of neighbours; p-values of chi-square tests, of which one in twenty is below 0.05 for a perfect shuffle.
+Loading: the batches of `recipe=mnist` through the loader that a run of it would have, and through torch's DataLoader with no
+workers, over the same 60,000 images of 28 x 28 bytes without augmentation; interleaved, the ratio is of times, so below 1 is
+faster.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+import tracemalloc
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import torch
+from scipy.stats import chisquare
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler
+
+from launch.command import resolve
+from launch.config import read_line
+from launch.data import Cut, TrainSampler
+from launch.job import Job, prepare
+from launch.world import World
+from recipes.parts.image_files import MNIST_FILES
+from recipes.parts.permutation import Permutation
+from tests.benchmarks.report import Report, in_turns, ratios
+
+COLUMNS = {
+    **{"what": "<38", "samples": ">20,d", "memory_mb": ">11.3f", "torch_mb": ">11.3f", "seek_ms": ">10.2f", "torch_ms": ">10.2f"},
+    **{"p": ">7.3f", "ratio": ">7.3f", "low": ">7.3f", "high": ">7.3f", "per_second": ">12,.0f"},
+}
+RANKS, BATCH = 8, 256
+
+
+def main(words: list[str]) -> None:
+    """The table."""
+    line = {"rounds": "10", "largest": "1e7", "ours_to": "1e12", "shuffles": "20000", **read_line(words)}
+    report = Report(line.get("json"), COLUMNS)
+    for power in range(4, 13):
+        size = 10**power
+        if size <= float(line["ours_to"]):
+            report.row(what="order", samples=size, **order(size, with_torch=size <= float(line["largest"])))
+    for what, counts in uniformity(int(line["shuffles"])).items():
+        report.row(what=what, p=float(chisquare(counts).pvalue))
+    report.row(what="loading, against a DataLoader", **loading(int(line["rounds"])))
+
+
+# order --------------------------------------------------------------------------------------------------------------------
+
+
+def order(size: int, with_torch: bool) -> dict[str, float]:
+    """Memory in 1e6 bytes and milliseconds of both."""
+    middle = size // 2 // BATCH
+
+    def ours() -> None:
+        cut = Cut(micro_batch_size=BATCH // RANKS, accumulation=1, rank=3, world_size=RANKS)
+        next(iter(TrainSampler(size, cut, 0, middle, middle + 10**6)))
+
+    def theirs() -> None:
+        sampler = DistributedSampler(range(size), RANKS, 3, shuffle=True)  # type: ignore[arg-type]  # only its length counts
+        next(islice(sampler, middle * BATCH // RANKS, None))
+
+    found = dict(zip(("memory_mb", "seek_ms"), cost(ours), strict=True))
+    return found | (dict(zip(("torch_mb", "torch_ms"), cost(theirs), strict=True)) if with_torch else {})
+
+
+def cost(work: Callable[[], object]) -> tuple[float, float]:
+    """Peak of tracemalloc in 1e6 bytes, and milliseconds without it; the second time counts, when all is imported."""
+    work()
+    start = time.perf_counter()
+    work()
+    seconds = time.perf_counter() - start
+    tracemalloc.start()
+    work()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak / 1e6, seconds * 1e3
+
+
+def uniformity(shuffles: int, size: int = 12) -> dict[str, np.ndarray[Any, Any]]:
+    """Counts that are all alike, but for chance, if every order is as likely as any other."""
+    places, neighbours = np.zeros((size, size), int), np.zeros((size, size), int)
+    for epoch in range(shuffles):
+        shuffled = Permutation(size, 0, epoch)(np.arange(size))
+        places[np.arange(size), shuffled] += 1
+        # pairs of one shuffle are not independent of each other: one pair of each
+        neighbours[tuple(shuffled[epoch % (size - 1) :][:2])] += 1
+    # the samples of one shuffle are not independent either: one place of each
+    return {
+        "uniform: first place": places[0],
+        "uniform: last place": places[-1],
+        "uniform: pairs of neighbours": neighbours[~np.eye(size, dtype=bool)],
+        "uniform: a large set, by thousandths": large(),
+    }
+
+
+def large(size: int = 10**12, drawn: int = 200_000) -> np.ndarray[Any, Any]:
+    """Where neighbouring positions of 1e12 samples go."""
+    return np.bincount(Permutation(size, 0, 0)(np.arange(drawn)) * 1000 // size, minlength=1000)
+
+
+# loading ------------------------------------------------------------------------------------------------------------------
+
+
+class ByHand:
+    """The data set that one writes for images in memory."""
+
+    def __init__(self, images: Tensor, classes: Tensor) -> None:
+        self.images, self.classes = images, classes
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return (self.images[index, None].float() / 255 - 0.1307) / 0.3081, self.classes[index]
+
+
+def write_images(folder: Path, size: int = 60_000) -> tuple[Tensor, Tensor]:
+    """Noise in the files of MNIST (IDX: two zeros, 8 for bytes, the number of sizes, the sizes, the data)."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (size, 28, 28), dtype=torch.uint8, generator=generator)
+    classes = torch.randint(10, (size,), dtype=torch.uint8, generator=generator)
+    for name, tensor in zip(MNIST_FILES, (images, classes, images[:100], classes[:100]), strict=True):
+        sizes = b"".join(length.to_bytes(4, "big") for length in tensor.shape)
+        (folder / name).write_bytes(bytes((0, 0, 8, tensor.ndim)) + sizes + tensor.numpy().tobytes())
+    return images, classes.long()
+
+
+def ours(folder: Path) -> Job:
+    """The run that the command line would prepare."""
+    words = ("recipe=mnist", "data.name=mnist", f"data.root={folder}", "data.augment=false", "data.val=0", "micro_batch_size=64")
+    return prepare(resolve(words, World()), World())
+
+
+def loading(rounds: int, batches: int = 100) -> dict[str, Any]:
+    """Seconds from batch to batch."""
+    with tempfile.TemporaryDirectory() as folder:
+        theirs = DataLoader(ByHand(*write_images(Path(folder))), batch_size=64, shuffle=True)  # type: ignore[arg-type]
+        loader = ours(Path(folder)).train_loader()
+
+    def timed(batches_of: Any) -> float:
+        iterator = iter(batches_of)
+        next(iterator)  # starts the workers, if there are any
+        start = time.perf_counter()
+        for _ in range(batches):
+            next(iterator)
+        return (time.perf_counter() - start) / batches
+
+    pairs = in_turns(lambda: timed(theirs), lambda: timed(loader), rounds)
+    return {"samples": 60_000, "per_second": 64 / sorted(b for _, b in pairs)[len(pairs) // 2], **ratios(pairs)}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

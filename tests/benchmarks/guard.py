@@ -1,0 +1,87 @@
+"""What it costs to be guarded: the roll-call at the start, then heartbeats and watchdog beside steps of 20 ms.
+
+    OMP_NUM_THREADS=1 torchrun --nproc_per_node=4 tests/benchmarks/guard.py [seconds=20] [rounds=10]
+
+The roll-call is timed from the moment when all ranks are there to the last rank leaving, the first time with all its look-ups.
+Of the watch it is the processor time of its two threads on the busiest rank, which looks at all others, as the kernel counts it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.distributed as dist
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # its stubs forget it
+
+from launch.config import read_line
+from launch.guard.meeting import connected, report, roll_call
+from launch.guard.place import Place
+from launch.guard.watch import Watch
+from launch.world import World, find_world
+
+STEP = 0.02
+"""seconds"""
+
+
+def roll_call_seconds(world: World, number: int) -> float:
+    """Of one roll-call over all ranks, on the slowest."""
+    fresh = replace(world, store=PrefixStore(f"try-{number}", world.store))
+    dist.barrier()
+    since = time.perf_counter()
+    roll_call(fresh, report(fresh, "the same words on all ranks"), 60)
+    return slowest(time.perf_counter() - since)
+
+
+def watch_share(world: World, seconds: float) -> tuple[float, float]:
+    """Processor time of the watch's threads, as a share of the time that passed, on the busiest rank; and that in steps."""
+    place = Place()
+    watch = Watch(world, place, hang_timeout=60)
+    time.sleep(3)  # it has connected
+    weight = torch.randn(512, 512)
+    before, since = used(watch), time.perf_counter()
+    while (passed := time.perf_counter() - since) < seconds:
+        until = time.perf_counter() + STEP
+        place.step += 1
+        place.at("forward")
+        while time.perf_counter() < until:
+            weight @ weight
+    share = slowest((used(watch) - before) / passed)
+    watch.close()
+    return share, share * STEP
+
+
+def used(watch: Watch) -> float:
+    """Seconds of processor time that its threads have had."""
+    tasks = Path("/proc/self/task")
+    numbers = [thread.native_id for thread in (watch.thread, watch.guardian)]
+    return sum(int((tasks / str(number) / "schedstat").read_text().split()[0]) for number in numbers) / 1e9
+
+
+def slowest(seconds: float) -> float:
+    """The largest of all ranks."""
+    found = torch.tensor(seconds, dtype=torch.float64)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return float(found)
+
+
+def main(words: list[str]) -> None:
+    """The table."""
+    line = {"seconds": "20", "rounds": "10", **read_line(words)}
+    with connected(find_world(os.environ)) as world:
+        times = [roll_call_seconds(world, number) for number in range(int(line["rounds"]))]
+        share, each = watch_share(world, float(line["seconds"]))
+        if world.rank == 0:
+            print(f"torch {torch.__version__}, {world.world_size} ranks, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
+            print(f"roll-call, the first     {times[0] * 1e3:8.1f} ms")
+            print(f"roll-call, median after  {median(times[1:]) * 1e3:8.1f} ms")
+            print(f"watch                    {each * 1e6:8.1f} us of a step of {STEP * 1e3:.0f} ms: {share:.3%}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,109 @@
+"""One contestant against the raw loop, in turns, in one set of processes: what each rank runs."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+import torch
+from torch import distributed
+
+from tests.benchmarks.loops import Setting, contestant
+from tests.benchmarks.loops.workloads import WORKLOADS
+from tests.benchmarks.report import in_turns
+from tests.ranks import World
+
+WARM_UP = 20
+"""steps of each run that do not count"""
+SAME = 1e-5
+"""relative: what losses may differ by"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Duel:
+    """What is compared."""
+
+    name: str
+    strategy: str
+    workload: str
+    bare: bool
+    rounds: int
+    steps: int
+    port: int
+    folder: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a run."""
+
+    seconds: float
+    """a step, from start to start, over all but the first"""
+    losses: torch.Tensor
+    held: str
+
+
+def compare(world: World, duel: Duel) -> tuple[list[tuple[float, float]], float, str]:
+    """Seconds a step of (raw, contestant) by pairs, the largest relative difference of any loss, how its model is held."""
+    if duel.strategy == "single":
+        distributed.destroy_process_group()  # some would take it for a reason to reduce gradients
+    else:
+        describe(world, duel.port)
+    with silence(Path(duel.folder) / f"output-{world.rank}"):
+        numbers = count()
+
+        def once(name: str) -> Result:
+            folder = Path(duel.folder) / f"{duel.name}-{duel.workload}-{duel.bare}-{next(numbers)}"
+            setting = Setting(strategy=duel.strategy, bare=duel.bare, rank=world.rank, ranks=world.world_size, folder=folder)
+            workload = WORKLOADS[duel.workload]()
+            workload.samples = (duel.steps + 1) * workload.batch
+            gc.collect()
+            contestant(name)(workload, duel.steps, setting)
+            if distributed.is_initialized():
+                distributed.barrier()
+            shutil.rmtree(folder, ignore_errors=True)
+            return result(workload.stamps, torch.stack(workload.first_losses), workload.held)
+
+        pairs = in_turns(lambda: once("raw"), lambda: once(duel.name), duel.rounds)
+    apart = max(((b.losses - a.losses).abs() / a.losses.abs()).max().item() for a, b in pairs)
+    return [(a.seconds, b.seconds) for a, b in pairs], apart, pairs[0][1].held
+
+
+def result(stamps: list[float], losses: torch.Tensor, held: str) -> Result:
+    """From the notes of a workload."""
+    return Result((stamps[-1] - stamps[WARM_UP]) / (len(stamps) - 1 - WARM_UP), losses, held)
+
+
+def describe(world: World, port: int) -> None:
+    """The environment that torchrun would give a rank."""
+    os.environ.update(
+        RANK=str(world.rank),
+        LOCAL_RANK=str(world.rank),
+        GROUP_RANK="0",
+        WORLD_SIZE=str(world.world_size),
+        LOCAL_WORLD_SIZE=str(world.world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        TORCHELASTIC_RUN_ID="benchmark",
+    )
+
+
+@contextmanager
+def silence(path: Path) -> Iterator[None]:
+    """Progress bars and log lines go to a file, whoever writes them."""
+    kept = os.dup(1), os.dup(2)
+    with path.open("a") as file:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+    try:
+        yield
+    finally:
+        for number, original in zip((1, 2), kept, strict=True):
+            os.dup2(original, number)
+            os.close(original)

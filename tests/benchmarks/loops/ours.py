@@ -1,0 +1,59 @@
+"""rankzero: the real `launch.loop.train` with its record, checkpoints and watch, as `launch.session` puts them together."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch.distributed import HashStore, Store
+
+from launch.command import Settings
+from launch.config import CheckpointOptions, Config, LogOptions
+from launch.guard.meeting import meet
+from launch.guard.place import Place
+from launch.guard.watch import Watch
+from launch.job import prepare
+from launch.loop import train
+from launch.record import Record
+from launch.screen import Screen
+from launch.world import World
+from tests.benchmarks.loops import BOUND, Setting
+from tests.benchmarks.loops.workloads import Workload
+
+NEVER = 10**9
+BARE: dict[str, Any] = {
+    "checkpoint": CheckpointOptions(every=NEVER, every_minutes=None),
+    "log": LogOptions(every=NEVER),
+    "workers": 0,
+}
+"""what can be left out; each loss and norm is looked at all the same, and written at the end"""
+
+stores: list[Store] = []
+"""one a process: rank zero serves it"""
+
+
+def run(workload: Workload, steps: int, setting: Setting) -> None:
+    """The last step saves, after the last stamp."""
+    world = World(rank=setting.rank, local_rank=setting.rank, world_size=setting.ranks, local_world_size=setting.ranks)
+    if not stores:
+        stores.append(meet(world, 60.0) if setting.ranks > 1 else HashStore())
+    world = World(**{**vars(world), "store": stores[0]})
+    config = Config(
+        recipe="workload",
+        strategy=setting.strategy,
+        batch_size=workload.batch,
+        micro_batch_size=workload.batch // setting.ranks,
+        steps=steps,
+        clip_norm=BOUND,
+        **(BARE if setting.bare else {}),
+    )
+    place = Place()
+    watch = Watch(world, place, config.hang_timeout)
+    job = prepare(Settings(config, workload), world, place)
+    screen = Screen(speaks=setting.rank == 0 and not setting.bare, stream=sys.stdout)
+    setting.folder.mkdir(parents=True, exist_ok=True)
+    record = Record(job, setting.folder, {"rankzero": "", "torch": ""}, screen)
+    train(job, record)
+    record.settle()
+    record.close()
+    watch.close()

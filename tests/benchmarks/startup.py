@@ -1,0 +1,108 @@
+"""How long a run takes to its first step, against a script written by hand that does the same.
+
+    OMP_NUM_THREADS=1 python tests/benchmarks/startup.py [rounds=10] [recipes=mnist,gpt] [json=PATH]
+
+Imports: processor seconds (user and system) of a process that imports what a run does, over one that imports torch. First step:
+seconds from the start of the command to the end of the first optimizer step, as `metrics.jsonl` has it, over those of
+`by_hand.py`: the same data, model, optimizer, batch; the same imports but rankzero's own; one process, and two under torchrun
+and DDP. All in turns (A B B A); the figure is the median of paired ratios. The parts of the start are those that the last run
+tells on its screen; a run of several ranks has its roll-call in `ranks`. `start_timeout` bounds that and is no cost.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from launch.config import read_line
+from tests.benchmarks.report import Report, free_port, in_turns, ratios
+
+ROOT = Path(__file__).resolve().parents[2]
+COLUMNS = {
+    **{"what": "<40", "rankzero": ">9.3f", "by_hand": ">9.3f", "ratio": ">8.3f", "low": ">8.3f", "high": ">8.3f"},
+    **{"aim": ">9", "parts": ""},
+}
+BATCH = 64
+
+
+def main(words: list[str]) -> None:
+    """The table."""
+    line = {"rounds": "10", "recipes": "mnist,gpt", **read_line(words)}
+    rounds = int(line["rounds"])
+    report = Report(line.get("json"), COLUMNS)
+    imports = in_turns(partial(processor, "import torch"), partial(processor, "import launch.run, launch.session"), rounds)
+    report.row(what="imports, against `import torch`", **row(imports), aim="<= 1.05")
+    for recipe in line["recipes"].split(","):
+        for ranks in (1, 2):
+            parts: list[str] = []
+            pairs = in_turns(partial(by_hand, recipe, ranks), partial(ours, recipe, ranks, parts), rounds)
+            where = f"torchrun, {ranks} ranks, ddp" if ranks > 1 else "one process"
+            report.row(what=f"first step of {recipe}, {where}", **row(pairs), aim="<= 1.15", parts=parts[-1])
+
+
+def row(pairs: list[tuple[float, float]]) -> dict[str, float]:
+    """Medians and ratios of (by hand, ours)."""
+    theirs, mine = zip(*pairs, strict=True)
+    return {"rankzero": statistics.median(mine), "by_hand": statistics.median(theirs), **ratios(pairs)}
+
+
+def processor(code: str) -> float:
+    """Processor seconds of a Python that runs `code`."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def by_hand(recipe: str, ranks: int) -> float:
+    """Seconds to the first step of the script."""
+    strategy = "ddp" if ranks > 1 else "single"
+    words = [f"recipe={recipe}", f"strategy={strategy}", f"batch_size={BATCH}", "steps=1"]
+    start = time.time()
+    return float(output("tests/benchmarks/by_hand.py", ranks, words).split()[0]) - start
+
+
+def ours(recipe: str, ranks: int, parts: list[str]) -> float:
+    """Seconds to the first step of a run; appends what it says of its start to `parts`."""
+    with tempfile.TemporaryDirectory() as folder:
+        micro = f"micro_batch_size={BATCH // ranks}"
+        words = [
+            f"recipe={recipe}",
+            f"batch_size={BATCH}",
+            micro,
+            "steps=1",
+            "data.test=0",
+            "data.val=0",
+            f"run_dir={folder}/run",
+        ]
+        start = time.time()
+        said = output("launch/run.py", ranks, words)
+        parts.append(" ".join(re.findall(r"^ *started in (.*)$", said, re.MULTILINE)))
+        first = json.loads(Path(folder, "run", "metrics.jsonl").read_text().splitlines()[0])
+        return float(first["time"]) - start
+
+
+def output(script: str, ranks: int, words: list[str]) -> str:
+    """What a script prints, under torchrun if it has several ranks."""
+    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={free_port()}"]
+    command = [sys.executable, *(torchrun if ranks > 1 else ()), script, *words]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        sys.exit(f"{' '.join(command)}\n{ended.stdout}{ended.stderr}")
+    return ended.stdout
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,149 @@
+"""torch.compile: what is compiled, how often, and that it does not show in the numbers."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from strategies.base import Strategy
+from strategies.options import Options
+from strategies.zero import Zero
+from tests.ranks import World, run_ranks
+from tests.strategies import models
+from tests.strategies.training import Case, Outcome, assert_equal, raw, train
+
+RANKS = {"single": 1, "fsdp-hybrid": 4}
+
+
+class Deep(nn.Module):
+    """More blocks than torch compiles variants of one `forward`: all alike, or each of its own width."""
+
+    def __init__(self, alike: bool) -> None:
+        super().__init__()
+        self.widths = [4 if alike else 3 + i for i in range(10)]
+        self.blocks = nn.ModuleList(models.Residual(width) for width in self.widths)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([block(x[:, :width]).sum() for block, width in zip(self.blocks, self.widths, strict=True)]).sum()
+
+
+def graphs(world: World, alike: bool, checkpointing: str) -> tuple[list[int], bool]:
+    """Graphs compiled after training, after evaluation, and after an evaluation of another batch size; right numbers?
+
+    Compiled for real but for its last stage, the generation of code, which is slow and of no interest here.
+    """
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compile, torch.compile = torch.compile, partial(torch.compile, backend="aot_eager")
+    try:
+        strategy = Strategy(world, Options(compile=True, activation_checkpointing=checkpointing))
+        strategy.setup(lambda: Deep(alike), lambda m: SGD(m.parameters(), lr=0.1), lambda m: m.blocks)
+    finally:
+        torch.compile = compile
+    plain = Deep(alike)
+    plain.load_state_dict(strategy.export())
+    counts, right = [], True
+    for training, rows in ((True, 4), (True, 4), (False, 4), (False, 3), (True, 4)):
+        x = torch.randn(rows, 12)
+        strategy.module.train(training)
+        with nullcontext() if training else torch.no_grad(), strategy.microbatch(last=True):
+            loss = strategy.model(x)
+        right &= torch.allclose(loss, plain(x), rtol=1e-5)
+        if training:
+            strategy.backward(loss)
+            plain.zero_grad()
+            plain(x).backward()
+            right &= all(torch.allclose(p.grad, q.grad) for p, q in zip(strategy.trainable, plain.parameters(), strict=True))
+            strategy.discard()
+        counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    return counts, right
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
+def test_blocks_of_a_kind_are_compiled_once(checkpointing: str) -> None:
+    assert run_ranks(1, graphs, True, checkpointing) == [([1, 1, 2, 3, 3], True)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", ["none", "selective"])
+def test_blocks_of_many_kinds_are_all_compiled(checkpointing: str) -> None:
+    """torch gives up after 8 variants of one `forward`, and then runs it uncompiled."""
+    assert run_ranks(1, graphs, False, checkpointing) == [([10, 10, 20, 30, 30], True)]
+
+
+def compiled(world: World, strategy: str, case: Case) -> tuple[Outcome, int, int]:
+    counters = torch._dynamo.utils.counters
+    torch._dynamo.reset()
+    counters.clear()
+    return train(world, strategy, case), counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", ["none", "full", "every:2", "selective"])
+@pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp", "fsdp-grad"])
+def test_compiled_blocks_train_alike(strategy: str, checkpointing: str) -> None:
+    options = (("compile", True), ("activation_checkpointing", checkpointing))
+    for model in ("mlp", "batchnorm"):
+        case = Case(model=model, optimizer="sgd", micro_batches=4, steps=4)
+        ours, graphs, breaks = run_ranks(RANKS.get(strategy, 2), compiled, strategy, replace(case, options=options))[0]
+        assert_equal(ours, raw(case))
+        assert (graphs, breaks) == (1, 0)
+        if strategy == "single" and model == "batchnorm":
+            for name, tensor in raw(case).weights.items():  # running statistics among them
+                torch.testing.assert_close(ours.weights[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
+@pytest.mark.parametrize("strategy", ["zero1", "zero3"])
+def test_compiled_blocks_train_alike_under_zero(strategy: str, checkpointing: str) -> None:
+    """DeepSpeed's hooks cut the blocks of ZeRO-3 into pieces: slower, but as right."""
+    options = (("compile", True), ("activation_checkpointing", checkpointing))
+    case = Case(model="mlp", optimizer="sgd", micro_batches=4, steps=4)
+    if strategy == "zero3" and checkpointing == "selective":
+        with pytest.raises(ValueError, match="use activation_checkpointing=full, or strategy=fsdp"):
+            Zero(World(0, 0, 2, 2), Options(**dict(options), strategy="zero3"))
+        return
+    ours, graphs, breaks = run_ranks(2, compiled, strategy, replace(case, options=options))[0]
+    assert_equal(ours, raw(case))
+    assert graphs >= 1
+    assert strategy == "zero3" or (graphs, breaks) == (1, 0)
+
+
+def asked(world: World, mode: Any) -> list[dict[str, Any]]:
+    """What torch.compile is asked for."""
+    calls: list[dict[str, Any]] = []
+    compile, torch.compile = torch.compile, lambda forward, **settings: calls.append(settings) or forward
+    try:
+        strategy = Strategy(world, Options(compile=mode))
+        strategy.setup(partial(models.build, "mlp"), None, models.blocks)
+        strategy.setup(partial(models.build, "mlp"), None, lambda _: ())
+    finally:
+        torch.compile = compile
+    return calls
+
+
+@pytest.mark.parametrize(("mode", "said"), [(True, None), ("default", "default"), ("max-autotune", "max-autotune")])
+def test_the_mode_is_torchs_own(mode: Any, said: str | None) -> None:
+    settings = {"mode": said, "dynamic": None}
+    assert run_ranks(1, asked, mode)[0] == [settings] * 3  # two blocks, then a whole model
+    assert run_ranks(1, asked, False)[0] == []
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_cuda_graphs_refuse_to_accumulate(mode: Any) -> None:
+    strategy = Strategy(World(0, 0, 1, 1, device="cuda:0"), Options(compile=mode))
+    with pytest.raises(ValueError, match="does not go with gradient accumulation"), strategy.microbatch(last=False):
+        pass
+    with strategy.microbatch(last=True):
+        pass
+    with Strategy(World(0, 0, 1, 1), Options(compile=mode)).microbatch(last=False):  # no graphs on a CPU
+        pass
