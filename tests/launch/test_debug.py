@@ -240,7 +240,7 @@ def test_a_nan_of_the_backward_pass_is_traced_to_its_line(recipe: Path, tmp_path
 @pytest.mark.slow
 def test_pdb_stands_in_the_users_frame(recipe: Path, tmp_path: Path) -> None:
     said, code = at_a_terminal(command(f"recipe={recipe}", "debug=true", "inputs=9"), tmp_path, ["p hidden.shape", "q"])
-    assert "small.py(22)forward()" in said
+    assert "small.py(23)forward()" in said
     assert "torch.Size([4, 8])" in said
     assert said.count("rankzero: rank 0 on ") == 1
     assert code == 1

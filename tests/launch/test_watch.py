@@ -72,8 +72,9 @@ def test_out_of_memory_comes_with_a_hint(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_torn_checkpoint_costs_no_more_than_itself(tmp_path: Path) -> None:
-    struck(tmp_path, "torn_checkpoint:rank=1,step=200")
-    again = call(*FIT, "steps=204", cwd=tmp_path, ranks=2)
+    seldom = "checkpoint.every=100"  # none is in flight when it strikes: that one would come after the torn one
+    struck(tmp_path, "torn_checkpoint:rank=1,step=290", seldom)
+    again = call(*FIT, seldom, "steps=294", cwd=tmp_path, ranks=2)
     assert again.code == 0, again.err
     torn = re.search(r"(run/checkpoints/step-\d+)/rank-00000.safetensors has .* bytes of .*; going back to", again.err)
     assert torn

@@ -142,7 +142,9 @@ def test_a_failure_is_not_requeued(cluster: Cluster, stub: Path, tmp_path: Path)
     (tmp_path / "run" / "stopped.json").write_text("{}")
     number = cluster.submit("launcher=srun", "run_dir=run", "fail=true", cwd=tmp_path, home=stub, options="--nodes=2")
     job = cluster.wait(number, "FAILED")
-    assert (job["ExitCode"], job["Restarts"]) == ("1:0", "0")
+    # 143: the other rank, which srun has ended before it came that far
+    assert job["ExitCode"] in ("1:0", "143:0")
+    assert job["Restarts"] == "0"
 
 
 def test_a_job_that_may_not_come_back_says_so(cluster: Cluster, stub: Path, tmp_path: Path) -> None:
