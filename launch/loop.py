@@ -161,12 +161,19 @@ def collected_by_hand() -> Iterator[None]:
 
 @contextmanager
 def evaluating(job: Job) -> Iterator[None]:
-    """The models in evaluation mode; then those that are trained in training mode again, a fixed teacher not."""
+    """The models in evaluation mode; then those that are trained in training mode again, a fixed teacher not.
+
+    Python's garbage collector works again meanwhile: an evaluation may be long, and nobody collects in it by hand.
+    """
     for model in job.models.values():
         model.eval()
+    resting = not gc.isenabled()
+    gc.enable()
     try:
         yield
     finally:
+        if resting:
+            gc.disable()
         for name in job.recipe.losses():
             job.models[name].train()
 

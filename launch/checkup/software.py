@@ -11,7 +11,6 @@ from typing import Any
 from launch.checkup.report import Finding, Report, Status, leaders_of, listed
 from launch.versions import code_digest, versions
 
-ROOT = Path(__file__).resolve().parents[2]
 MUST = ("code", "rankzero", "torch", "nccl", "cuda", "deepspeed")
 """what must be equal; where others differ (driver, torchvision) a run may work, but not promise the same numbers"""
 SHOWN = ("python", "torch", "nccl", "driver", "deepspeed", "code")

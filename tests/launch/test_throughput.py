@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from launch.loop import train
 from launch.throughput import PEAKS, Start, StepTimes, Throughput, age, peak_memory
 from tests.benchmarks.workload import Dense, prepared
 from tests.launch.processes import TINY, call
@@ -88,3 +90,31 @@ def test_the_summary_says_it(tmp_path: Path) -> None:
         assert words in ended.out
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(line["samples_per_second"] > 0 for line in lines if "loss" in line)
+
+
+def test_no_garbage_is_collected_in_a_step() -> None:
+    """But in evaluations, and by hand between steps; afterwards all is as it was."""
+    seen: dict[str, bool] = {}
+    collected: list[int] = []
+
+    class Looks(Dense):
+        def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+            seen.setdefault("train" if model.training else "eval", gc.isenabled())
+            return super().loss(model, batch)
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        if phase == "start":
+            collected.append(info["generation"])
+
+    assert gc.isenabled()
+    gc.callbacks.append(note)
+    try:
+        with prepared(Looks(samples=16)) as (job, record):
+            job.splits.val = job.splits.train
+            job.stop_at = 12
+            train(job, record)
+    finally:
+        gc.callbacks.remove(note)
+    assert seen == {"train": False, "eval": True}
+    assert 1 in collected, "what is young, with a line on the screen"
+    assert gc.isenabled()
