@@ -200,7 +200,8 @@ def gathered(value: Tensor) -> Tensor:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return value[None]
     rows = torch.empty(dist.get_world_size() * len(value), dtype=value.dtype, device=value.device)
-    dist.all_gather_into_tensor(rows, value)
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.14
+    gather(rows, value)
     return rows.view(-1, len(value))
 
 

@@ -270,19 +270,18 @@ def shared_memory() -> set[str]:
 
 def next_life(fault: Fault, run_dir: Path, whole: Path) -> Iterator[str]:
     """What is wrong with the life after, in words."""
-    before, whole_ones = saved_step(run_dir), len(committed(run_dir))
+    before, saved = saved_step(run_dir), len(committed(run_dir))
     ended = life(run_dir, fault.layout, kill_when=partial(hangs, run_dir, time.time()))
-    if fault.kind == "torn_checkpoint" and whole_ones == 1:  # it was the only one: nothing is begun anew in silence
-        if "no whole checkpoint is left to continue from" not in ended.last_words(100):
-            yield f"the only checkpoint is torn, and the next life: {ended.last_words(8)}"
-        return
+    if fault.kind == "torn_checkpoint" and saved == 1 and "no whole checkpoint is left" in " ".join(ended.last_words()):
+        return  # the only one was torn, and nothing is begun anew in silence
     if ended.how == "killed" or ended.code:
         yield f"the next life: {ended.trouble or 'hangs'}: {ended.last_words(8)}"
         return
     found, torn = resumed_at(run_dir, ended), fault.kind == "torn_checkpoint" and before > 0
-    if before < STEPS and (found != before if not torn else found >= before):
+    # a save that was in flight may have come to its end after the torn one: then that is the newest, and whole
+    if before < STEPS and (found != before if not torn else found > before):
         yield f"the next life goes on from step {found}, saved was {before}"
-    if torn and not list(shelf(run_dir).glob("*.damaged")):
+    if torn and found < before and not list(shelf(run_dir).glob("*.damaged")):
         yield f"no checkpoint was set aside as damaged: {[path.name for path in shelf(run_dir).iterdir()]}"
     if is_saving(run_dir):
         yield f"half a checkpoint is left: {[path.name for path in shelf(run_dir).iterdir()]}"
