@@ -104,6 +104,7 @@ def test_mistakes(tmp_path: Path, words: str, said: str) -> None:
     assert (done.code, said in only_line(done)) == (2, True), done.err
 
 
+@pytest.mark.slow
 def test_two_ranks_under_torchrun(tmp_path: Path) -> None:
     done = call(cwd=tmp_path, ranks=2)
     assert row(done, "ranks") == "pass 2 of 2 came"
@@ -123,6 +124,7 @@ def test_a_missing_rank(tmp_path: Path) -> None:
     assert row(done, "ranks").startswith("fail expected 2 ranks; saw 0 from ")
 
 
+@pytest.mark.slow
 def test_a_rank_without_rank_zero(tmp_path: Path) -> None:
     done = call("timeout=1", cwd=tmp_path, env=by_hand(1, "127.0.0.1", free()))
     assert done.code == 1
@@ -167,6 +169,7 @@ def test_what_keeps_a_rank_from_the_master() -> None:
         check_own("192.0.2.77", 1)
 
 
+@pytest.mark.slow
 def test_a_stranger_on_the_port_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launch.guard.store.OPEN", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as server, pytest.raises(NotMet, match="something else than a store"):
