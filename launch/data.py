@@ -9,11 +9,9 @@ found in O(1).
 from __future__ import annotations
 
 import ctypes
-import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
+from launch.cpus import usable_cpus
 from launch.seeding import sample_seeds, seed_sample
 from launch.world import World
 from recipes.parts.data import Batch, Dataset, Resident
@@ -196,16 +195,6 @@ def default_workers(world: World) -> int:
     return max(min(usable_cpus() // world.local_world_size - 1, 8), 0)
 
 
-def usable_cpus(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """The CPUs of this process: those that it is bound to, or fewer, if its container may not use them all of the time."""
-    bound = len(os.sched_getaffinity(0))
-    try:
-        allowed, period = quota.read_text().split()
-    except (OSError, ValueError):
-        return bound
-    return bound if allowed == "max" else max(min(bound, int(allowed) // int(period)), 1)
-
-
 def mapped(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
     """The batch with each of its tensors changed."""
     if isinstance(batch, Tensor):
@@ -251,20 +240,26 @@ def steps_of(loader: Loader, accumulation: int) -> Iterator[list[Batch]]:
 
 
 def copied_ahead(steps: Iterator[list[Batch]], device: str, channels_last: bool) -> Iterator[list[Batch]]:
-    """The micro-batches of each step on `device`; on a GPU those of the next one are copied while this one is computed."""
+    """The micro-batches of each step on `device`; on a GPU those of the next one are made ready while this one is computed."""
     if device == "cpu":
         yield from steps
         return
     side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has left it so
-    before: tuple[list[Batch], torch.cuda.Event] | None = None
-    for batches in steps:
-        with torch.cuda.stream(side):
-            now = [to_device(batch, device, channels_last) for batch in batches], side.record_event()
-        if before is not None:
-            yield arrived(*before)
-        before = now
-    if before is not None:
-        yield arrived(*before)
+    side.wait_stream(torch.cuda.current_stream())  # for data that were moved to the GPU
+    ready = next_on(side, steps, device, channels_last)
+    while ready is not None:
+        following = next_on(side, steps, device, channels_last)
+        yield arrived(*ready)
+        ready = following
+
+
+def next_on(
+    side: torch.cuda.Stream, steps: Iterator[list[Batch]], device: str, channels_last: bool
+) -> tuple[list[Batch], torch.cuda.Event] | None:
+    """The next micro-batches, and when they will be ready. Data on the GPU make theirs there: on the same stream, too."""
+    with torch.cuda.stream(side):
+        batches = next(steps, None)
+        return None if batches is None else ([to_device(b, device, channels_last) for b in batches], side.record_event())
 
 
 def arrived(batches: list[Batch], event: torch.cuda.Event) -> list[Batch]:
@@ -276,8 +271,8 @@ def arrived(batches: list[Batch], event: torch.cuda.Event) -> list[Batch]:
     return batches
 
 
-def tensors_of(batch: Batch) -> Iterator[Tensor]:
-    """The tensors in a batch."""
+def tensors_of(batch: Any) -> Iterator[Tensor]:
+    """The tensors in a batch, or in a model's output of any form."""
     if isinstance(batch, Tensor):
         yield batch
     elif isinstance(batch, (Mapping, list, tuple)):

@@ -65,11 +65,10 @@ def look(job: Job, record: Record) -> None:
 
 
 def train_step(job: Job, batches: list[Batch]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """One optimizer step of each trained model. Returns the mean loss and the gradient norm of each.
+    """One optimizer step of each trained model, on `batches` on its device. Returns the mean loss and the gradient norm of each.
 
     The loss is this rank's share of the mean over the global batch (under `job.careful` the mean itself).
     """
-    batches = [job.to_device(batch) for batch in batches]
     job.place.step, job.place.batches = job.progress.step + 1, batches
     count = global_count(job, batches)
     losses: dict[str, Tensor] = {}

@@ -186,13 +186,16 @@ class Record:
     def settle(self) -> None:
         """The end of training: every step is written, the last checkpoint committed. Raises NotSaved if it could not be."""
         self.flush()
-        self.speeds = [*self.throughput.in_words(), *([f"started in {self.start}"] if self.start.parts else [])]
         self.job.place.at("save")
         self.agreement.close()
         last = self.saver.wait()
         if last is not None and last.problem:
             raise NotSaved(not_saved(last))
         self.saved(last)
+
+    def sum_up(self) -> None:
+        """How fast it was, for the summary of a run that has come to its end. All ranks call it."""
+        self.speeds = [*self.throughput.in_words(), *([f"started in {self.start}"] if self.start.parts else [])]
 
     def abandon(self) -> None:
         """After a failure: write what is known, and leave the save in flight the time to become whole."""

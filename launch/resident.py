@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 
+from launch.data import tensors_of
 from recipes.parts.data import Resident
 from recipes.parts.split import View
 
@@ -35,6 +36,12 @@ def near(dataset: Resident, device: str) -> Resident:
     if device == "cpu" or dataset.nbytes > SHARE * torch.cuda.mem_get_info(device)[0]:
         return dataset
     return dataset.to(device)
+
+
+def lies_on_gpu(dataset: Resident) -> bool:
+    """Whether its batches come from the memory of a GPU."""
+    first = torch.zeros(1, dtype=torch.int64)
+    return any(tensor.is_cuda for tensor in tensors_of(dataset.batch(first, first)))
 
 
 class Tensors:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.filesize import decimal
 
+from launch.resident import lies_on_gpu
 from recipes.parts.data import Resident
 from strategies.precision import contract
 
@@ -142,7 +143,7 @@ def way_of(job: Job) -> str:
         return f"read by {many} process(es) a rank"
     if not isinstance(job.splits.train, Resident):
         return "read one by one in the step"
-    return f"read in place{'' if job.world.device == 'cpu' else ' on the GPU'}"
+    return f"read in place{', on the GPU' if lies_on_gpu(job.splits.train) else ''}"
 
 
 def extras(job: Job) -> list[str]:

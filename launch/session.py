@@ -104,6 +104,8 @@ def drive(job: Job, run_dir: Path, beginning: str, stop: StopRequest, watch: Wat
             why = record.why_stopped
             if scores is not None:
                 record.evaluation(scores, "test")
+        if not why:
+            record.sum_up()
         if not why and job.world.rank == 0:
             job.place.at("export")
             with Checkpoint(committed(run_dir)[-1]) as newest:

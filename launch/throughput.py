@@ -121,7 +121,7 @@ class Throughput:
         """What may help when data are waited for."""
         many = self.job.workers(self.job.splits.train)
         if many:
-            return f"workers={2 * many} (now {many} a rank), if there are CPUs left; or data in memory (`recipes.base.Resident`)"
+            return f"workers={2 * many} (now {many} a rank), if there are CPUs left; or data in memory (a TensorDataset)"
         return "its loading takes part in the step; workers=2 takes it out, if there are CPUs left"
 
     def flops(self) -> float | None:

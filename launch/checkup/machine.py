@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import re
@@ -20,6 +19,7 @@ from rich.filesize import decimal
 
 from launch.checkup.report import Finding, Report, by_value, nodes_of, number
 from launch.checkup.scratch import scratch
+from launch.cpus import cpu_quota
 from launch.files import sync
 
 SHARED = Path("/dev/shm")
@@ -91,14 +91,6 @@ def cpu_facts(environment: Mapping[str, str]) -> dict[str, Any]:
         "machine_cpus": psutil.cpu_count(),
         "threads": number(environment, "OMP_NUM_THREADS"),
     }
-
-
-def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
-    """CPUs that the container may use at once; None without a limit."""
-    with contextlib.suppress(OSError, ValueError):
-        quota, _, period = (root / "cpu.max").read_text().partition(" ")
-        return None if quota == "max" else int(quota) / int(period)
-    return None
 
 
 def cpus(reports: list[Report], ranks_a_node: int) -> list[Finding]:

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from launch.data import tensors_of
 from launch.seeding import seed_device
 
 if TYPE_CHECKING:
@@ -69,21 +70,12 @@ def noting(seen: dict[nn.Module, Seen]) -> Callable[[nn.Module, Any, Any], None]
         if module in seen:
             seen[module].calls += 1
             return
-        parts = list(tensors(output))
+        parts = list(tensors_of(output))
         dtypes = dict.fromkeys(str(part.dtype).removeprefix("torch.") for part in parts)
         shapes = ", ".join(" x ".join(map(str, part.shape)) or "scalar" for part in parts)
         seen[module] = Seen(shapes or type(output).__name__, ", ".join(dtypes))
 
     return note
-
-
-def tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in an output of any form."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for part in value.values() if isinstance(value, Mapping) else value:
-            yield from tensors(part)
 
 
 def tree(name: str, root: nn.Module, seen: Mapping[nn.Module, Seen]) -> Node:

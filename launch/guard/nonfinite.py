@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from launch.data import tensors_of
 from launch.seeding import seed_device
+from launch.world import first_problem
 
 if TYPE_CHECKING:
     from launch.job import Job
@@ -43,7 +45,7 @@ def check_gradients(job: Job, name: str, norm: Tensor) -> None:
         bad = bad and f"{name}.{bad}"
         raise NonFinite(
             f"the gradient norm is {float(norm)} at step {job.progress.step + 1}, the loss being finite; "
-            f"first parameter spoiled by it: {agree(job, bad) or 'none on any rank'}"
+            f"first parameter spoiled by it: {first_problem(bad or '') or 'none on any rank'}"
         )
 
 
@@ -64,7 +66,7 @@ def find_culprit(job: Job, name: str, batches: list[Batch]) -> str:
             parameters = [f"{n}.{p}" for n, m in modules.items() if (p := first_bad_parameter(m))]
             blame = inputs or (f"parameter {parameters[0]}" if parameters else seen[0] if seen else "the recipe's loss")
             found = f"micro-batch {turn} of rank {job.world.rank}, first in {blame}"
-    return agree(job, found) or "not seen again when the step was repeated"
+    return first_problem(found or "") or "not seen again when the step was repeated"
 
 
 def first_bad_parameter(module: nn.Module) -> str | None:
@@ -97,26 +99,7 @@ def watched(models: dict[str, nn.Module], seen: list[str]) -> Iterator[None]:
 
 def all_finite(value: Any) -> bool:
     """Whether all floating-point tensors in `value` hold finite numbers only."""
-    if isinstance(value, Tensor):
-        return not value.is_floating_point() or bool(value.isfinite().all())
-    if isinstance(value, dict):
-        return all(all_finite(part) for part in value.values())
-    return all(all_finite(part) for part in value) if isinstance(value, (list, tuple)) else True
-
-
-def agree(job: Job, found: str | None) -> str | None:
-    """What the lowest rank that found something says, on every rank."""
-    if job.world.world_size == 1:
-        return found
-    import torch.distributed as dist
-
-    first = torch.tensor(job.world.rank if found else job.world.world_size, device=job.world.device)
-    dist.all_reduce(first, op=dist.ReduceOp.MIN)
-    if int(first) == job.world.world_size:
-        return None
-    box = [found]
-    dist.broadcast_object_list(box, src=int(first))
-    return box[0]
+    return all(not tensor.is_floating_point() or bool(tensor.isfinite().all()) for tensor in tensors_of(value))
 
 
 def check_late(job: Job, step: int, loss: float) -> None:
@@ -125,5 +108,5 @@ def check_late(job: Job, step: int, loss: float) -> None:
         bad = [f"{n}.{p}" for n, s in job.strategies.items() if (p := first_bad_parameter(s.module))]
         raise NonFinite(
             f"the loss is {loss} at step {step}; first bad parameter by step {job.progress.step}: "
-            f"{agree(job, bad[0] if bad else None) or 'none'}. debug=true, or log.every=1, shows the module"
+            f"{first_problem(bad[0] if bad else '') or 'none'}. debug=true, or log.every=1, shows the module"
         )

@@ -60,7 +60,7 @@ def dense(state_mb: float) -> Dense:
 def steps(job: Job, record: Record) -> Iterator[None]:
     """The body of `launch.loop.train`, on the same batch again and again."""
     width = next(iter(job.strategies["model"].module.parameters())).shape[1]
-    batch = [torch.randn(job.cut.batch_size, width), torch.randn(job.cut.batch_size, width)]
+    batch = job.to_device([torch.randn(job.cut.batch_size, width), torch.randn(job.cut.batch_size, width)])
     while True:
         rate = set_learning_rate(job)
         losses, norms = train_step(job, [batch])

@@ -34,7 +34,8 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 from launch.config import read_line
 from tests.benchmarks.loops import CONTESTANTS, installed
 from tests.benchmarks.loops.compare import SAME, Duel, compare
-from tests.benchmarks.report import Report, free_port, ratios
+from tests.benchmarks.report import Report, ratios
+from tests.launch.processes import free_port
 from tests.ranks import RanksFailed, run_ranks, shut_down
 
 COLUMNS = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import socket
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -33,13 +32,6 @@ def ratios(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
     found = [ours / theirs for theirs, ours in pairs]
     low, _, high = statistics.quantiles(found, n=4, method="inclusive")
     return {"ratio": statistics.median(found), "low": low, "high": high}
-
-
-def free_port() -> int:
-    """A port that nobody uses now."""
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        return int(bound.getsockname()[1])
 
 
 class Report:

@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from launch.config import read_line
-from tests.benchmarks.report import Report, free_port, in_turns, ratios
+from tests.benchmarks.report import Report, in_turns, ratios
+from tests.launch.processes import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 COLUMNS = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,6 +20,13 @@ RUN = ROOT / "launch" / "run.py"
 TINY = Path(__file__).with_name("tiny.py")
 MARK = "RANKZERO_TEST_FOLDER"
 LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "SLURM_", "ACCELERATE_")
+
+
+def free_port() -> int:
+    """A port that nobody uses now."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return int(bound.getsockname()[1])
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch.distributed import PrefixStore, TCPStore
 from launch.guard.meeting import NotAllThere, different, roll_call
 from launch.guard.store import spans
 from launch.world import World
-from tests.launch.processes import ROOT, TINY, Ended, finish, start
+from tests.launch.processes import ROOT, TINY, Ended, finish, free_port, start
 
 SAME = {"host": "n1", "gpu": "", "world_size": 2, "python": "3.12", "torch": "2.14.1", "rankzero": "0.1.0"} | dict.fromkeys(
     ("deepspeed", "code", "words"), "same"
@@ -105,12 +105,6 @@ def test_512_ranks_meet_in_seconds(store: TCPStore) -> None:
 
 
 # real processes -----------------------------------------------------------------------------------------------------------
-
-
-def free_port() -> int:
-    with socket.socket() as made:
-        made.bind(("127.0.0.1", 0))
-        return int(made.getsockname()[1])
 
 
 def alone(cwd: Path, rank: int, *words: str, port: int) -> Ended:

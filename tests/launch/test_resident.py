@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset, TensorDataset, default_collate
 
-from launch.data import Cut, InPlace, TrainSampler, loader, usable_cpus
+from launch.cpus import usable_cpus
+from launch.data import Cut, InPlace, TrainSampler, loader
 from launch.resident import Part, resident
 from launch.world import World
 from recipes.parts.augment import crop_and_mirror, rotate_and_move, uniform
@@ -119,4 +120,4 @@ def test_a_container_that_may_use_two_cpus_has_two(
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)))
     if text is not None:
         (tmp_path / "cpu.max").write_text(text)
-    assert usable_cpus(tmp_path / "cpu.max") == cpus
+    assert usable_cpus(tmp_path) == cpus

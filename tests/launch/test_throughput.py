@@ -118,3 +118,13 @@ def test_no_garbage_is_collected_in_a_step() -> None:
     assert seen == {"train": False, "eval": True}
     assert 1 in collected, "what is young, with a line on the screen"
     assert gc.isenabled()
+
+
+def test_a_run_that_stops_is_saved_before_anything_is_summed_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time that a scheduler leaves is for saving: counting the operations of a large model may take longer."""
+    monkeypatch.setattr(Throughput, "in_words", lambda _: pytest.fail("summed up"))
+    with prepared(Dense(samples=16)) as (job, record):
+        job.stop_at = 2
+        train(job, record)
+        record.settle()
+        assert record.saves[-1].step == 2
