@@ -124,7 +124,7 @@ def check(config: Config, recipe: Recipe, world: World) -> None:
     """Raise ValueError (FileNotFoundError for data) for values that are each right but cannot work together."""
     for name in POSITIVE:
         value = nested_value(config, name)
-        if value is not None and value <= 0:
+        if value not in (None, "auto") and value <= 0:
             raise ValueError(f"{name}={value} must be greater than 0")
     if config.max_time is not None:
         seconds(config.max_time)
@@ -141,6 +141,9 @@ def check(config: Config, recipe: Recipe, world: World) -> None:
             f"ddp.static_graph=true does not go with {many} micro-batches a step: DDP would reduce wrong gradients; "
             "drop it, or raise micro_batch_size until each rank takes its share at once"
         )
+    once = "ddp.static_graph=true" if config.ddp.static_graph else f"compile={config.compile}"
+    if config.micro_batch_size == "auto" and (config.ddp.static_graph or config.compile in ("reduce-overhead", "max-autotune")):
+        raise ValueError(f"micro_batch_size=auto may lead to accumulation, and {once} does not go with it; drop one of the two")
     if config.clip_norm is not None and config.clip_value is not None:
         raise ValueError("clip_norm and clip_value are both set; clip by one of them")
     if config.epochs is None and config.steps is None:
@@ -186,14 +189,14 @@ def check_strategy(config: Config, world: World) -> None:
 
 def accumulation(config: Config, world: World) -> int:
     """Micro-batches per rank and step, so that batch_size = micro_batch_size x accumulation x ranks (ValueError if not)."""
-    batch, ranks = config.batch_size, world.world_size
-    micro = config.micro_batch_size or max(batch // ranks, 1)
+    batch, ranks, given = config.batch_size, world.world_size, config.given_micro_batch_size
+    micro = given or max(batch // ranks, 1)
     if batch % (micro * ranks) == 0:
         return batch // (micro * ranks)
-    unit = micro * ranks if config.micro_batch_size else ranks
-    parts = f"micro-batches of {micro}" if config.micro_batch_size else "equal parts"
+    unit = micro * ranks if given else ranks
+    parts = f"micro-batches of {micro}" if given else "equal parts"
     below, above = batch // unit * unit, (batch // unit + 1) * unit
     sizes = " or ".join(f"batch_size={size}" for size in (below, above) if size > 0)
     fits = [m for m in range(1, batch // ranks + 1) if batch % (m * ranks) == 0]
-    nearest = f" or micro_batch_size={min(fits, key=lambda m: abs(m - micro))}" if fits and config.micro_batch_size else ""
+    nearest = f" or micro_batch_size={min(fits, key=lambda m: abs(m - micro))}" if fits and given else ""
     raise ValueError(f"batch_size={batch} cannot be cut into {parts} over {ranks} rank(s); nearest: {sizes}{nearest}")

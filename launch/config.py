@@ -69,8 +69,9 @@ class Config(Options):
     """let init= leave parameters as they are that it has no weights for, and pass over weights that the model has no use for"""
     batch_size: int = 64
     """GLOBAL batch in samples, the unit of an optimizer step"""
-    micro_batch_size: int | None = None
-    """samples per forward on one rank (default: batch_size / ranks); accumulation is derived"""
+    micro_batch_size: int | Literal["auto"] | None = None
+    """samples per forward on one rank (default: batch_size / ranks); accumulation is derived. auto: the largest that fits into
+    memory, found by halving, with the global batch unchanged"""
     epochs: int | None = None
     """passes over the training data"""
     steps: int | None = None
@@ -96,6 +97,11 @@ class Config(Options):
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     eval: EvalOptions = field(default_factory=EvalOptions)
     log: LogOptions = field(default_factory=LogOptions)
+
+    @property
+    def given_micro_batch_size(self) -> int | None:
+        """`micro_batch_size` as a number, where it was said as one or has been found."""
+        return None if self.micro_batch_size == "auto" else self.micro_batch_size
 
 
 # keys: a dataclass seen as dotted names ----------------------------------------------------------------------------------

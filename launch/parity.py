@@ -118,7 +118,7 @@ def own_keys(words: list[str]) -> tuple[Own, list[str]]:
 
 def plan(settings: Settings, words: list[str], own: Own) -> list[Case]:
     """The cases: plain with accumulation 1 and 4, then with clipping, then (if the recipe has blocks) recomputing them."""
-    micro = settings.config.micro_batch_size or 4
+    micro = settings.config.given_micro_batch_size or 4
     owner = type(settings.recipe)
     from recipes.base import Recipe
 

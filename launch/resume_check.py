@@ -150,7 +150,7 @@ def agree(words: Sequence[str], own: Own) -> tuple[Settings, list[str]]:
     if first.config.debug or first.config.resume != "auto":
         raise ValueError("debug= and resume= have no meaning here: the check starts and resumes by itself; drop them")
     # BatchNorm and dropout see micro-batches: where theirs is not fixed, two numbers of ranks are two different runs
-    micro = first.config.micro_batch_size or max(first.config.batch_size // max(own.ranks), 1)
+    micro = first.config.given_micro_batch_size or max(first.config.batch_size // max(own.ranks), 1)
     words.append(f"micro_batch_size={micro}")
     for strategy in own.strategies:
         for ranks in [1] if strategy == "single" else own.ranks:

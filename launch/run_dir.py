@@ -16,6 +16,7 @@ import yaml
 from launch.command import Settings
 from launch.config import nested
 from launch.files import write_text_whole
+from launch.guard.lives import former_lives
 from launch.world import World
 
 REPEATED = 3
@@ -41,7 +42,7 @@ def find_run_dir(settings: Settings) -> Path:
             raise ValueError(
                 f"run_dir={path} belongs to recipe={before.get('recipe')}, not {config.recipe}; choose another run_dir"
             )
-        if config.resume == "none":
+        if config.resume == "none" and not former_lives(os.environ):
             raise ValueError(f"run_dir={path} holds a run and resume=none would overwrite it; choose another run_dir")
         refuse_to_loop(path)
     return path

@@ -20,7 +20,7 @@ from launch.checkpoint.weights import initialise
 from launch.command import Settings
 from launch.config import PATIENCE, nested, stop_for
 from launch.debugging import debug
-from launch.guard import chaos
+from launch.guard import chaos, memory
 from launch.guard.failure import fail
 from launch.guard.meeting import NotAllThere, connected
 from launch.guard.place import Place
@@ -44,11 +44,13 @@ def run(settings: Settings, world: World, run_dir: Path) -> int:
     stop = StopRequest(deadline(config.max_time, os.environ))
     stop.listen(*SIGNALS)
     watch: Watch | None = None
-    started = False
+    started, finds_size = False, config.micro_batch_size == "auto"
     try:
         with debug.mode(config, run_dir), connected(world, config.strategy, config.start_timeout, identity(settings)) as world:
             watch = Watch(world, place, config.hang_timeout)
-            run_dir = Path(from_rank_zero(str(run_dir)))
+            size = memory.first_size(config, world, run_dir) if finds_size else config.micro_batch_size
+            name, config.micro_batch_size = from_rank_zero((str(run_dir), size))
+            run_dir = Path(name)
             start.reached("ranks")
             job = prepare(settings, world, place)
             start.reached("data and models")
@@ -82,7 +84,7 @@ def run(settings: Settings, world: World, run_dir: Path) -> int:
             if config.debug:
                 debug.post_mortem(error)
             end()
-        fail(error, watch)
+        fail(error, watch, memory.verdict_on(error, config, world, place) if started and finds_size else None)
 
 
 def drive(job: Job, run_dir: Path, beginning: str, stop: StopRequest, watch: Watch, start: Start) -> str:

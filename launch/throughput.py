@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from launch.data import mapped
+from launch.guard.lives import BORN
 from launch.world import gathered
 
 if TYPE_CHECKING:
@@ -161,9 +162,10 @@ class Start:
 
 
 def age() -> float:
-    """Seconds since this process was started."""
+    """Seconds since this process was started, or has last replaced itself."""
     ticks = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(ticks) / os.sysconf("SC_CLK_TCK")
+    born = float(os.environ.get(BORN, 0)) or int(ticks) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - born
 
 
 def duration(seconds: float) -> str:

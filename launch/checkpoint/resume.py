@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from launch.checkpoint.manifest import NAME, Manifest
 from launch.checkpoint.reader import Checkpoint
 from launch.checkpoint.shelf import committed, named, set_aside, shelf, step_of
 from launch.config import flatten, nested
+from launch.guard.lives import former_lives
 from launch.job import Job
 from launch.world import barrier, first_problem, from_rank_zero
 
@@ -44,14 +46,12 @@ def resume(job: Job, run_dir: Path) -> Path | None:
 
 def find(job: Job, run_dir: Path) -> Checkpoint | None:
     """The newest checkpoint that verifies, open on all ranks; damaged ones are told of, and set aside if they are the run's."""
-    wanted, own = job.config.resume, shelf(run_dir)
-    if wanted == "none":
-        return None
+    own = shelf(run_dir)
     # what rank zero sees: another node may see a shared folder a little later
     candidates, problem = [], ""
     if job.world.rank == 0:
         try:
-            candidates = [str(path) for path in asked_for(wanted, run_dir)]
+            candidates = [str(path) for path in asked_for(job.config.resume, run_dir)]
         except ValueError as error:
             problem = str(error)
     if problem := first_problem(problem):
@@ -75,9 +75,11 @@ def find(job: Job, run_dir: Path) -> Checkpoint | None:
 
 
 def asked_for(wanted: str, run_dir: Path) -> list[Path]:
-    """The checkpoints that may be taken, the best first."""
-    if wanted == "auto":
+    """The checkpoints that may be taken, the best first. A life after the first goes on from the run's own, if it has any."""
+    if wanted == "auto" or (former_lives(os.environ) and committed(run_dir)):
         return named(run_dir)[::-1]  # one without a manifest has lost it: it is told of, not passed over
+    if wanted == "none":
+        return []
     path = Path(wanted)
     found = [path] if (path / NAME).is_file() else committed(path)[::-1]
     if not found:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.checkpoint.shelf import committed
+from launch.guard.lives import former_lives
 
 if TYPE_CHECKING:
     from launch.job import Job
@@ -45,8 +46,7 @@ def parse(text: str) -> Chaos:
 
 def prepare(job: Job, run_dir: Path) -> None:
     """Let the fault that `chaos` asks for happen, if this is its rank and the first life of the run."""
-    lives = [os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")]
-    if job.config.chaos is None or job.progress.step > 0 or lives != ["0", "0"]:
+    if job.config.chaos is None or job.progress.step > 0 or former_lives(os.environ):
         return
     chaos = parse(job.config.chaos)
     if chaos.rank != job.world.rank:

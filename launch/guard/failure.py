@@ -9,14 +9,17 @@ import torch.distributed as dist
 from launch.checkpoint.saver import NotSaved
 from launch.guard import verdict as verdicts
 from launch.guard.nonfinite import NonFinite
+from launch.guard.verdict import Verdict
 from launch.guard.watch import Watch
 
 WORDS = (NonFinite, NotSaved)
 """errors that are verdicts in words, the same on all ranks: no line of code would add to them"""
 
 
-def fail(error: Exception, watch: Watch) -> NoReturn:
-    """End all ranks with the verdict on `error`, which is told once; exit code 1."""
+def fail(error: Exception, watch: Watch, verdict: Verdict | None = None) -> NoReturn:
+    """End all ranks with the verdict on `error`, which is told once; exit code 1. Another `verdict` may let them begin again."""
+    if verdict is not None:
+        watch.failed(verdict, lost_a_peer=False)
     verdict = verdicts.of_exception(error, watch.world, watch.place)
     if isinstance(error, WORDS):
         verdict |= {"kind": "words", "rank": None, "frames": [], "batch": "", "memory": ""}

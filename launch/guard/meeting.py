@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]  # its stubs forget them
 
+from launch.guard.lives import life
 from launch.guard.store import NotMet, check_own, meeting_point, open_store, reach, spans, wait_for
 from launch.versions import code_digest, versions
 from launch.world import World, find_device
@@ -101,8 +102,7 @@ def meet(world: World, timeout: float, again: bool = False) -> Store:
         else:
             reach(*point, timeout)
         # neither a restarted run nor one that a host has joined must find the notes of its former life
-        life = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{world.world_size}"
-        return open_store(point, f"rankzero/{life}", serves, timeout)
+        return open_store(point, f"rankzero/{life(os.environ)}-{world.world_size}", serves, timeout)
     except NotMet as error:
         raise NotAllThere(f"rank {world.rank} did not meet the others: {error}") from None
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psutil
+
 from launch.files import write_text_whole
 
 EXIT_CODE = 75
@@ -76,8 +78,9 @@ class StopRequest:
 
 
 def deadline(max_time: str | None, environment: Mapping[str, str]) -> float | None:
-    """When the run has to have ended, in seconds since the epoch: by `max_time` from now, or by SLURM's time limit."""
-    ends = [time.time() + seconds(max_time)] if max_time is not None else []
+    """When the run has to have ended, in seconds since the epoch: by `max_time` from its start, or by SLURM's time limit."""
+    # from the start of the process: it stays the same one if the run begins again by itself
+    ends = [psutil.Process().create_time() + seconds(max_time)] if max_time is not None else []
     if environment.get("SLURM_JOB_END_TIME", "").isdecimal():
         ends.append(float(environment["SLURM_JOB_END_TIME"]))
     return min(ends, default=None)

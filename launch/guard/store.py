@@ -116,6 +116,15 @@ def reach(address: str, port: int, timeout: float) -> None:
         time.sleep(0.2)
 
 
+def is_open(address: str, port: int) -> bool:
+    """Whether somebody listens there now."""
+    try:
+        with socket.create_connection((address, port), timeout=3.0):
+            return True
+    except OSError:
+        return False
+
+
 def addresses_of(name: str) -> list[str]:
     """What the name stands for; nothing if it cannot be resolved."""
     with contextlib.suppress(OSError, TimeoutError):

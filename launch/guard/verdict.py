@@ -106,8 +106,8 @@ def memory(world: World) -> str:
 
 
 HINTS = (
-    (("out of memory", "can't allocate memory"), "halve micro_batch_size (accumulation follows, the curve stays), or "
-     "activation_checkpointing=true, or shard more (strategy=fsdp, zero3)"),
+    (("out of memory", "can't allocate memory"), "micro_batch_size=auto finds one that fits (accumulation follows, the curve "
+     "stays); or activation_checkpointing=true, or shard more (strategy=fsdp, zero3)"),
     (("EADDRINUSE", "Address already in use"), "another run has the port, or what is left of one: choose another MASTER_PORT"),
     (("No space left on device", "Disk quota exceeded"), "make room, or write elsewhere (run_dir=)"),
     (("device-side assert",), "an index out of range, often a class or token: CUDA_LAUNCH_BLOCKING=1, or debug=true on the CPU"),

@@ -23,9 +23,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]  # its stubs forget it
 
+from launch.guard import memory
 from launch.guard import verdict as verdicts
+from launch.guard.heartbeats import Others
+from launch.guard.lives import begin_again
 from launch.guard.meeting import NotAllThere, meet
-from launch.guard.store import spans, wait_for
+from launch.guard.store import is_open, meeting_point, spans, wait_for
 from launch.guard.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -159,24 +162,46 @@ class Watch:
         text = json.dumps(verdict)
         if store.compare_set("verdict", "", text).decode() != text:
             self.obey(store)
-        verdicts.for_torchrun(verdict)
+        last = verdict["kind"] != memory.KIND
+        if last:
+            verdicts.for_torchrun(verdict)
         if self.world.rank == 0:
             self.obey(store)
-        if wait_for(lambda: store.check(["told"]), TELLING):
-            end(self.ending)
+        # before the next life rank zero waits for a save in flight
+        if wait_for(lambda: store.check(["told"]), TELLING if last else LOST * self.beat):
+            self.leave(verdict, store)
         self.tell(verdict)
 
     def obey(self, store: Store) -> NoReturn:
-        """End, as a verdict wants it; rank zero tells it."""
+        """End or begin again, as a verdict wants it; rank zero tells it."""
         self.before_end()
+        verdict = json.loads(store.get("verdict"))
         if self.world.rank > 0:
-            end(self.ending)
+            self.leave(verdict, store)
         self.ending.acquire()
-        tell(json.loads(store.get("verdict")), self.run_dir)
+        tell(verdict, self.run_dir)
         store.set("told", "")
+        # the others read it, before the store goes with this process
+        if verdict["kind"] == memory.KIND:
+            heard = [f"heard/{rank}" for rank in range(1, self.world.world_size)]
+            wait_for(lambda: not heard or store.check(heard), LOST * self.beat)
+            begin_again(self.run_dir)
         if self.world.world_size > 1:
-            time.sleep(2 * self.beat)  # the others read it, before the store goes with this process
+            time.sleep(2 * self.beat)
         end()
+
+    def leave(self, verdict: Verdict, store: Store) -> NoReturn:
+        """Of a rank other than zero: end or begin again."""
+        self.ending.acquire()
+        if verdict["kind"] != memory.KIND:
+            end()
+        with suppress(dist.DistError, RuntimeError):
+            store.set(f"heard/{self.world.rank}", "")
+        point = meeting_point(self.world, os.environ)
+        if point and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            # rank zero serves the store, and will again: the old one must be gone before this rank looks for the new one
+            wait_for(lambda: not is_open(*point), LOST * self.beat)
+        begin_again(self.run_dir)
 
     def forsaken(self, verdict: Verdict | None = None) -> NoReturn:
         """End without a store, and so without the others: what they tell is not known here."""
@@ -253,47 +278,6 @@ class Watch:
         )
 
 
-class Seen:
-    """The last that was seen of a rank."""
-
-    def __init__(self) -> None:
-        self.count = self.moves = ""
-        self.step, self.phase = "0", "start"
-        self.lived = self.moved = time.monotonic()
-
-
-class Others:
-    """What has been seen of all ranks."""
-
-    def __init__(self, world_size: int) -> None:
-        self.keys = [f"beat/{rank}" for rank in range(world_size)]
-        self.seen = [Seen() for _ in self.keys]
-
-    def look(self, store: Store) -> None:
-        """Read all heartbeats."""
-        now = time.monotonic()
-        for seen, beat in zip(self.seen, store.multi_get(self.keys), strict=True):
-            count, moves, seen.step, seen.phase = beat.decode().split(" ", 3)
-            if count != seen.count or count == "0":  # 0: not connected yet, or at its good end
-                seen.count, seen.lived = count, now
-            if moves != seen.moves:
-                seen.moves, seen.moved = moves, now
-
-    def excuse(self) -> None:
-        """It was this process that slept: nothing follows for the others."""
-        for seen in self.seen:
-            seen.lived = time.monotonic()
-
-    def silent_for(self, seconds: float) -> list[int]:
-        """The ranks without a heartbeat for so long."""
-        now = time.monotonic()
-        return [rank for rank, seen in enumerate(self.seen) if now - seen.lived > seconds]
-
-    def still_for(self) -> float:
-        """Seconds since any rank has moved."""
-        return time.monotonic() - max((seen.moved for seen in self.seen), default=0.0)
-
-
 def innermost(frame: FrameType | None) -> str:
     """`file:line in function`, of the innermost frame that is not a library's."""
     library = tuple(prefix for prefix in verdicts.LIBRARIES if not prefix.startswith(str(verdicts.HERE.parent)))
@@ -319,7 +303,10 @@ def flight_recorder(world: World) -> Any:
 
 def tell(verdict: Verdict, run_dir: Path | None) -> None:
     """Put a verdict on the screen and into failure.json."""
-    if run_dir is not None:
+    if verdict["kind"] == memory.KIND and run_dir is not None:
+        memory.remember(verdict, run_dir)
+        run_dir = None  # no failure of which more could be read there
+    elif run_dir is not None:
         verdicts.keep(verdict, run_dir)
     print(verdicts.block(verdict, run_dir), file=sys.stderr, flush=True)
 

@@ -14,8 +14,8 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from launch.guard import verdict as verdicts
 from launch.guard import watch as watches
+from launch.guard.heartbeats import Others
 from launch.guard.place import Place
-from launch.guard.watch import Others
 from launch.world import World
 from tests.launch.jobs import series
 from tests.launch.processes import TINY, Ended, call, finish, offspring, start

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import time
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -173,6 +175,21 @@ class Forgiving(Broken):
     """Leaves steps with a NaN loss out."""
 
     skip_nonfinite: ClassVar[bool] = True
+
+
+@dataclass(kw_only=True)
+class Greedy(Fit):
+    """Each sample takes as many gigabytes, and the process may have 5 more than it had when its model was built."""
+
+    gigabytes: float = 1.0
+
+    def build_model(self) -> nn.Module:
+        resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 5 * 2**30, resource.RLIM_INFINITY))
+        return super().build_model()
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        torch.empty(len(batch[0]), int(self.gigabytes * 2**30), dtype=torch.uint8)
+        return super().loss(model, batch)
 
 
 @dataclass(kw_only=True)
