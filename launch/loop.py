@@ -115,6 +115,7 @@ def evaluate(job: Job, dataset: Dataset, cut_off: Callable[[], bool] = lambda: F
             if cut_off():
                 return None
             batch = job.to_device(batch)
+            job.place.batches = [batch]  # for a verdict; and those of training are let go
             seed_device(job.config.seed, "eval", job.cut.rank + turn * job.cut.world_size)
             with next(iter(job.strategies.values())).autocast():
                 losses, outcome = job.recipe.score(job.models, batch)

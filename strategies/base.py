@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from strategies import activation, compilation, precision
+from strategies.fused import fuse
 from strategies.initialise import initialise
 from strategies.norm import squared_norm
 from strategies.options import Options
@@ -114,6 +115,7 @@ class Strategy:
     def attach(self, build_optimizer: BuildOptimizer) -> None:
         """Build the optimizer over the parameters as sharded."""
         self.optimizer = build_optimizer(self.module)
+        fuse(self.optimizer, self.module)
         self.groups = described_groups(self.optimizer, self.module)
         optimized = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
         if forgotten := [n for n, p in self.module.named_parameters() if p.requires_grad and id(p) not in optimized]:
