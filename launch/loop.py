@@ -12,7 +12,7 @@ from torch import Tensor
 
 from launch.guard.nonfinite import check_gradients, check_loss
 from launch.seeding import seed_device
-from launch.world import total
+from launch.world import Total, total
 from recipes.base import Recipe
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def train_step(job: Job, batches: list[Batch]) -> tuple[dict[str, Tensor], dict[
     The loss is this rank's share of the mean over the global batch (under `job.careful` the mean itself).
     """
     job.place.step, job.place.batches = job.progress.step + 1, batches
-    count = global_count(job, batches)
+    counted = global_count(job, batches)
     losses: dict[str, Tensor] = {}
     norms: dict[str, Tensor] = {}
     for name, loss_function in job.recipe.losses().items():
@@ -83,9 +83,9 @@ def train_step(job: Job, batches: list[Batch]) -> tuple[dict[str, Tensor], dict[
                 job.place.at("forward")
                 loss = loss_function(job.models, batch)
                 job.place.at("backward")
-                trained.backward(loss / count)
+                trained.backward(loss / counted())
             loss_sum += loss.detach()
-        losses[name] = loss_sum / count
+        losses[name] = loss_sum / counted()
         if job.careful and not check_loss(job, name, total(losses[name]), batches):
             trained.discard()
             continue
@@ -188,14 +188,15 @@ def others_resting(job: Job, trained: Strategy) -> Iterator[None]:
         yield
 
 
-def global_count(job: Job, batches: list[Batch]) -> int | Tensor:
-    """What the losses of this step sum over, on all ranks and micro-batches."""
+def global_count(job: Job, batches: list[Batch]) -> Callable[[], int | Tensor]:
+    """What the losses of this step sum over, on all ranks and micro-batches: on its way now, to be asked for after forward."""
     if type(job.recipe).count is Recipe.count:
-        return job.cut.batch_size  # every sample counts one, and a global batch is always full
+        return lambda: job.cut.batch_size  # every sample counts one, and a global batch is always full
     count = torch.zeros((), dtype=torch.float64, device=job.world.device)
     for batch in batches:
         count += job.recipe.count(batch)
-    return total(count).clamp(min=1)
+    coming = Total(count)
+    return lambda: coming.get().clamp(min=1)
 
 
 def set_learning_rate(job: Job) -> float:

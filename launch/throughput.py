@@ -92,12 +92,12 @@ class Throughput:
         seconds = time.perf_counter() - self.began
         if not first:
             self.busy += seconds
-            if self.job.careful:
+            if self.job.world.device == "cpu":
                 self.times.add(seconds)
 
     def logged(self, seconds: float, steps: int) -> None:
         """So many steps came to an end on the device, in so many seconds."""
-        if not self.job.careful:
+        if self.job.world.device != "cpu":
             self.times.add(seconds / steps, steps)
 
     def in_words(self) -> Iterator[str]:

@@ -192,6 +192,27 @@ def total(value: Tensor) -> Tensor:
     return value
 
 
+class Total:
+    """The sum of `value` over all ranks, in place, on its way while other things are done.
+
+    On a GPU nobody waits for it anyway, and NCCL does not like several groups to be at work at once.
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        import torch.distributed as dist
+
+        self.value = value
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        self.work = dist.all_reduce(value, async_op=not value.is_cuda) if several else None
+
+    def get(self) -> Tensor:
+        """Wait for it."""
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
+        return self.value
+
+
 def gathered(value: Tensor) -> Tensor:
     """The 1-D `value` of each rank, as rows; for few numbers."""
     import torch
