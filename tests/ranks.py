@@ -8,13 +8,15 @@
     def test_total() -> None:
         assert run_ranks(2, total, 10) == [10.0, 10.0]
 
-Starting a worker costs seconds (it imports torch), a task costs milliseconds: so the workers stay, and each task gets a fresh
-process group. Nothing here imports torch: the pool must cost nothing to the tests that do not use it.
+Importing torch and what we use with it costs seconds, a task costs milliseconds: so it is imported once, by a process that the
+workers are forked from; the workers stay, and each task gets a fresh process group. Nothing here imports torch: the pool must
+cost nothing to the tests that do not use it.
 """
 
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import pickle
 import sys
@@ -24,8 +26,9 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,13 @@ RANKS = 4
 TIMEOUT = 120.0
 GRACE = 5.0
 """seconds that the other ranks get after a first failure: they may be stuck in a collective with the failed one"""
+IMPORTED = (
+    *("torch", "torch.distributed.fsdp", "torch._dynamo.testing", "functorch.compile", "torchvision", "torchmetrics"),
+    *("deepspeed.runtime.engine", "deepspeed.module_inject.auto_ep_layer", "deepspeed.runtime.zero.muon.original_muon"),
+)
+"""what is there when a worker starts, if it is installed, DeepSpeed's late imports too; none of it starts a thread"""
+SINGLE = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"), "1")
+"""before torch is imported; the third one: else inductor starts a pool of processes that outlives the test"""
 
 
 @dataclass(frozen=True)
@@ -47,7 +57,7 @@ class World:
 
 
 class RanksFailed(AssertionError):
-    """One or more ranks raised, died or hung; `errors` maps the rank to what happened, the first failure first."""
+    """One or more ranks raised, died or hung; `errors` maps the rank to what happened, the cause before its consequences."""
 
     def __init__(self, errors: dict[int, str]) -> None:
         self.errors = errors
@@ -66,12 +76,29 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
 
 
 def shut_down() -> None:
-    """End the workers, if any were started."""
+    """End the workers and the process that they come from, if any were started."""
     if _pools:
         _pools.pop().close()
 
 
 _pools: list[Pool] = []
+
+
+def _ready_to_fork() -> ForkServerContext:
+    """The context whose processes are forked from one that has imported IMPORTED."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(list(IMPORTED))
+    before = {name: os.environ.get(name) for name in SINGLE}
+    os.environ.update(SINGLE)
+    try:
+        forkserver.ensure_running()
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+    return context
 
 
 def _pool() -> Pool:
@@ -84,7 +111,7 @@ class Worker:
     """One process of the pool."""
 
     def __init__(self) -> None:
-        context = get_context("spawn")
+        context = _ready_to_fork()
         self.connection, theirs = context.Pipe()
         # not daemonic: a function under test may start processes of its own (the workers of a DataLoader)
         self.process = context.Process(target=_work, args=(theirs,), daemon=False)
@@ -127,9 +154,13 @@ class Pool:
         return [results[rank] for rank in range(world_size)]
 
     def _collect(self, world_size: int, timeout: float) -> tuple[dict[int, Any], dict[int, str]]:
-        """Results by rank, and errors by rank in the order of their arrival."""
+        """Results by rank, and errors by rank in the order in which they happened, by the clock that all processes share.
+
+        Not in that of their arrival: on a busy machine a rank that has lost its peer may be heard before the peer. One that died
+        tells no time, but the others outlive it: it comes first. One that hangs comes last.
+        """
         results: dict[int, Any] = {}
-        errors: dict[int, str] = {}
+        errors: dict[int, tuple[float, str]] = {}
         waiting = {self.workers[rank].connection: rank for rank in range(world_size)}
         deadline = time.monotonic() + timeout
         while waiting:
@@ -139,18 +170,18 @@ class Pool:
                 assert isinstance(connection, Connection)
                 rank = waiting.pop(connection)
                 try:
-                    succeeded, answer = connection.recv() if ready else (False, "")
+                    failed_at, answer = connection.recv() if ready else (math.inf, "")
                 except (EOFError, ConnectionResetError):
-                    succeeded, answer = False, f"the process died, exit code {self.workers.pop(rank).end(GRACE)}"
+                    failed_at, answer = -math.inf, f"the process died, exit code {self.workers.pop(rank).end(GRACE)}"
                 if not ready:
                     self.workers.pop(rank).end(0.0)
                     answer = f"no answer since {since}: the rank hangs"
-                if succeeded:
+                if failed_at is None:
                     results[rank] = pickle.loads(answer)
                 else:
-                    errors[rank] = answer
+                    errors[rank] = failed_at, answer
                     deadline = min(deadline, time.monotonic() + GRACE)
-        return results, errors
+        return results, {rank: answer for rank, (_, answer) in sorted(errors.items(), key=lambda error: error[1][0])}
 
     def close(self) -> None:
         atexit.unregister(shut_down)
@@ -158,13 +189,11 @@ class Pool:
             worker.connection.close()  # all at once: none waits for the one before it
         for worker in self.workers.values():
             worker.end(GRACE)
+        forkserver._forkserver._stop()  # else it would end with this process only
 
 
 def _work(connection: Connection) -> None:
     """The life of a worker: tasks until the pipe closes."""
-    # before torch is imported; the third one: else inductor starts a pool of processes that outlives the test
-    for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
-        os.environ[variable] = "1"
     import torch
 
     torch.set_num_threads(1)
@@ -176,15 +205,20 @@ def _work(connection: Connection) -> None:
             os._exit(0)  # exit handlers and threads of libraries (DeepSpeed's) take seconds, or for ever
         sys.path[:] = path
         _forget_deepspeed()
+        failed_at: float | None = None
         try:
             with _process_group(rank, world_size, store):
-                function, args = pickle.loads(payload)
-                world = World(rank=rank, local_rank=rank, world_size=world_size, local_world_size=world_size)
-                # plain pickle sends tensors by value; that of torch.multiprocessing would share their memory
-                answer = True, pickle.dumps(function(world, *args))
+                try:
+                    function, args = pickle.loads(payload)
+                    world = World(rank=rank, local_rank=rank, world_size=world_size, local_world_size=world_size)
+                    # plain pickle sends tensors by value; that of torch.multiprocessing would share their memory
+                    answer = pickle.dumps(function(world, *args))
+                except BaseException:
+                    failed_at = time.monotonic()  # before the connections are closed, which the others fail by
+                    raise
         except BaseException:
-            answer = False, traceback.format_exc()
-        connection.send(answer)
+            failed_at, answer = failed_at or time.monotonic(), traceback.format_exc()
+        connection.send((failed_at, answer))
 
 
 @contextmanager

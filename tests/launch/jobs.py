@@ -14,14 +14,20 @@ from launch.screen import Screen
 from launch.versions import versions
 from launch.world import World
 from tests import ranks
+from tests.ranks import run_ranks
 
 
 def job_of(place: ranks.World, recipe: str, *words: str) -> Job:
     """The run that the command line describes, of a recipe of `tests.launch.tiny`, on this rank."""
+    return made(place, f"recipe=tests.launch.tiny:{recipe}", "workers=0", *words)
+
+
+def made(place: ranks.World, *words: str) -> Job:
+    """The run that the command line `words` describes, on this rank."""
     world = World(
         rank=place.rank, local_rank=place.local_rank, world_size=place.world_size, local_world_size=place.local_world_size
     )
-    return prepare(resolve([f"recipe=tests.launch.tiny:{recipe}", "workers=0", *words], world), world)
+    return prepare(resolve(list(words), world), world)
 
 
 def trained(job: Job, folder: Path) -> Job:
@@ -32,6 +38,16 @@ def trained(job: Job, folder: Path) -> Job:
     train(job, record)
     record.settle()
     return job
+
+
+def undisturbed(folder: Path, *words: str, ranks: int = 1) -> list[float]:
+    """The losses of the run that the command line `words` describes and that nothing happens to, without starting a command."""
+    run_ranks(ranks, straight, folder, words)
+    return series(folder)
+
+
+def straight(place: ranks.World, folder: Path, words: tuple[str, ...]) -> None:
+    trained(made(place, *words, "workers=0"), folder)
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:

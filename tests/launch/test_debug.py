@@ -76,12 +76,21 @@ class Small(Recipe):
 """
 
 
-@pytest.fixture
-def recipe(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe file of a user, who has no idea of debug mode."""
-    path = tmp_path / "small.py"
+    path = tmp_path_factory.mktemp("recipe") / "small.py"
     path.write_text(RECIPE)
     return path
+
+
+@pytest.fixture(scope="module")
+def plain(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run without debug mode, with a checkpoint after step 10."""
+    folder = tmp_path_factory.mktemp("plain")
+    ended = call(f"recipe={recipe}", "run_dir=plain", "checkpoint.every=10", "checkpoint.keep=9", cwd=folder)
+    assert ended.code == 0, ended.err
+    return folder / "plain"
 
 
 def losses(run_dir: Path) -> list[float]:
@@ -90,16 +99,14 @@ def losses(run_dir: Path) -> list[float]:
 
 
 @pytest.mark.slow
-def test_it_makes_the_first_steps_of_the_run_and_no_others(recipe: Path, tmp_path: Path) -> None:
-    plain = call(f"recipe={recipe}", "run_dir=plain", cwd=tmp_path)
-    assert plain.code == 0, plain.err
+def test_it_makes_the_first_steps_of_the_run_and_no_others(recipe: Path, plain: Path, tmp_path: Path) -> None:
     ended = call(f"recipe={recipe}", "debug=true", cwd=tmp_path)
     assert ended.code == 0, ended.err
     assert ended.err == ""
     assert "one batch: loss" in ended.out
     assert "it can be overfitted" in ended.out
     # bit by bit, though the models were built twice and one was trained in between
-    assert losses(tmp_path / "runs" / "debug" / "small") == losses(tmp_path / "plain")[:8]
+    assert losses(tmp_path / "runs" / "debug" / "small") == losses(plain)[:8]
     assert [line.split()[1] for line in ended.out.splitlines() if line.startswith("step ")][:8] == [f"{n}/8" for n in range(1, 9)]
 
 
@@ -116,12 +123,10 @@ def test_a_number_says_how_many_steps_and_the_last_run_is_replaced(recipe: Path,
 
 
 @pytest.mark.slow
-def test_it_continues_a_run_from_its_checkpoint(recipe: Path, tmp_path: Path) -> None:
-    plain = call(f"recipe={recipe}", "run_dir=plain", "checkpoint.every=10", "checkpoint.keep=9", cwd=tmp_path)
-    assert plain.code == 0, plain.err
-    ended = call(f"recipe={recipe}", "debug=2", "resume=plain/checkpoints/step-00000010", cwd=tmp_path)
+def test_it_continues_a_run_from_its_checkpoint(recipe: Path, plain: Path, tmp_path: Path) -> None:
+    ended = call(f"recipe={recipe}", "debug=2", f"resume={plain}/checkpoints/step-00000010", cwd=tmp_path)
     assert ended.code == 0, ended.err
-    assert losses(tmp_path / "runs" / "debug" / "small") == losses(tmp_path / "plain")[10:12]
+    assert losses(tmp_path / "runs" / "debug" / "small") == losses(plain)[10:12]
 
 
 @pytest.mark.slow

@@ -117,6 +117,7 @@ def test_two_ranks_under_torchrun(tmp_path: Path) -> None:
 # ranks that do not come, or go -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_missing_rank(tmp_path: Path) -> None:
     port = free()
     done = call("timeout=2", cwd=tmp_path, env=by_hand(0, "127.0.0.1", port))
@@ -149,6 +150,7 @@ def test_a_rank_that_is_stopped_on_the_way(tmp_path: Path, victim: int) -> None:
     assert only_line(done) if victim == 0 else row(done, "ranks"), done.out + done.err
 
 
+@pytest.mark.slow
 def test_the_term_signal_leaves_no_file(tmp_path: Path) -> None:
     process = start(cwd=tmp_path)
     wait_until_files(tmp_path)

@@ -106,7 +106,7 @@ def begun(place: World, strategy: str, path: Path) -> Begun:
     weights = {name: tensor.clone() for name, tensor in weights_of(job).items()}
     losses = []
     for batches, _ in zip(steps_of(job.train_loader(), job.cut.accumulation), range(2), strict=False):
-        losses.append(train_step(job, batches)[0]["model"].item())
+        losses.append(job.over_all_ranks(train_step(job, batches)[0])["model"].item())
         job.progress.step += 1
     return Begun(weights, read, losses)
 

@@ -126,7 +126,15 @@ def progress(folder: Path) -> dict[str, Any]:
     return Manifest.read(committed(folder)[-1]).progress
 
 
-@pytest.mark.parametrize(("before", "after", "words"), [(2, 1, BATCHNORM), (1, 2, ADAM), (4, 2, BATCHNORM), (4, 1, ADAM)])
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        (2, 1, BATCHNORM),
+        (1, 2, ADAM),
+        pytest.param(4, 2, BATCHNORM, marks=pytest.mark.slow),
+        pytest.param(4, 1, ADAM, marks=pytest.mark.slow),
+    ],
+)
 def test_the_next_life_may_have_another_number_of_ranks(tmp_path: Path, before: int, after: int, words: tuple[str, ...]) -> None:
     run_ranks(1, life, tmp_path / "whole", words, None)
     assert run_ranks(before, life, tmp_path / "run", words, 6)[0] == "new"

@@ -83,6 +83,7 @@ def test_no_peak_hides_another() -> None:
     assert not [(a, b) for i, a in enumerate(names) for b in names[i + 1 :] if a in b], "the more special first"
 
 
+@pytest.mark.slow
 def test_the_summary_says_it(tmp_path: Path) -> None:
     ended = call(f"recipe={TINY}:Fit", "steps=12", "batch_size=16", "log.every=5", "run_dir=run", cwd=tmp_path)
     assert ended.code == 0, ended.err

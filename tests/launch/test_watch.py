@@ -17,10 +17,12 @@ from launch.guard import watch as watches
 from launch.guard.heartbeats import Others
 from launch.guard.place import Place
 from launch.world import World
-from tests.launch.jobs import series
+from tests.launch.jobs import series, undisturbed
 from tests.launch.processes import TINY, Ended, call, finish, offspring, start
 
-FIT = (f"recipe={TINY}:Fit", "batch_size=16", "steps=3000", "checkpoint.every=4", "run_dir=run", "workers=1", "hang_timeout=4")
+FIT = (f"recipe={TINY}:Fit", "batch_size=16", "steps=3000", "checkpoint.every=4", "run_dir=run", "workers=1")
+HANG = "hang_timeout=4"
+"""for what hangs only: on a busy machine a start may take as long, and then that would be the verdict"""
 
 
 def struck(cwd: Path, chaos: str, *words: str, ranks: int = 2) -> Ended:
@@ -36,8 +38,9 @@ def failure(cwd: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_a_hang_says_who_is_where(tmp_path: Path) -> None:
-    ended = struck(tmp_path, "stall:rank=1")
+    ended = struck(tmp_path, "stall:rank=1", HANG)
     assert ended.code == 1
     assert re.search(r"no rank has made progress for 4 s \(hang_timeout=4\); they are not in the same place", ended.ours[0])
     assert re.search(r"^  rank 0: step 9, backward, ", ended.err, re.MULTILINE)
@@ -47,18 +50,26 @@ def test_a_hang_says_who_is_where(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_hang_of_a_single_process_is_found_too(tmp_path: Path) -> None:
-    ended = struck(tmp_path, "stall:rank=0", ranks=0)
+    ended = struck(tmp_path, "stall:rank=0", HANG, ranks=0)
     assert ended.code == 1
     assert "no rank has made progress for 4 s" in ended.ours[0]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_rank_is_named_and_the_run_goes_on_before_it(tmp_path: Path, rank: int) -> None:
-    ended = struck(tmp_path, f"kill:rank={rank}")
+def check_killed(cwd: Path, rank: int) -> None:
+    ended = struck(cwd, f"kill:rank={rank}")
     assert re.search(rf"rank {rank} on .* ended without a word; rank {1 - rank} is in step 9", ended.ours[0]), ended.err
-    assert failure(tmp_path)["lost"] == [rank]
-    again = call(*FIT, "steps=12", cwd=tmp_path, ranks=2)
+    assert failure(cwd)["lost"] == [rank]
+
+
+@pytest.mark.slow
+def test_rank_zero_is_killed_and_named(tmp_path: Path) -> None:
+    check_killed(tmp_path, 0)
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_named_and_the_run_goes_on_before_it(tmp_path: Path) -> None:
+    check_killed(tmp_path, 1)
+    again = call(*FIT, "steps=12", cwd=tmp_path)  # what two ranks do next, bit by bit, stands below
     assert again.code == 0, again.err
     assert re.search(r"continues run/checkpoints/step-0000000[48] at step [48]", again.out)
 
@@ -67,14 +78,14 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_before_it(tmp_path: Path, ra
 def test_out_of_memory_comes_with_a_hint(tmp_path: Path) -> None:
     ended = struck(tmp_path, "oom:rank=1")
     assert re.search(r"rank 1 on .*, step 9, forward: .*can't allocate memory", ended.ours[0])
-    assert "hint    halve micro_batch_size" in ended.err
+    assert "hint    micro_batch_size=auto" in ended.err
 
 
 @pytest.mark.slow
 def test_a_torn_checkpoint_costs_no_more_than_itself(tmp_path: Path) -> None:
     seldom = "checkpoint.every=100"  # none is in flight when it strikes: that one would come after the torn one
     struck(tmp_path, "torn_checkpoint:rank=1,step=290", seldom)
-    again = call(*FIT, seldom, "steps=294", cwd=tmp_path, ranks=2)
+    again = call(*FIT, seldom, "steps=294", cwd=tmp_path)
     assert again.code == 0, again.err
     torn = re.search(r"(run/checkpoints/step-\d+)/rank-00000.safetensors has .* bytes of .*; going back to", again.err)
     assert torn
@@ -86,8 +97,7 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_goes_on_by_itself(tmp_path:
     words = [*FIT[:2], "steps=40", *FIT[3:]]
     ended = finish(start(*words, "chaos=kill:rank=1,step=9", cwd=tmp_path, ranks=2, restarts=2), timeout=90)
     assert ended.code == 0, ended.err
-    assert call(*words, "run_dir=whole", cwd=tmp_path, ranks=2).code == 0
-    assert series(tmp_path / "run") == series(tmp_path / "whole")
+    assert series(tmp_path / "run") == undisturbed(tmp_path / "whole", *words, ranks=2)
 
 
 # parts --------------------------------------------------------------------------------------------------------------------
@@ -135,7 +145,7 @@ def test_the_block_names_rank_host_step_phase_line_and_batch() -> None:
 @pytest.mark.parametrize(
     ("error", "hint"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "halve micro_batch_size"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "micro_batch_size=auto"),
         (OSError(28, "No space left on device"), "make room"),
         (RuntimeError("NCCL error in: ProcessGroupNCCL.cpp"), "launch/doctor.py"),
         (RuntimeError("CUDA error: device-side assert triggered"), "CUDA_LAUNCH_BLOCKING=1"),

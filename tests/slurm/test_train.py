@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.jobs import series
-from tests.launch.processes import ROOT, TINY, call
+from tests.launch.jobs import series, undisturbed
+from tests.launch.processes import ROOT, TINY
 from tests.slurm.cluster import SCRIPT, Cluster, until
 
 WORDS = ("batch_size=32", "micro_batch_size=16", "workers=0", "checkpoint.every_minutes=null")
@@ -19,10 +19,7 @@ NODES = "--nodes=2 --cpus-per-task=1"
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     """The losses of one process without SLURM."""
-    folder = tmp_path_factory.mktemp("alone")
-    ended = call(*FIT, "run_dir=run", cwd=folder)
-    assert ended.code == 0, ended.err
-    return series(folder / "run")
+    return undisturbed(tmp_path_factory.mktemp("alone") / "run", *FIT)
 
 
 def steps(run_dir: Path) -> int:
@@ -57,7 +54,6 @@ def test_srun_within_salloc(cluster: Cluster, alone: list[float], tmp_path: Path
 def test_a_requeued_run_goes_on_bit_by_bit(cluster: Cluster, tmp_path: Path) -> None:
     """Both by `scontrol requeue`, which says TERM to all, and by a signal; with data workers, which hear the signals, too."""
     words = ("steps=60", "workers=1")
-    cluster.done(cluster.submit(*LONG, *words, "run_dir=straight", cwd=tmp_path, options=NODES))
     number = begun(cluster, tmp_path, *words, "pause=0.1")
     cluster.ask("scontrol", "requeue", number)
     assert cluster.wait(number, "PENDING")["Restarts"] == "1"
@@ -66,7 +62,7 @@ def test_a_requeued_run_goes_on_bit_by_bit(cluster: Cluster, tmp_path: Path) -> 
     until(lambda: steps(tmp_path / "run") > before, "the run goes on", seconds=60)
     cluster.ask("scancel", "--signal=USR1", number)
     assert cluster.wait(number, "COMPLETED")["Restarts"] == "2"
-    assert series(tmp_path / "run") == series(tmp_path / "straight")
+    assert series(tmp_path / "run") == undisturbed(tmp_path / "straight", *LONG, *words, ranks=2)
 
 
 def test_a_cancelled_run_is_over(cluster: Cluster, tmp_path: Path) -> None:

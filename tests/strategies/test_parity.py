@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 from _pytest.mark import ParameterSet
 
 from tests.ranks import run_ranks
-from tests.strategies.training import STRATEGIES, Case, assert_equal, each, raw, train
+from tests.strategies.training import STRATEGIES, Case, Outcome, assert_equal, each, raw, train
 
 TWO_RANKS = [name for name in STRATEGIES if name != "fsdp-hybrid"]
 
@@ -37,10 +39,15 @@ def pairs() -> list[ParameterSet]:
     ]
 
 
+@cache
+def trained(strategy: str, case: Case) -> list[Outcome]:
+    """On two ranks, `single` on one."""
+    return run_ranks(1 if strategy == "single" else 2, train, strategy, case)
+
+
 @pytest.mark.parametrize(("strategy", "case"), pairs())
 def test_two_ranks_equal_raw_pytorch(strategy: str, case: Case) -> None:
-    ranks = 1 if strategy == "single" else 2
-    outcomes = run_ranks(ranks, train, strategy, case)
+    outcomes = trained(strategy, case)
     assert_equal(outcomes[0], raw(case))
     assert all(outcome.losses == outcomes[0].losses and outcome.norms == outcomes[0].norms for outcome in outcomes)
 
@@ -58,8 +65,7 @@ def test_scalars_and_short_parameters_on_four_ranks(strategy: str) -> None:
 
 
 def test_strategies_agree_among_each_other() -> None:
-    for model in ("gpt", "cnn"):
-        case = Case(model=model, micro_batches=4, options=(("clip_norm", 0.5),))
-        expected = run_ranks(1, train, "single", case)[0]
+    for case in (CASES["gpt-clip-norm"], CASES["cnn"]):
+        expected = trained("single", case)[0]
         for strategy in ("ddp", "fsdp", "zero1", "zero3"):
-            assert_equal(run_ranks(2, train, strategy, case)[0], expected, 1e-6, 2e-6)
+            assert_equal(trained(strategy, case)[0], expected, 1e-6, 2e-6)

@@ -13,7 +13,7 @@ RANKS = {"single": 1, "fsdp-hybrid": 4}
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("strategy", each())
+@pytest.mark.parametrize("strategy", each(quick=("single", "ddp", "fsdp")))
 def test_half_precision_stays_near_fp32(strategy: str, precision: str) -> None:
     case = Case(model="gpt", optimizer="sgd", micro_batches=4, options=(("precision", precision),))
     ours, full = run_ranks(RANKS.get(strategy, 2), train, strategy, case)[0], raw(Case(**{**vars(case), "options": ()}))

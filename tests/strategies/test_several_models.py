@@ -101,7 +101,7 @@ def in_turns(world: World, name: str, micro_batches: int) -> tuple[list[float], 
 
 
 @pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
-@pytest.mark.parametrize("strategy", each([name for name in STRATEGIES if name != "fsdp-hybrid"]))
+@pytest.mark.parametrize("strategy", each([name for name in STRATEGIES if name != "fsdp-hybrid"], ("single", "ddp", "fsdp")))
 def test_a_gan_with_a_teacher_equals_raw_pytorch(strategy: str, accumulation: int) -> None:
     ranks = 1 if strategy == "single" else 2
     losses, weights = run_ranks(ranks, in_turns, strategy, ranks * accumulation)[0]

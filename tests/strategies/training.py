@@ -48,7 +48,7 @@ class Case:
     model: str = "mlp"
     optimizer: str = "adamw"
     micro_batches: int = 2
-    steps: int = 10
+    steps: int = 5
     first_step: int = 0
     options: tuple[tuple[str, Any], ...] = ()
     """fields of Options that differ from the default, as items"""

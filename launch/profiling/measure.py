@@ -1,0 +1,131 @@
+"""Steps of a run under torch's profiler: the real ones, on the real data, on every rank."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function, schedule
+
+from launch.guard.place import Place
+from launch.loop import collected_by_hand, set_learning_rate, train_step
+from launch.profiling.events import PHASE, phases_of, split_of, steps_of
+from launch.throughput import peak_memory
+from launch.world import barrier, gathered
+
+if TYPE_CHECKING:
+    from torch.autograd.profiler_util import FunctionEvent
+
+    from launch.job import Job
+    from recipes.parts.data import Batch
+
+
+@dataclass
+class Phases(Place):
+    """A place that marks its phases for the profiler while it is `recording`."""
+
+    recording: bool = False
+    mark: record_function | None = None
+
+    def at(self, phase: str) -> None:
+        """Go on to `phase`."""
+        super().at(phase)
+        self.leave()
+        if self.recording:
+            self.mark = record_function(PHASE + phase)
+            self.mark.__enter__()  # type: ignore[no-untyped-call]  # torch has left it so
+
+    def leave(self) -> None:
+        """The phase is over, and none follows at once."""
+        if self.mark is not None:
+            self.mark.__exit__(None, None, None)
+            self.mark = None
+
+
+class Figures(NamedTuple):
+    """Of one rank and one step, in milliseconds, but for the last."""
+
+    plain: float
+    """without the profiler"""
+    step: float
+    """with it; all that follow are parts of this one"""
+    computing: float
+    communication: float
+    exposed: float
+    copies: float
+    exposed_copies: float
+    idle: float
+    data: float
+    forward: float
+    backward: float
+    update: float
+    memory: float
+    """bytes at most"""
+
+
+def measured(job: Job, place: Phases, warmup: int, steps: int) -> tuple[profile, float]:
+    """The profiler after `steps` steps that it has seen, and the seconds that one took, of as many, without it before.
+
+    `warmup` steps are made first and one more after the profiler has been started; they do not count.
+    """
+    # one more than are made: the last one too has the batches of a next one made ready beside it
+    job.stop_at = warmup + 2 * steps + 2
+    job.total_steps = max(job.total_steps, job.stop_at)
+    data = job.train_steps()
+    gpu = job.world.device != "cpu"
+    with collected_by_hand():
+        for _ in range(warmup):
+            make(job, data)
+        settle(job)
+        start = time.perf_counter()
+        for _ in range(steps):
+            make(job, data)
+        settle(job)
+        plain = (time.perf_counter() - start) / steps
+        with profile(
+            activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])],
+            schedule=schedule(wait=0, warmup=1, active=steps, repeat=1),
+            acc_events=True,  # without it torch 2.11 warns that a second cycle would forget the first
+        ) as profiler:
+            make(job, data)
+            barrier()
+            settle(job)
+            place.recording = True
+            for step in range(1, steps + 1):
+                profiler.step()
+                make(job, data)
+                if step == steps:
+                    settle(job)
+                place.leave()
+            place.recording = False
+            profiler.step()
+    return profiler, plain
+
+
+def make(job: Job, data: Iterator[list[Batch]]) -> None:
+    """One step, as `launch.loop.train` makes it."""
+    job.place.at("data")
+    batches = next(data)
+    job.place.at("forward")  # which begins with what the ranks have to agree on: that is no waiting for data
+    set_learning_rate(job)
+    train_step(job, batches)
+    job.progress.step += 1
+
+
+def settle(job: Job) -> None:
+    """Wait until the device has done what it was asked for."""
+    if job.world.device != "cpu":
+        torch.cuda.synchronize(job.world.device)
+
+
+def figures(job: Job, events: Sequence[FunctionEvent], plain: float) -> list[Figures]:
+    """The figures of each rank, on every rank: a few numbers are gathered, no events."""
+    split, phases = split_of(events, job.world.device != "cpu"), phases_of(events)
+    whole = split.computing + split.exposed + split.exposed_copies + split.idle
+    times = [whole, *split, *(phases[name] for name in ("data", "forward", "backward", "step"))]
+    steps = len(steps_of(events))
+    mine = [plain * 1e3, *(time / steps / 1e3 for time in times), float(peak_memory(job.world.device))]
+    return [Figures(*row) for row in gathered(torch.tensor(mine, dtype=torch.float64)).tolist()]

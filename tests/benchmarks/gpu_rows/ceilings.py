@@ -1,0 +1,70 @@
+"""What this very card can, at the temperature and power limit that it has now: matrix products, copies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache, partial
+from typing import Any
+
+import torch
+
+from launch.throughput import peak_flops
+from strategies.precision import AUTOCAST, set_matmul_precision
+from tests.benchmarks.gpu_rows import Bench, Row
+from tests.benchmarks.gpu_rows.timing import pace
+
+SIZES = (4096, 8192, 16384)
+"""of square matrices; the best counts"""
+BYTES = 2**30
+"""of a copy"""
+COPIES = {
+    "copy in device memory, read + write": ("device", "device"),
+    "copy, pinned host memory to device": ("host", "device"),
+    "copy, device to pinned host memory": ("device", "host"),
+}
+
+
+def rows(bench: Bench) -> Iterator[Row]:
+    """Sustained over a window, not the best moment: what a training can hope for."""
+    for precision in ("bf16", "tf32", "fp32"):
+        yield Row(section="ceilings", name=f"matrix product, {precision}", measure=partial(product_row, bench, precision))
+    for name, places in COPIES.items():
+        yield Row(section="ceilings", name=name, measure=partial(copy_row, bench, *places))
+
+
+def product_row(bench: Bench, precision: str) -> dict[str, Any]:
+    """TFLOP/s, and the share of what the data sheet says."""
+    found = product(bench, precision)
+    peak = peak_flops(bench.device, precision)
+    return {"rate": found / 1e12, "unit": "TFLOP/s", "mfu": found / peak if peak else None}
+
+
+def copy_row(bench: Bench, source: str, target: str) -> dict[str, Any]:
+    """GB/s."""
+    return {"rate": copied(bench, source, target) / 1e9, "unit": "GB/s"}
+
+
+@cache
+def product(bench: Bench, precision: str) -> float:
+    """FLOP/s of matrix products of normal numbers (a card is faster on zeros)."""
+    set_matmul_precision(precision)
+    found = []
+    for size in (64,) if bench.rehearse else SIZES:
+        left, right = torch.randn(2, size, size, device=bench.device, dtype=AUTOCAST.get(precision, torch.float32))
+        seconds = pace(partial(torch.mm, left, right, out=torch.empty_like(left)), bench.device, bench.seconds / len(SIZES))
+        found.append(2 * size**3 / seconds)
+    return max(found)
+
+
+@cache
+def copied(bench: Bench, source: str, target: str) -> float:
+    """Bytes a second between `device` and `host` memory; within the device those that are read and those that are written."""
+    size = 2**16 if bench.rehearse else BYTES
+    buffers = [
+        torch.empty(size, dtype=torch.uint8, device=bench.device)
+        if place == "device"
+        else torch.empty(size, dtype=torch.uint8, pin_memory=bench.device != "cpu")
+        for place in (source, target)
+    ]
+    seconds = pace(lambda: buffers[1].copy_(buffers[0], non_blocking=True), bench.device, bench.seconds / len(COPIES))
+    return (2 if source == target else 1) * size / seconds

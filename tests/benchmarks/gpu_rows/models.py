@@ -1,0 +1,274 @@
+"""What is trained: GPT-2 124M, ResNet-50 and ViT-S on numbers drawn at random, each model with its loss in its `forward`.
+
+So the loss can be compiled too: as it is, a cross entropy writes and reads each logit in fp32 several times over.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from itertools import cycle, repeat
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torchvision.models.resnet import Bottleneck
+
+from launch.data import places
+from recipes.parts.data import Batch
+from recipes.parts.optim import decay_groups
+from recipes.parts.transformer import Attention, Decoder
+from strategies.precision import AUTOCAST
+from tests.benchmarks.gpu_rows.timing import paced
+from tests.benchmarks.loops import Setting
+from tests.benchmarks.loops.workloads import CHECKED, Workload, how_held
+
+TILE = 8
+"""samples of which the first batches are made"""
+
+drawn: dict[str, nn.Module] = {}
+"""initial weights on the host: drawing them takes longer than measuring a rung"""
+
+
+@dataclass(kw_only=True)
+class Rung(Workload):
+    """A workload on a GPU, and how the raw loop trains it. rankzero reads precision and compilation from its configuration."""
+
+    samples: int = 1024
+    device: str = "cpu"
+    precision: str = "fp32"
+    compiled: bool = False
+    fused: bool = False
+    """the update of all parameters in one kernel"""
+    tiled: int = 0
+    """so many batches at the start are the same few samples over and over: their mean loss is that of any batch size"""
+    seconds: float = 0.0
+    """length of the measured window"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.paces: list[float] = []
+        """seconds a step, once it has been measured"""
+        self.peak = 0
+        """the most bytes that it has held"""
+
+    def architecture(self) -> tuple[Any, ...]:
+        """All that the initial weights depend on."""
+        raise NotImplementedError
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The sum; notes the first means."""
+        noted = len(self.first_losses) < CHECKED
+        if noted:
+            self.held = how_held(model)
+        loss: Tensor = model(*batch)
+        if noted:
+            self.first_losses.append(loss.detach().float() / self.count(batch))
+        return loss
+
+    def build_optimizer(self, model: nn.Module) -> Optimizer:
+        """AdamW, slow enough for losses to stay comparable; torch's own choice of kernels unless `fused`."""
+        return torch.optim.AdamW(
+            decay_groups(model), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True if self.fused else None
+        )
+
+    # for the raw loop -------------------------------------------------------------------------------------------------
+
+    def initial_model(self) -> nn.Module:
+        """On the device, ready to be spread."""
+        key = f"{type(self).__name__}{self.architecture()}"
+        if key not in drawn:
+            drawn[key] = super().initial_model()
+        module = deepcopy(drawn[key])
+        for part in list(self.blocks(module)) or [module] if self.compiled else []:
+            part.forward = torch.compile(part.forward)
+        if self.precision in AUTOCAST:
+            # within forward: DeepSpeed's engine switches off an autocast around itself
+            autocast = torch.autocast(torch.device(self.device).type, AUTOCAST[self.precision])
+            module.forward = autocast(module.forward)
+        return module.to(self.device)
+
+    def order(self, steps: int) -> Tensor:
+        """As in the base class, over as many epochs as it takes."""
+        indices = places(self.samples, 0, np.arange(steps * self.batch))[1]
+        return torch.from_numpy(indices).view(steps, self.batch)
+
+    def loader(self, steps: int, setting: Setting, cut: bool = True) -> Iterator[Batch]:  # type: ignore[override]  # noqa: ARG002
+        """Batches in the memory of the device, until a window has been measured."""
+        return paced(self.on_device(), self.device, self.seconds, self.paces)
+
+    def on_device(self) -> Iterator[Batch]:
+        """Without end: first what is tiled, then in the order of rankzero."""
+        tensors = [tensor.to(self.device) for tensor in self.build_data().train.tensors]  # type: ignore[attr-defined]
+        tile = torch.arange(self.batch, device=self.device) % TILE
+        yield from repeat([tensor[tile] for tensor in tensors], self.tiled)
+        for indices in cycle(self.order(128).to(self.device)):  # indices from the host would be waited for in each step
+            yield [tensor[indices] for tensor in tensors]
+
+
+# language -----------------------------------------------------------------------------------------------------------------
+
+
+class NaiveAttention(Attention):
+    """As one wrote it before `scaled_dot_product_attention`: all scores of a head in memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, time, width] to the same."""
+        batch, time, width = x.shape
+        q, k, v = self.qkv(x).view(batch, time, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        scores = q @ k.transpose(-2, -1) / math.sqrt(width // self.heads)
+        to_come = torch.ones(time, time, dtype=torch.bool, device=x.device).triu(1)
+        shares = scores.masked_fill(to_come, -math.inf).softmax(-1)
+        mixed: Tensor = self.out((shares @ v).transpose(1, 2).reshape(batch, time, width))
+        return mixed
+
+
+class SummedCrossEntropy(nn.Module):
+    """A module, so that it can be compiled by itself."""
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """[..., classes] and [...] to a scalar."""
+        return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="sum")
+
+
+class LanguageModel(Decoder):
+    """Tokens and those that follow, [batch, time] each, to the summed loss."""
+
+    def __init__(self, **shape: Any) -> None:
+        super().__init__(**shape)
+        self.loss = SummedCrossEntropy()
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:  # type: ignore[override]
+        """The loss."""
+        loss: Tensor = self.loss(super().forward(tokens), targets)
+        return loss
+
+
+@dataclass(kw_only=True)
+class GPT2(Rung):
+    """GPT-2 124M (Radford et al. 2019), as `recipes.parts.transformer` builds it."""
+
+    unit: ClassVar[str] = "tokens"
+
+    vocabulary: int = 50257
+    multiple: int = 1
+    """the embedding has rows up to the next multiple of this; those beyond the vocabulary are no token"""
+    block: int = 1024
+    width: int = 768
+    heads: int = 12
+    layers: int = 12
+    naive: bool = False
+    """attention by hand"""
+
+    def architecture(self) -> tuple[Any, ...]:
+        """The rest is how it is trained."""
+        return self.vocabulary, self.multiple, self.block, self.width, self.heads, self.layers, self.naive
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Tokens, int64 [samples, block], and those that follow; some come more often than others, so that there is a curve."""
+        shape = (self.samples, self.block + 1)
+        text = (torch.rand(shape, generator=torch.Generator().manual_seed(0)) ** 4 * self.vocabulary).long()
+        return text[:, :-1].contiguous(), text[:, 1:].contiguous()
+
+    def build_model(self) -> nn.Module:
+        """The decoder with its loss."""
+        vocabulary = -(-self.vocabulary // self.multiple) * self.multiple
+        shape = {"block": self.block, "width": self.width, "heads": self.heads, "layers": self.layers}
+        model = LanguageModel(vocabulary=vocabulary, **shape)
+        for block in model.blocks if self.naive else ():
+            block.attention = NaiveAttention(self.width, self.heads, 0.0, self.layers)
+        return model
+
+    def blocks(self, model: nn.Module) -> Iterable[nn.Module]:
+        """The decoder blocks and the loss. The head belongs to neither: it shares its weights with the embedding."""
+        return [*model.get_submodule("blocks").children(), model.get_submodule("loss")]
+
+
+# pictures -----------------------------------------------------------------------------------------------------------------
+
+
+class Classifier(nn.Module):
+    """Pictures, uint8 [batch, 3, height, width], and their classes to the summed loss."""
+
+    def __init__(self, network: nn.Module, channels_last: bool) -> None:
+        super().__init__()
+        self.network, self.loss = network, SummedCrossEntropy()
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.to(memory_format=self.layout)
+
+    def forward(self, pictures: Tensor, classes: Tensor) -> Tensor:
+        """The loss."""
+        normal = (pictures.to(memory_format=self.layout).float() - 127.5) / 73.6  # of bytes that are all as likely
+        loss: Tensor = self.loss(self.network(normal), classes)
+        return loss
+
+
+@dataclass(kw_only=True)
+class Pictures(Rung):
+    """Classes of pictures."""
+
+    pixels: int = 224
+    classes: int = 1000
+    nhwc: bool = False
+    """`channels_last`: the channels of a pixel side by side, in the pictures and in the weights"""
+    toy: bool = False
+    """a small network of the same kind"""
+
+    def architecture(self) -> tuple[Any, ...]:
+        """The rest is how it is trained."""
+        return self.pixels, self.classes, self.nhwc, self.toy
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Any bytes."""
+        generator = torch.Generator().manual_seed(0)
+        shape = (self.samples, 3, self.pixels, self.pixels)
+        pictures = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+        return pictures, torch.randint(self.classes, (self.samples,), generator=generator)
+
+    def build_model(self) -> nn.Module:
+        """The network with its loss."""
+        return Classifier(self.network(), self.nhwc)
+
+    def network(self) -> nn.Module:
+        """Pictures to logits."""
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True)
+class ResNet50(Pictures):
+    """He et al. 2015."""
+
+    def network(self) -> nn.Module:
+        """torchvision's."""
+        network = torchvision.models.ResNet(Bottleneck, [1, 1, 1, 1] if self.toy else [3, 4, 6, 3], num_classes=self.classes)
+        if self.toy:
+            network.layer3, network.layer4, network.fc = nn.Identity(), nn.Identity(), nn.Linear(512, self.classes)
+        return network  # type: ignore[no-any-return]  # torchvision is not typed
+
+    def build_optimizer(self, model: nn.Module) -> Optimizer:
+        """SGD with momentum, slow enough for losses to stay comparable."""
+        return torch.optim.SGD(decay_groups(model), lr=1e-4, momentum=0.9, weight_decay=5e-5, fused=True if self.fused else None)
+
+
+@dataclass(kw_only=True)
+class ViTS(Pictures):
+    """Dosovitskiy et al. 2021, in the small size of Touvron et al. 2021."""
+
+    def network(self) -> nn.Module:
+        """torchvision's."""
+        shape = {"num_layers": 12, "num_heads": 6, "hidden_dim": 384, "mlp_dim": 1536}
+        if self.toy:
+            shape = {"num_layers": 2, "num_heads": 2, "hidden_dim": 64, "mlp_dim": 128}
+        build = torchvision.models.VisionTransformer
+        network: nn.Module = build(image_size=self.pixels, patch_size=16, num_classes=self.classes, **shape)
+        return network
+
+    def blocks(self, model: nn.Module) -> Iterable[nn.Module]:
+        """The encoder blocks and the loss."""
+        return [*model.get_submodule("network.encoder.layers").children(), model.get_submodule("loss")]

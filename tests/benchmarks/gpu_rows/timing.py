@@ -1,0 +1,58 @@
+"""How a GPU is timed: the device is waited for at both ends of a window of many steps, and never within it."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice, repeat
+from typing import TypeVar
+
+import torch
+
+WARM_UP = 5
+"""steps that do not count: compilation, first allocations"""
+PROBE = 3
+"""steps that tell how many make a window, and the least that one has"""
+
+Item = TypeVar("Item")
+
+
+def now(device: str) -> float:
+    """The time at which the device has done all that it was asked for."""
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def paced(items: Iterator[Item], device: str, seconds: float, paces: list[float]) -> Iterator[Item]:
+    """Pass `items` on, one a step: some to warm up, some to learn the pace, then as many as take about `seconds`.
+
+    Appends to `paces` the seconds that a step of the last took. Whoever asks for the next item has asked the device for all of
+    the step before: that holds of the data of any training loop, by hand or not.
+    """
+    yield from islice(items, WARM_UP)
+    many = PROBE
+    for last in (False, True):
+        start = now(device)
+        yield from islice(items, many)
+        pace = (now(device) - start) / many
+        many = max(round(seconds / pace), PROBE)
+        if last:
+            paces.append(pace)
+
+
+def pace(work: Callable[[], object], device: str, seconds: float) -> float:
+    """Seconds that a call of `work` takes."""
+    found: list[float] = []
+    for _ in paced(repeat(None), device, seconds, found):
+        work()
+    return found[0]
+
+
+def release(device: str) -> None:
+    """Give back the GPU memory of what ran before, and forget its peak."""
+    if device != "cpu":
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
