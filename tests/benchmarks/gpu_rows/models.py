@@ -213,6 +213,8 @@ class Classifier(nn.Module):
 class Pictures(Rung):
     """Classes of pictures."""
 
+    unit: ClassVar[str] = "images"
+
     pixels: int = 224
     classes: int = 1000
     nhwc: bool = False
