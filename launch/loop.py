@@ -192,10 +192,10 @@ def global_count(job: Job, batches: list[Batch]) -> Callable[[], int | Tensor]:
     """What the losses of this step sum over, on all ranks and micro-batches: on its way now, to be asked for after forward."""
     if type(job.recipe).count is Recipe.count:
         return lambda: job.cut.batch_size  # every sample counts one, and a global batch is always full
-    count = torch.zeros((), dtype=torch.float64, device=job.world.device)
-    for batch in batches:
-        count += job.recipe.count(batch)
-    coming = Total(count)
+    here = sum(job.recipe.count(batch) for batch in batches)
+    if job.world.world_size == 1 and not isinstance(here, Tensor):
+        return lambda: max(here, 1)
+    coming = Total(torch.zeros((), dtype=torch.float64, device=job.world.device) + here)
     return lambda: coming.get().clamp(min=1)
 
 
