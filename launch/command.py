@@ -17,7 +17,7 @@ from launch.guard.stop import seconds
 from launch.world import World
 from recipes import RECIPES
 from recipes.base import Recipe
-from strategies.options import DDPOptions, FSDPOptions, ZeroOptions
+from strategies.options import GRAPHED, DDPOptions, FSDPOptions, ZeroOptions
 
 DEBUG = {"workers": 0, "log.every": 1}
 """what `debug` sets unless the command line says otherwise: data errors in this process, each step on the screen"""
@@ -141,8 +141,8 @@ def check(config: Config, recipe: Recipe, world: World) -> None:
             f"ddp.static_graph=true does not go with {many} micro-batches a step: DDP would reduce wrong gradients; "
             "drop it, or raise micro_batch_size until each rank takes its share at once"
         )
-    once = "ddp.static_graph=true" if config.ddp.static_graph else f"compile={config.compile}"
-    if config.micro_batch_size == "auto" and (config.ddp.static_graph or config.compile in ("reduce-overhead", "max-autotune")):
+    if config.micro_batch_size == "auto" and (config.ddp.static_graph or config.compile in GRAPHED):
+        once = "ddp.static_graph=true" if config.ddp.static_graph else f"compile={config.compile}"
         raise ValueError(f"micro_batch_size=auto may lead to accumulation, and {once} does not go with it; drop one of the two")
     if config.clip_norm is not None and config.clip_value is not None:
         raise ValueError("clip_norm and clip_value are both set; clip by one of them")

@@ -185,11 +185,7 @@ def find_device(world: World) -> str:
 
 def total(value: Tensor) -> Tensor:
     """The sum of `value` over all ranks, in place."""
-    import torch.distributed as dist
-
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(value)
-    return value
+    return Total(value).get()
 
 
 class Total:

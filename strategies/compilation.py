@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-GRAPHED = ("reduce-overhead", "max-autotune")
-"""modes that replay CUDA graphs"""
+from strategies.options import GRAPHED
 
 VARIANTS = 64
 """compilations of one `forward` before it runs uncompiled; torch's 8 are used up by the blocks of a ResNet before it evaluates"""

@@ -10,8 +10,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-import psutil
-
 BY_ITSELF, BORN = "RANKZERO_RESTART_COUNT", "RANKZERO_BORN"
 """how often a process has replaced itself, and when it last has, in seconds since the machine was booted"""
 COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT", BY_ITSELF)
@@ -33,6 +31,8 @@ def begin_again(run_dir: Path | None) -> NoReturn:
     For the launcher it is the same process. Nothing stays of the old one: not its memory, on a GPU neither, nor its threads,
     collectives and open files.
     """
+    import psutil  # a good part of what `--help` may take
+
     children = psutil.Process().children(recursive=True)  # workers that load data
     for child in children:
         with suppress(psutil.NoSuchProcess):

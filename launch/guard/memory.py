@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from launch.files import write_text_whole
-from launch.guard.verdict import Verdict, who
+from launch.guard.verdict import NO_MEMORY, Verdict, who
 
 if TYPE_CHECKING:
     from launch.config import Config
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 KIND = "memory"
 """of a verdict that lets the ranks begin again"""
-SIGNS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
-"""words in the message of an allocation that failed, on a GPU or a CPU"""
 PHASES = ("data", "forward", "backward", "evaluate")
 """where the size of a micro-batch makes the difference"""
 
@@ -40,7 +38,7 @@ def first_size(config: Config, world: World, run_dir: Path) -> int:
     if path.is_file():
         found = (yaml.safe_load(path.read_text()) or {}).get("micro_batch_size")
     limit = found if isinstance(found, int) else config.batch_size
-    return next(size for size in sizes(config, world) if size <= limit or size == 1)
+    return next(size for size in sizes(config, world) if size <= limit)
 
 
 def smaller(config: Config, world: World) -> int | None:
@@ -51,7 +49,7 @@ def smaller(config: Config, world: World) -> int | None:
 
 def ran_out(error: BaseException) -> bool:
     """Whether an allocation has failed, on the GPU or on the host."""
-    return isinstance(error, MemoryError) or any(sign in str(error) for sign in SIGNS)
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in NO_MEMORY)
 
 
 def verdict_on(error: BaseException, config: Config, world: World, place: Place) -> Verdict | None:
@@ -67,7 +65,7 @@ def verdict_on(error: BaseException, config: Config, world: World, place: Place)
 
 
 def remember(verdict: Verdict, run_dir: Path) -> None:
-    """Keep the size for the lives to come: in config.yaml, from which other runs may be started too."""
+    """Keep the size for the lives to come: in config.yaml, from which other runs may be started too. Raises OSError."""
     path = run_dir / "config.yaml"
     content: dict[str, Any] = yaml.safe_load(path.read_text())
     content["micro_batch_size"] = verdict["micro_batch_size"]

@@ -15,8 +15,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import psutil
-
 from launch.files import write_text_whole
 
 EXIT_CODE = 75
@@ -79,6 +77,8 @@ class StopRequest:
 
 def deadline(max_time: str | None, environment: Mapping[str, str]) -> float | None:
     """When the run has to have ended, in seconds since the epoch: by `max_time` from its start, or by SLURM's time limit."""
+    import psutil
+
     # from the start of the process: it stays the same one if the run begins again by itself
     ends = [psutil.Process().create_time() + seconds(max_time)] if max_time is not None else []
     if environment.get("SLURM_JOB_END_TIME", "").isdecimal():

@@ -105,8 +105,10 @@ def memory(world: World) -> str:
     return text
 
 
+NO_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+"""words in the message of an allocation that failed, on a GPU or a CPU"""
 HINTS = (
-    (("out of memory", "can't allocate memory"), "micro_batch_size=auto finds one that fits (accumulation follows, the curve "
+    (NO_MEMORY, "micro_batch_size=auto finds one that fits (accumulation follows, the curve "
      "stays); or activation_checkpointing=true, or shard more (strategy=fsdp, zero3)"),
     (("EADDRINUSE", "Address already in use"), "another run has the port, or what is left of one: choose another MASTER_PORT"),
     (("No space left on device", "Disk quota exceeded"), "make room, or write elsewhere (run_dir=)"),

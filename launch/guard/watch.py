@@ -304,7 +304,11 @@ def flight_recorder(world: World) -> Any:
 def tell(verdict: Verdict, run_dir: Path | None) -> None:
     """Put a verdict on the screen and into failure.json."""
     if verdict["kind"] == memory.KIND and run_dir is not None:
-        memory.remember(verdict, run_dir)
+        try:
+            memory.remember(verdict, run_dir)
+        except OSError as error:  # the next life would begin with the size that did not fit
+            print(f"rankzero: {verdict['message']}; but {run_dir} cannot be written to: {error}", file=sys.stderr, flush=True)
+            end()
         run_dir = None  # no failure of which more could be read there
     elif run_dir is not None:
         verdicts.keep(verdict, run_dir)
