@@ -127,16 +127,17 @@ def stream(checkpoint: Checkpoint, weight: Weight, told: Told) -> Iterator[memor
 
 
 def converted(checkpoint: Checkpoint, weight: Weight) -> Iterator[memoryview]:
-    """The bytes of `weight` in another type than they were saved in."""
+    """The bytes of `weight` in another type than they were saved in; each chunk is valid until the next."""
     import torch
 
     from launch.checkpoint.tensors import DTYPES
 
     entry = checkpoint.manifest.tensors[weight.source]
     step = CHUNK // max(SIZES[weight.dtype], SIZES[entry.dtype])
-    for start in range(0, entry.numel, step):
-        values = checkpoint.read(weight.source, start, min(start + step, entry.numel)).to(DTYPES[weight.dtype])
-        yield values.view(torch.uint8).numpy().data
+    room = torch.empty(min(step, entry.numel), dtype=DTYPES[weight.dtype])  # a new one for each chunk would scatter the heap
+    for chunk in checkpoint.chunks(weight.source, step * SIZES[entry.dtype]):
+        values = torch.frombuffer(chunk, dtype=DTYPES[entry.dtype])
+        yield room[: len(values)].copy_(values).view(torch.uint8).numpy().data
 
 
 # files -------------------------------------------------------------------------------------------------------------------

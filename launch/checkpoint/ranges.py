@@ -105,11 +105,13 @@ class RangeFile:
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of the flattened tensor `name`, 1-D, on the host, in memory of their own."""
-        from launch.checkpoint.tensors import read_at
+        from launch.checkpoint.tensors import room
 
         stored = self.tensors[name]
         assert 0 <= start <= stop <= stored.numel
-        return read_at(self.file, stored.dtype, stored.offset + start * SIZES[stored.dtype], stop - start)
+        values, content = room(stored.dtype, stop - start)
+        self.file.into(content, stored.offset + start * SIZES[stored.dtype])
+        return values
 
     def close(self) -> None:
         """Close the file."""

@@ -74,16 +74,11 @@ class Checkpoint:
 
         Raises ValueError if there is no such tensor, Damaged if a file ends too early.
         """
-        import torch
+        from launch.checkpoint.tensors import room
 
-        from launch.checkpoint.tensors import DTYPES, read_at
-
-        dtype = self._entry(name).dtype
-        parts = []
-        for file, offset, numel in self._pieces(name, start, stop):
-            with self._blaming(file):
-                parts.append(read_at(self._file(file), dtype, offset, numel))
-        return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0, dtype=DTYPES[dtype])
+        values, content = room(self._entry(name).dtype, max(stop - start, 0))
+        self._fill(content, name, start, stop)
+        return values
 
     def chunks(self, name: str, most: int) -> Iterator[memoryview]:
         """The bytes of a tensor, at most `most` at a time; each is valid until the next. Raises as `read` does."""
@@ -91,12 +86,18 @@ class Checkpoint:
         step, size = max(most // SIZES[entry.dtype], 1), SIZES[entry.dtype]
         buffer = memoryview(bytearray(min(step, entry.numel) * size))
         for start in range(0, entry.numel, step):
-            filled = 0
-            for file, offset, numel in self._pieces(name, start, min(start + step, entry.numel)):
-                with self._blaming(file):
-                    self._file(file).into(buffer[filled : filled + numel * size], offset)
-                filled += numel * size
-            yield buffer[:filled]
+            stop = min(start + step, entry.numel)
+            chunk = buffer[: (stop - start) * size]
+            self._fill(chunk, name, start, stop)
+            yield chunk
+
+    def _fill(self, content: memoryview, name: str, start: int, stop: int) -> None:
+        """Elements [start, stop) of a tensor, as bytes."""
+        size, filled = SIZES[self._entry(name).dtype], 0
+        for file, offset, numel in self._pieces(name, start, stop):
+            with self._blaming(file):
+                self._file(file).into(content[filled : filled + numel * size], offset)
+            filled += numel * size
 
     def _entry(self, name: str) -> TensorEntry:
         if name not in self.manifest.tensors:

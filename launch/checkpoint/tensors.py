@@ -1,4 +1,4 @@
-"""torch's types by the names that safetensors has for them, and tensors read from open files."""
+"""torch's types by the names that safetensors has for them, and memory for those that are read from files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from launch.checkpoint.ranges import SIZES
-from launch.files import Reading
 
 DTYPES = {
     "F64": torch.float64,
@@ -27,8 +26,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 assert {name: dtype.itemsize for name, dtype in DTYPES.items()} == SIZES
 
 
-def read_at(file: Reading, dtype: str, offset: int, numel: int) -> Tensor:
-    """`numel` elements from byte `offset` of an open file, straight into their own memory. Raises ValueError at its end."""
+def room(dtype: str, numel: int) -> tuple[Tensor, memoryview]:
+    """A tensor of `numel` elements, not yet written to, and its bytes: files are read straight into them."""
     values = torch.empty(numel, dtype=DTYPES[dtype])
-    file.into(values.view(torch.uint8).numpy().data, offset)
-    return values
+    return values, values.view(torch.uint8).numpy().data

@@ -16,7 +16,6 @@ from launch.checkpoint import tensors
 from launch.checkpoint.names import best_matching
 from launch.checkpoint.weights import initialise
 from launch.data import steps_of
-from launch.files import Reading
 from launch.loop import train_step
 from tests.launch.processes import call
 from tests.launch.test_init import Tensors, elsewhere, same, saved, tiny, unique, weights_of
@@ -91,18 +90,18 @@ class Begun:
 def begun(place: World, strategy: str, path: Path) -> Begun:
     """The weights as loaded, and two steps: the first shows what is computed with, the second what the optimizer updates."""
     job = tiny("Tied", f"strategy={strategy}", place=place)
-    read, counted = 0, tensors.read_at
+    read, counted = 0, tensors.room
 
-    def counting(file: Reading, dtype: str, offset: int, numel: int) -> Tensor:
+    def counting(dtype: str, numel: int) -> tuple[Tensor, memoryview]:
         nonlocal read
         read += numel * tensors.DTYPES[dtype].itemsize
-        return counted(file, dtype, offset, numel)
+        return counted(dtype, numel)
 
-    tensors.read_at = counting
+    tensors.room = counting
     try:
         initialise(job, str(path))
     finally:
-        tensors.read_at = counted
+        tensors.room = counted
     weights = {name: tensor.clone() for name, tensor in weights_of(job).items()}
     losses = []
     for batches, _ in zip(steps_of(job.train_loader(), job.cut.accumulation), range(2), strict=False):
