@@ -12,6 +12,7 @@ import ctypes
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,9 +28,9 @@ from launch.world import World
 from recipes.parts.data import Batch, Dataset, Resident
 from recipes.parts.permutation import Permutation
 
-Draw = tuple[int, int]
-"""(epoch, index): one sample of the stream"""
 Numbers = NDArray[np.int64]
+Draws = Numbers
+"""[2, n]: epoch and index of each sample of a micro-batch"""
 AHEAD = 4096
 """samples whose places are computed at a time: numpy takes as long for one"""
 
@@ -53,7 +54,7 @@ class Cut:
         return turn * self.world_size + self.rank
 
 
-class TrainSampler(Sampler[list[Draw]]):
+class TrainSampler(Sampler[Draws]):
     """This rank's micro-batches from step `start` to `stop`; a DistributedSampler whose order needs no list of N numbers."""
 
     def __init__(self, size: int, cut: Cut, seed: int, start: int, stop: int) -> None:
@@ -62,15 +63,14 @@ class TrainSampler(Sampler[list[Draw]]):
     def __len__(self) -> int:
         return (self.stop - self.start) * self.cut.accumulation
 
-    def __iter__(self) -> Iterator[list[Draw]]:
+    def __iter__(self) -> Iterator[Draws]:
         cut, micro = self.cut, self.cut.micro_batch_size
         in_step = np.array([cut.position(turn) * micro for turn in range(cut.accumulation)])[:, None] + np.arange(micro)
         ahead = max(AHEAD // in_step.size, 1)
         for first in range(self.start, self.stop, ahead):
             steps = np.arange(first, min(first + ahead, self.stop))
             epochs, indices = places(self.size, self.seed, (steps[:, None, None] * cut.batch_size + in_step).reshape(-1, micro))
-            for draws in zip(epochs.tolist(), indices.tolist(), strict=True):
-                yield list(zip(*draws, strict=True))
+            yield from np.stack([epochs, indices], axis=1)
 
 
 def places(size: int, seed: int, positions: Numbers) -> tuple[Numbers, Numbers]:
@@ -83,13 +83,7 @@ def places(size: int, seed: int, positions: Numbers) -> tuple[Numbers, Numbers]:
     return epochs, indices
 
 
-def draws(size: int, seed: int, start: int, stop: int) -> list[Draw]:
-    """The samples at positions [start, stop) of the stream over a data set of `size` samples."""
-    epochs, indices = places(size, seed, np.arange(start, stop))
-    return list(zip(epochs.tolist(), indices.tolist(), strict=True))
-
-
-class EvalSampler(Sampler[list[Draw]]):
+class EvalSampler(Sampler[Draws]):
     """Micro-batches of each sample once, in order, dealt to the ranks; a short rank repeats the first, which is not counted.
 
     Repeating keeps the ranks in step: under FSDP and ZeRO-3 a forward pass is a collective.
@@ -106,21 +100,26 @@ class EvalSampler(Sampler[list[Draw]]):
         """Whether this rank's `turn` is a micro-batch of its own, not a repetition."""
         return turn * self.world_size + self.rank < self.batches
 
-    def __iter__(self) -> Iterator[list[Draw]]:
+    def __iter__(self) -> Iterator[Draws]:
         for turn in range(len(self)):
             first = (turn * self.world_size + self.rank) * self.micro_batch_size if self.counts(turn) else 0
-            yield [(0, index) for index in range(first, min(first + self.micro_batch_size, self.size))]
+            indices = np.arange(first, min(first + self.micro_batch_size, self.size))
+            yield np.stack([np.zeros_like(indices), indices])
 
 
 class Seeded(TorchDataset[Any]):
-    """A data set whose random augmentation is a function of (seed, epoch, index)."""
+    """Samples one by one, whose random augmentation is a function of (seed, epoch, index)."""
 
     def __init__(self, dataset: Dataset, seed: int, split: str) -> None:
         self.dataset, self.seed, self.split = dataset, seed, split
 
-    def __getitem__(self, draw: Draw) -> Any:
-        seed_sample(self.seed, self.split, *draw)
-        return self.dataset[draw[1]]
+    def __getitems__(self, draws: Draws) -> list[Any]:
+        return [self.sample(epoch, index) for epoch, index in draws.T.tolist()]
+
+    def sample(self, epoch: int, index: int) -> Any:
+        """Sample `index` as it is in `epoch`."""
+        seed_sample(self.seed, self.split, epoch, index)
+        return self.dataset[index]
 
 
 class SeededBatches(TorchDataset[Any]):
@@ -129,9 +128,10 @@ class SeededBatches(TorchDataset[Any]):
     def __init__(self, dataset: Resident, seed: int, split: str) -> None:
         self.dataset, self.seed, self.split = dataset, seed, split
 
-    def __getitems__(self, draws: list[Draw]) -> Batch:
-        epochs, indices = np.array(draws).T
-        return self.dataset.batch(torch.from_numpy(indices), sample_seeds(epochs, indices, self.seed, self.split))
+    def __getitems__(self, draws: Draws) -> Batch:
+        epochs, indices = draws
+        seeds = partial(sample_seeds, epochs, indices, self.seed, self.split)  # asked for where something is drawn
+        return self.dataset.batch(torch.from_numpy(indices), seeds)
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class InPlace:
     """A loader for data that lies in memory: no processes, no queues."""
 
     batches: SeededBatches
-    sampler: Sampler[list[Draw]]
+    sampler: Sampler[Draws]
     device: str
 
     def __len__(self) -> int:
@@ -154,7 +154,7 @@ Loader = DataLoader[Any] | InPlace
 
 
 def loader(
-    dataset: Dataset, sampler: Sampler[list[Draw]], seed: int, split: str, workers: int, world: World, lasting: bool = False
+    dataset: Dataset, sampler: Sampler[Draws], seed: int, split: str, workers: int, world: World, lasting: bool = False
 ) -> Loader:
     """Collated micro-batches, pinned if they go to a GPU from the host. Its processes outlast an iteration if `lasting`."""
     batches = SeededBatches(dataset, seed, split) if isinstance(dataset, Resident) else None
@@ -162,7 +162,7 @@ def loader(
         return InPlace(batches, sampler, world.device)
     return DataLoader(
         batches or Seeded(dataset, seed, split),
-        batch_sampler=sampler,
+        batch_sampler=sampler,  # type: ignore[arg-type]  # it hands on whatever comes
         num_workers=workers,
         collate_fn=as_it_is if batches else None,
         persistent_workers=lasting and workers > 0,

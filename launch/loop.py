@@ -191,7 +191,8 @@ def others_resting(job: Job, trained: Strategy) -> Iterator[None]:
 def global_count(job: Job, batches: list[Batch]) -> Callable[[], int | Tensor]:
     """What the losses of this step sum over, on all ranks and micro-batches: on its way now, to be asked for after forward."""
     if type(job.recipe).count is Recipe.count:
-        return lambda: job.cut.batch_size  # every sample counts one, and a global batch is always full
+        known = job.cut.batch_size * job.recipe.count_per_sample()  # a global batch is always full
+        return lambda: known
     here = sum(job.recipe.count(batch) for batch in batches)
     if job.world.world_size == 1 and not isinstance(here, Tensor):
         return lambda: max(here, 1)

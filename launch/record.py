@@ -145,17 +145,17 @@ class Record:
         gc.collect()
         self.clock = time.perf_counter()
 
-    def agree(self) -> None:
-        """Once a step, and in evaluations once a batch: what any rank wishes (to save by the clock, to stop), all hear."""
+    def agree(self, seldom: bool = True) -> None:
+        """After each step, and each batch of an evaluation: what any rank wishes (to save by the clock, to stop), all hear."""
         rank_zero = self.job.world.rank == 0
         wishes = {"stop"} if self.stop.wished(rank_zero) else set()
         if rank_zero and self.saver.overdue:
             wishes.add("save")
-        self.wanted |= self.agreement.exchange(wishes)
+        self.wanted |= self.agreement.exchange(wishes, seldom)
 
     def stopping(self) -> bool:
         """Whether the ranks have agreed to stop; each asks at the same places."""
-        self.agree()
+        self.agree(seldom=False)
         return "stop" in self.wanted
 
     @property

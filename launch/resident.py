@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ def near(dataset: Resident, device: str) -> Resident:
 def lies_on_gpu(dataset: Resident) -> bool:
     """Whether its batches come from the memory of a GPU."""
     first = torch.zeros(1, dtype=torch.int64)
-    return any(tensor.is_cuda for tensor in tensors_of(dataset.batch(first, first)))
+    return any(tensor.is_cuda for tensor in tensors_of(dataset.batch(first, lambda: first)))
 
 
 class Tensors:
@@ -65,7 +65,7 @@ class Tensors:
         """The same rows in the memory of `device`."""
         return Tensors([tensor.to(device) for tensor in self.tensors])
 
-    def batch(self, indices: Tensor, seeds: Tensor) -> list[Tensor]:  # noqa: ARG002  # nothing is drawn
+    def batch(self, indices: Tensor, seeds: Callable[[], Tensor]) -> list[Tensor]:  # noqa: ARG002  # nothing is drawn
         """The rows at `indices`."""
         return [tensor[indices.to(tensor.device)] for tensor in self.tensors]
 
@@ -91,6 +91,6 @@ class Part:
         """The same samples in the memory of `device`."""
         return Part(self.whole.to(device), self.order)
 
-    def batch(self, indices: Tensor, seeds: Tensor) -> object:
+    def batch(self, indices: Tensor, seeds: Callable[[], Tensor]) -> object:
         """The samples at `indices` of this part."""
         return self.whole.batch(self.order[indices], seeds)

@@ -67,8 +67,15 @@ class Recipe:
         """Raise ValueError or FileNotFoundError for fields that cannot work together. Called before torch is imported."""
 
     def count(self, batch: Batch) -> int | Tensor:
-        """What the loss of `batch` sums over; default: its samples. A recipe with masked tokens counts the tokens."""
-        return samples(batch)
+        """What the loss of `batch` sums over; default: its samples, times `count_per_sample`.
+
+        A recipe with masked tokens counts the others. The ranks then have to ask each other in each step.
+        """
+        return samples(batch) * self.count_per_sample()
+
+    def count_per_sample(self) -> int:
+        """What the loss of any one sample sums over; default: one. For a language model on full windows their tokens."""
+        return 1
 
     def blocks(self, model: nn.Module) -> Iterable[nn.Module]:  # noqa: ARG002
         """The repeated parts of the model: the unit of activation checkpointing, compilation and sharding."""

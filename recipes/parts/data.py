@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -34,10 +34,10 @@ class Resident(Dataset, Protocol):
     def to(self, device: str) -> Resident:
         """The same samples in the memory of `device`."""
 
-    def batch(self, indices: Tensor, seeds: Tensor) -> Batch:
-        """The samples at `indices`, collated, where they lie; both arguments are int64 [n], on the host.
+    def batch(self, indices: Tensor, seeds: Callable[[], Tensor]) -> Batch:
+        """The samples at `indices`, collated, where they lie. `indices`, and what `seeds` returns, are int64 [n], on the host.
 
-        An augmentation is a function of `seeds` (`recipes.parts.augment.uniform`), and so not of ranks and workers.
+        An augmentation is a function of `seeds()` (`recipes.parts.augment.uniform`), and so not of ranks and workers.
         """
 
 

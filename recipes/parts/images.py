@@ -241,7 +241,7 @@ class InMemory:
     def __getitem__(self, index: int, /) -> tuple[Tensor, int]:
         import torch
 
-        images, classes = self.batch(torch.tensor([index]), torch.randint(2**62, (1,)))
+        images, classes = self.batch(torch.tensor([index]), lambda: torch.randint(2**62, (1,)))
         return images[0], int(classes)
 
     @property
@@ -256,7 +256,7 @@ class InMemory:
             setattr(moved, name, getattr(self, name).to(device))
         return moved
 
-    def batch(self, indices: Tensor, seeds: Tensor) -> list[Tensor]:
+    def batch(self, indices: Tensor, seeds: Callable[[], Tensor]) -> list[Tensor]:
         """Images [n, channels, height, width] and classes [n]."""
         from torch.nn import functional as F
 
@@ -266,7 +266,7 @@ class InMemory:
             size = (self.pixels, self.pixels)
             images = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
         if self.augment is not None:
-            images = self.augment(images, seeds)
+            images = self.augment(images, seeds())
         return [images * self.scale + self.shift, self.classes[indices]]
 
 

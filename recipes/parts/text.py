@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from recipes.parts.data import Splits
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
@@ -134,7 +136,7 @@ class Windows:
         """The same text in the memory of `device`."""
         return Windows(self.tokens.to(device), self.block, self.stride)
 
-    def batch(self, indices: Tensor, seeds: Tensor) -> list[Tensor]:  # noqa: ARG002  # nothing is drawn
+    def batch(self, indices: Tensor, seeds: Callable[[], Tensor]) -> list[Tensor]:  # noqa: ARG002  # nothing is drawn
         """x and y, int64 [n, block] each."""
         import torch
 

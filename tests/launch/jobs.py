@@ -6,7 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from launch.command import resolve
+from launch.data import Draws, places
+from launch.guard.agreement import PERIOD
 from launch.job import Job, prepare
 from launch.loop import train
 from launch.record import Record
@@ -15,6 +19,9 @@ from launch.versions import versions
 from launch.world import World
 from tests import ranks
 from tests.ranks import run_ranks
+
+Draw = tuple[int, int]
+"""(epoch, index): one sample of the stream"""
 
 
 def job_of(place: ranks.World, recipe: str, *words: str) -> Job:
@@ -30,11 +37,12 @@ def made(place: ranks.World, *words: str) -> Job:
     return prepare(resolve(list(words), world), world)
 
 
-def trained(job: Job, folder: Path) -> Job:
-    """The job after `launch.loop.train`, its record in `folder`."""
+def trained(job: Job, folder: Path, period: float = PERIOD) -> Job:
+    """The job after `launch.loop.train`, its record in `folder`; between steps the ranks ask each other once in `period` seconds."""
     if job.world.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
     record = Record(job, folder, versions(), Screen(False))
+    record.agreement.period = period
     train(job, record)
     record.settle()
     return job
@@ -63,3 +71,13 @@ def series(folder: Path, name: str = "loss") -> list[float]:
 def alone() -> ranks.World:
     """The place of a process without others."""
     return ranks.World(rank=0, local_rank=0, world_size=1, local_world_size=1)
+
+
+def draws(size: int, seed: int, start: int, stop: int) -> list[Draw]:
+    """The samples at positions [start, stop) of the stream over a data set of `size` samples."""
+    return pairs(np.stack(places(size, seed, np.arange(start, stop))))
+
+
+def pairs(draws: Draws) -> list[Draw]:
+    """Sample by sample."""
+    return [(epoch, index) for epoch, index in draws.T.tolist()]

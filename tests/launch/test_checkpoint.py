@@ -200,7 +200,7 @@ def test_what_is_saved_is_the_state_at_its_step(tmp_path: Path) -> None:
 
 def on_the_clock(place: World, folder: Path) -> list[str]:
     words = ("checkpoint.every=1000", "checkpoint.every_minutes=0.00001", "checkpoint.keep=9")
-    trained(job_of(place, "Fit", *WORDS, *words), folder)
+    trained(job_of(place, "Fit", *WORDS, *words), folder, period=0.0)
     return [path.name for path in shelf.committed(folder)]
 
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from launch.data import Cut, Draw, EvalSampler, TrainSampler, default_workers, draws, loader, steps_of, to_device
+from launch.data import Cut, EvalSampler, TrainSampler, default_workers, loader, steps_of, to_device
 from launch.world import World
+from tests.launch.jobs import Draw, draws, pairs
 
 RANKS_AND_ACCUMULATION = [(1, 4), (2, 2), (4, 1)]
 BATCH, MICRO = 12, 3
@@ -23,7 +24,7 @@ BATCH, MICRO = 12, 3
 def global_batches(size: int, ranks: int, start: int, stop: int, seed: int = 0) -> list[list[list[Draw]]]:
     """The micro-batches of each global batch by position, collected from the samplers of all ranks."""
     cuts = [Cut(micro_batch_size=MICRO, accumulation=BATCH // MICRO // ranks, rank=r, world_size=ranks) for r in range(ranks)]
-    dealt = [list(TrainSampler(size, cut, seed, start, stop)) for cut in cuts]
+    dealt = [[pairs(draws) for draws in TrainSampler(size, cut, seed, start, stop)] for cut in cuts]
     batches = []
     for step in range(stop - start):
         found = {
@@ -66,7 +67,7 @@ def test_a_huge_data_set_costs_nothing() -> None:
     draws(1000, 0, 0, 10)  # numpy is imported before we measure
     tracemalloc.start()
     since = time.process_time()
-    found = [index for batch in islice(sampler, 200) for _, index in batch]
+    found = [index for draws in islice(sampler, 200) for index in draws[1].tolist()]
     seconds, (_, peak) = time.process_time() - since, tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 2e6
@@ -124,7 +125,7 @@ def test_evaluation_counts_each_sample_once(ranks: int, micro: int) -> None:
         assert len({len(sampler) for sampler in samplers}) == 1, "ranks in step"
         counted = []
         for sampler in samplers:
-            batches = list(sampler)
+            batches = [pairs(draws) for draws in sampler]
             assert len(batches) == len(sampler)
             assert all(0 < len(batch) <= micro for batch in batches), "none is empty: a forward pass is a collective"
             counted += [index for turn, batch in enumerate(batches) if sampler.counts(turn) for _, index in batch]

@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from launch.data import draws
 from launch.loop import set_learning_rate
 from launch.seeding import seed_device
-from tests.launch.jobs import alone, job_of, lines_of, series, trained
+from tests.launch.jobs import alone, draws, job_of, lines_of, series, trained
 from tests.launch.tiny import FEATURES, Points, network
 from tests.ranks import World, run_ranks
 

@@ -43,7 +43,7 @@ def test_a_batch_holds_the_samples(dataset: Any) -> None:
     assert isinstance(whole, Resident)
     assert len(whole) == len(dataset)
     indices = torch.tensor([2, 0, 1])
-    found, expected = whole.batch(indices, indices), default_collate([dataset[i] for i in indices.tolist()])
+    found, expected = whole.batch(indices, lambda: indices), default_collate([dataset[i] for i in indices.tolist()])
     assert len(found) == len(expected)
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs)

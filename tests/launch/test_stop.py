@@ -49,6 +49,7 @@ def life(place: World, folder: Path, asked: int, who: int) -> tuple[str, int, bo
     resume(job, folder)
     folder.mkdir(exist_ok=True)
     record = Record(job, folder, {}, Screen(False), AfterSo(asked) if place.rank == who else StopRequest())
+    record.agreement.period = 0.0  # the ranks ask each other after each step, however short it is
     why = train(job, record)
     record.settle()
     return why, job.progress.step, job.progress.unevaluated
@@ -114,6 +115,35 @@ def hear(place: World, wishes: list[list[str]]) -> list[set[str]]:
 def test_a_wish_of_one_rank_is_heard_by_all_a_step_later() -> None:
     heard = run_ranks(3, hear, [[], ["stop"], [], ["save", "stop"]])
     assert heard[0] == heard[1] == heard[2] == [set(), set(), {"stop"}, set(), {"save", "stop"}]
+
+
+def listen(place: World, calls: int, period: float) -> tuple[int, list[int]]:
+    """How many questions were asked in `calls` calls, and in which calls a wish of rank one was heard."""
+    agreement = Agreement(LaunchWorld(rank=place.rank, world_size=place.world_size), ["save", "stop"], period)
+    heard = [call for call in range(calls) if agreement.exchange(["stop"] if place.rank == 1 else [], seldom=True)]
+    agreement.close()
+    return len(heard), heard
+
+
+def test_short_steps_are_not_asked_after_one_by_one() -> None:
+    """Pauses of 0, 1, 3, 7, 15 and then 31 calls, the same ones on both ranks; an answer comes a call later."""
+    expected = [1, 3, 7, 15, 31, 63, 95]
+    assert run_ranks(2, listen, 100, 1e9) == [(len(expected), expected)] * 2
+
+
+def test_long_steps_are_asked_after_each() -> None:
+    assert run_ranks(2, listen, 10, 0.0) == [(9, list(range(1, 10)))] * 2
+
+
+def evaluation_between(place: World) -> list[int]:
+    agreement = Agreement(LaunchWorld(rank=place.rank, world_size=place.world_size), ["stop"], 1e9)
+    for _ in range(60):
+        agreement.exchange([], seldom=True)
+    return [call for call in range(6) if agreement.exchange(["stop"] if place.rank == 1 else [])]
+
+
+def test_in_an_evaluation_each_batch_asks() -> None:
+    assert run_ranks(2, evaluation_between) == [[1, 2, 3, 4, 5]] * 2
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,10 @@ class GPT2(Rung):
         """The rest is how it is trained."""
         return self.vocabulary, self.multiple, self.block, self.width, self.heads, self.layers, self.naive
 
+    def count_per_sample(self) -> int:
+        """Tokens predicted."""
+        return self.block
+
     def rows(self) -> tuple[Tensor, Tensor]:
         """Tokens, int64 [samples, block], and those that follow; some come more often than others, so that there is a curve."""
         shape = (self.samples, self.block + 1)

@@ -57,9 +57,6 @@ class Workload(Recipe):
         """As one writes it; if bare, with the fastest update for everybody: then only the loops differ."""
         return torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True if self.bare else None)
 
-    def count(self, batch: Batch) -> int:
-        return int(batch[1].numel())
-
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         self.stamps.append(time.perf_counter())
         noted = len(self.first_losses) < CHECKED
@@ -121,15 +118,18 @@ class CNN(Workload):
 
 @dataclass(kw_only=True)
 class GPT(Workload):
-    """Two blocks on the bytes of Python's standard library."""
+    """Two blocks on the bytes of Python's standard library; a step takes 20 milliseconds."""
 
     batch: int = 16
-    block: int = 32
+    block: int = 64
 
     def rows(self) -> tuple[Tensor, Tensor]:
         tokens = torch.frombuffer(bytearray(stdlib_source(500_000)), dtype=torch.uint8).long()
         windows = tokens.unfold(0, self.block + 1, self.block)
         return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+
+    def count_per_sample(self) -> int:
+        return self.block
 
     def build_model(self) -> nn.Module:
         return Decoder(vocabulary=256, block=self.block, width=64, heads=4, layers=2, dropout=0.0)
