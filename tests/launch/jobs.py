@@ -38,7 +38,7 @@ def made(place: ranks.World, *words: str) -> Job:
 
 
 def trained(job: Job, folder: Path, period: float = PERIOD) -> Job:
-    """The job after `launch.loop.train`, its record in `folder`; between steps the ranks ask each other once in `period` seconds."""
+    """The job after `launch.loop.train`, its record in `folder`. `period`: as the ranks agree, between steps, in seconds."""
     if job.world.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
     record = Record(job, folder, versions(), Screen(False))
