@@ -168,6 +168,7 @@ class Record:
         self.flush()
         self.job.place.at("save")
         self.saved(self.saver.save())
+        self.wanted |= self.agreement.close()  # the clock, too, was heard a step ago, and has asked again meanwhile
         self.wanted.discard("save")
         self.clock = time.perf_counter()
 

@@ -21,7 +21,8 @@ def squared_norm(tensors: list[Tensor], device: str) -> Tensor:
     if not tensors:
         return torch.zeros((), dtype=torch.float64, device=device)
     if tensors[0].device.type == "cpu":
-        parts = [part for tensor in tensors for part in ([tensor] if tensor.numel() <= SMALL else rows(tensor))]
+        reals = [real(tensor) for tensor in tensors]
+        parts = [part for tensor in reals for part in ([tensor] if tensor.numel() <= SMALL else rows(tensor))]
         norms = torch._foreach_norm(parts, 2, dtype=torch.float64)
     else:
         norms = torch._foreach_norm(tensors, 2)
@@ -29,8 +30,15 @@ def squared_norm(tensors: list[Tensor], device: str) -> Tensor:
     return norm.square()
 
 
+def real(tensor: Tensor) -> Tensor:
+    """Its elements as real numbers: those of a complex one by parts, of a sparse one without the zeros."""
+    tensor = tensor.coalesce().values() if tensor.is_sparse else tensor
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
 def rows(tensor: Tensor) -> list[Tensor]:
     """The norms of the rows into which `tensor` is cut, and the elements that are left."""
     flat = tensor.reshape(-1)
     end = flat.numel() // ROW * ROW
-    return [torch.linalg.vector_norm(flat[:end].view(-1, ROW), dim=1), flat[end:]]
+    norms = torch.linalg.vector_norm(flat[:end].view(-1, ROW), dim=1, dtype=torch.promote_types(flat.dtype, torch.float32))
+    return [norms, flat[end:]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Collection
 
@@ -10,12 +11,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from launch.world import World
-
-PERIOD = 0.05
-"""seconds between two questions, where calls are shorter"""
-MOST = 31
-"""calls that may go by without a question: should they get slower all at once, a wish waits for no more"""
-
 
 PERIOD = 0.05
 """seconds between two questions, where steps are shorter"""
@@ -58,7 +53,7 @@ class Agreement:
         """How many calls may go by after this one; no more than about twice as many as last time."""
         last, self.clock = self.clock, time.perf_counter()
         call = (self.clock - last) / (1 + self.pause)
-        return min(int(self.period / call), 2 * self.pause + 1, MOST)
+        return max(min(math.ceil(self.period / call) - 1, 2 * self.pause + 1, MOST), 0)
 
     def close(self) -> set[str]:
         """Hear the last answer, without a new question."""

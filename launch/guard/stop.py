@@ -62,7 +62,7 @@ class StopRequest:
         else:
             self.reason = signal.Signals(number).name
             if number == signal.SIGINT:
-                os.write(sys.stderr.fileno(), b"\nrankzero: stopping after this step, and saving; Ctrl-C again ends at once\n")
+                os.write(sys.stderr.fileno(), b"\nrankzero: stopping soon, and saving; Ctrl-C again ends at once\n")
 
     def wished(self, by_clock: bool) -> bool:
         """Whether to stop now: a signal came or, `by_clock`, there is just time left to finish a step and to save."""

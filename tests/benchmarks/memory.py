@@ -8,6 +8,10 @@ mark of the resident memory of each rank, of which the largest counts, on a GPU 
 same modules, and `base` is a process that does nothing else. `training`: the real loop and record, but no checkpoint. `run`: all
 of a run, whose checkpoint is copied to host memory and written behind the training, and its test and export; by hand,
 `torch.save` (or the engine's own) at the end.
+
+On both sides a tensor of a megabyte or more has pages of its own (`MALLOC_MMAP_THRESHOLD_`). In glibc's heap, freed ones leave
+holes into which the next do not fit: under FSDP2 that trebles what a rank takes beyond its imports, by chance and growing with
+the steps, in the same way for a script by hand.
 """
 
 from __future__ import annotations
@@ -63,6 +67,7 @@ def peak(side: str, said: list[str]) -> int:
         "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
+        "MALLOC_MMAP_THRESHOLD_": "1000000",
     }
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, f"side={side}", f"folder={folder}", *said]

@@ -206,9 +206,25 @@ def on_the_clock(place: World, folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_it_saves_by_the_clock_too(tmp_path: Path, world_size: int) -> None:
-    """By that of rank zero; several ranks agree a step later."""
+    """By that of rank zero; several ranks agree a step later, and what was asked meanwhile has then been answered."""
     found = run_ranks(world_size, on_the_clock, tmp_path)[0]
-    assert found == [f"step-{step:08d}" for step in range(world_size, 7)]
+    assert found == [f"step-{step:08d}" for step in range(world_size, 7, world_size)]
+
+
+def once_overdue(place: World, folder: Path) -> list[str]:
+    job = job_of(place, "Fit", *WORDS, "checkpoint.every=1000", "checkpoint.keep=9")
+    if place.rank == 0:
+        folder.mkdir()
+    record = Record(job, folder, {}, Screen(False))
+    record.agreement.period, record.saver.last = 0.0, -1e9
+    train(job, record)
+    record.settle()
+    return [path.name for path in shelf.committed(folder)]
+
+
+def test_by_the_clock_it_saves_once(tmp_path: Path) -> None:
+    """What is heard of the clock is a step old: by then a save may have been asked for twice."""
+    assert run_ranks(2, once_overdue, tmp_path / "run")[0] == ["step-00000002", "step-00000006"]
 
 
 @contextmanager

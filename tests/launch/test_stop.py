@@ -126,7 +126,7 @@ def listen(place: World, calls: int, period: float) -> tuple[int, list[int]]:
 
 
 def test_short_steps_are_not_asked_after_one_by_one() -> None:
-    """Pauses of 0, 1, 3, 7, 15 and then 31 calls, the same ones on both ranks; an answer comes a call later."""
+    """Pauses of 1, 3, 7, 15 and then 31 calls, the same ones on both ranks; an answer comes a call later."""
     expected = [1, 3, 7, 15, 31, 63, 95]
     assert run_ranks(2, listen, 100, 1e9) == [(len(expected), expected)] * 2
 
