@@ -130,14 +130,15 @@ def converted(checkpoint: Checkpoint, weight: Weight) -> Iterator[memoryview]:
     """The bytes of `weight` in another type than they were saved in; each chunk is valid until the next."""
     import torch
 
-    from launch.checkpoint.tensors import DTYPES
+    from launch.checkpoint.tensors import DTYPES, room
 
     entry = checkpoint.manifest.tensors[weight.source]
     step = CHUNK // max(SIZES[weight.dtype], SIZES[entry.dtype])
-    room = torch.empty(min(step, entry.numel), dtype=DTYPES[weight.dtype])  # a new one for each chunk would scatter the heap
+    values, content = room(weight.dtype, min(step, entry.numel))  # a new one for each chunk would scatter the heap
     for chunk in checkpoint.chunks(weight.source, step * SIZES[entry.dtype]):
-        values = torch.frombuffer(chunk, dtype=DTYPES[entry.dtype])
-        yield room[: len(values)].copy_(values).view(torch.uint8).numpy().data
+        saved = torch.frombuffer(chunk, dtype=DTYPES[entry.dtype])
+        values[: len(saved)].copy_(saved)
+        yield content[: len(saved) * SIZES[weight.dtype]]
 
 
 # files -------------------------------------------------------------------------------------------------------------------
