@@ -22,7 +22,7 @@ from launch.guard.stop import StopRequest
 from launch.job import Job
 from launch.screen import Screen
 from launch.throughput import Start, Throughput
-from launch.world import gathered
+from launch.world import Gathered
 
 
 @dataclass
@@ -36,11 +36,20 @@ class Pending:
     rate: float
 
 
+@dataclass
+class Asked:
+    """Steps whose numbers are on their way from the devices of all ranks: each loss of each step, then each norm."""
+
+    steps: list[Pending]
+    numbers: Gathered
+
+
 class Record:
     """The record of a run. Every rank has one, rank zero's writes.
 
-    Numbers stay on the device until `log.every` steps have come together and are then read at once: each line is exact, and
-    the device is waited for once an interval. A job that is `careful` has already looked at each loss, so it reads at once.
+    Numbers stay on the device until `log.every` steps have come together. Then they are asked for all at once, and read when
+    the next step is on its way: each line is exact, and neither a rank nor its device waits for another. A job that is
+    `careful` has already looked at each loss, so it reads at once.
     """
 
     def __init__(
@@ -54,6 +63,7 @@ class Record:
     ) -> None:
         self.job, self.run_dir, self.versions, self.screen = job, run_dir, versions, screen
         self.pending: list[Pending] = []
+        self.asked: Asked | None = None
         self.started = self.clock = time.perf_counter()
         self.first_step = job.progress.step
         self.throughput, self.start = Throughput(job), start or Start()
@@ -77,12 +87,15 @@ class Record:
         progress = self.job.progress
         first = progress.step == self.first_step + 1
         self.throughput.stepped(first)
+        self.hear()
         self.pending.append(Pending(progress.step, self.job.epoch, losses, norms, rate))
         if first:
             self.warmed_up()
-        shown = progress.step % self.job.config.log.every == 0 or progress.step == self.job.last_step
-        if shown:
-            self.flush()
+        last = progress.step == self.job.last_step
+        if last or progress.step % self.job.config.log.every == 0:
+            self.ask()
+            if last or self.job.careful:
+                self.hear()
 
     def warmed_up(self) -> None:
         """The first step of a life has been made: what it took (compiling, first allocations) is no step's time."""
@@ -95,45 +108,68 @@ class Record:
 
     def flush(self) -> None:
         """Read the pending steps from the device and write them."""
+        self.hear()
+        self.ask()
+        self.hear()
+
+    def ask(self) -> None:
+        """Send for the numbers of the pending steps."""
         if not self.pending:
             return
-        names = list(self.pending[0].losses)
-        losses = read([p.losses[name] for p in self.pending for name in names], over_ranks=not self.job.careful)
-        norms = read([p.norms.get(name) for p in self.pending for name in names])
-        now = time.perf_counter()
-        self.slowest_step = max(self.slowest_step, (now - self.clock) / max(len(self.pending) - self.uncounted, 1))
-        self.stop.measured(self.slowest_step, self.slowest_save)
-        steps = len(self.pending) - self.uncounted
-        if steps:
-            self.throughput.logged(now - self.clock, steps)
-            self.speed = steps * self.job.cut.batch_size / (now - self.clock)
-        self.clock, self.uncounted = now, 0
-        unit = self.job.recipe.unit
-        lines: list[dict[str, Any]] = []
-        for index, pending in enumerate(self.pending):
-            mine = slice(index * len(names), (index + 1) * len(names))
-            each = {f"loss/{name}": loss for name, loss in zip(names, losses[mine], strict=True)}
-            lines.append(
-                {
-                    "step": pending.step,
-                    "epoch": round(pending.epoch, 6),
-                    "samples": pending.step * self.job.cut.batch_size,
-                    "loss": sum(losses[mine]),
-                    **(each if len(names) > 1 else {}),
-                    "lr": pending.rate,
-                    "grad_norm": math.hypot(*norms[mine]),
-                    "samples_per_second": round(self.speed, 1),
-                    **({} if unit == "samples" else {f"{unit}_per_second": round(self.speed * self.throughput.units, 1)}),
-                    "time": round(time.time(), 3),
-                }
-            )
-        self.pending.clear()
+        names, missing = list(self.pending[0].losses), torch.full((), math.nan, device=self.job.world.device)
+        losses = torch.stack([step.losses[name] for step in self.pending for name in names])
+        norms = torch.stack([step.norms.get(name, missing) for step in self.pending for name in names])
+        self.asked = Asked(self.pending, Gathered(torch.cat([losses, norms.to(losses)])))
+        self.pending = []
+
+    def hear(self) -> None:
+        """Read the numbers that were sent for, if any, and write their steps."""
+        if self.asked is None:
+            return
+        steps, numbers = self.asked.steps, self.asked.numbers
+        self.asked = None
+        rows = numbers.get().view(-1, 2, len(steps), len(steps[0].losses))
+        mine = rows[self.job.world.rank]
+        # summed up here, rank by rank: what a reduction of several numbers adds first depends on how many there are
+        losses = mine[0] if self.job.careful else rows[:, 0].sum(0)
+        self.look_at_speed(numbers.when, len(steps))
+        lines = [
+            self.line(step, *of_step)
+            for step, *of_step in zip(steps, losses.float().tolist(), mine[1].float().tolist(), strict=True)
+        ]
         self.write(lines)
         self.saved(self.saver.finished())
         self.screen.step(lines[-1], self.job.last_step)
         for line in lines:
             nonfinite.check_late(self.job, line["step"], line["loss"])
         gc.collect(1)  # what is young; all of it with each evaluation
+
+    def look_at_speed(self, now: float, steps: int) -> None:
+        """At `now`, so many steps came to their end since last time."""
+        counted = steps - self.uncounted
+        seconds, self.clock, self.uncounted = now - self.clock, now, 0
+        self.slowest_step = max(self.slowest_step, seconds / max(counted, 1))
+        self.stop.measured(self.slowest_step, self.slowest_save)
+        if counted:
+            self.throughput.logged(seconds, counted)
+            self.speed = counted * self.job.cut.batch_size / seconds
+
+    def line(self, step: Pending, losses: list[float], norms: list[float]) -> dict[str, Any]:
+        """A line of metrics.jsonl; `losses` and `norms` of each model."""
+        unit = self.job.recipe.unit
+        each = {f"loss/{name}": loss for name, loss in zip(step.losses, losses, strict=True)}
+        return {
+            "step": step.step,
+            "epoch": round(step.epoch, 6),
+            "samples": step.step * self.job.cut.batch_size,
+            "loss": sum(losses),
+            **(each if len(each) > 1 else {}),
+            "lr": step.rate,
+            "grad_norm": math.hypot(*norms),
+            "samples_per_second": round(self.speed, 1),
+            **({} if unit == "samples" else {f"{unit}_per_second": round(self.speed * self.throughput.units, 1)}),
+            "time": round(time.time(), 3),
+        }
 
     def evaluation(self, scores: dict[str, Any], split: str = "eval") -> None:
         """Take note of an evaluation; numbers go to the screen, tables (a confusion matrix) to the file only."""
@@ -227,18 +263,6 @@ def not_saved(saved: Saved) -> str:
         f"step {saved.step} was not saved: {saved.problem}. A rank writes about {decimal(saved.size)}; "
         "what was saved before is untouched."
     )
-
-
-def read(values: list[Tensor | None], over_ranks: bool = False) -> list[float]:
-    """Scalars from the device as float32 numbers, in one copy, summed over ranks if so asked. NaN for a missing one.
-
-    The sum is made here, rank by rank: what a reduction of several numbers adds first depends on how many there are.
-    """
-    if any(value is None for value in values):
-        values = [torch.tensor(math.nan) if value is None else value.cpu() for value in values]
-    packed = torch.stack([value for value in values if value is not None])
-    numbers: list[float] = (gathered(packed).sum(0) if over_ranks else packed).float().tolist()
-    return numbers
 
 
 def forget_after(metrics: Path, step: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -210,16 +211,40 @@ class Total:
 
 
 def gathered(value: Tensor) -> Tensor:
-    """The 1-D `value` of each rank, as rows; for few numbers."""
-    import torch
-    import torch.distributed as dist
+    """The 1-D `value` of each rank, as rows on the host; for few numbers."""
+    return Gathered(value).get()
 
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return value[None]
-    rows = torch.empty(dist.get_world_size() * len(value), dtype=value.dtype, device=value.device)
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.14
-    gather(rows, value)
-    return rows.view(-1, len(value))
+
+class Gathered:
+    """The 1-D `value` of each rank, as rows on the host, on its way while other things are done; for few numbers."""
+
+    def __init__(self, value: Tensor) -> None:
+        import torch
+        import torch.distributed as dist
+
+        self.rows, self.work, self.copied = value[None], None, None
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.14
+            flat = torch.empty(dist.get_world_size() * len(value), dtype=value.dtype, device=value.device)
+            self.work = gather(flat, value, async_op=not value.is_cuda)
+            self.rows = flat.view(-1, len(value))
+        if value.is_cuda:
+            self.rows = self.rows.to("cpu", non_blocking=True)
+            self.copied = torch.cuda.current_stream().record_event()
+        self.when = time.perf_counter()
+        """when the value was known; where a GPU had yet to compute it, that is corrected in `get`"""
+
+    def get(self) -> Tensor:
+        """Wait for the rows."""
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
+        if self.copied is not None:
+            if not self.copied.query():
+                self.copied.synchronize()
+                self.when = time.perf_counter()
+            self.copied = None
+        return self.rows
 
 
 def from_rank_zero(value: Any) -> Any:

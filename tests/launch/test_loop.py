@@ -137,6 +137,29 @@ def test_a_line_of_the_record(tmp_path: Path) -> None:
     assert all(torch.tensor(line["loss"], dtype=torch.float32).item() == line["loss"] for line in lines), "exact float32"
 
 
+def on_record_in_each_step(place: World, folder: Path, *words: str) -> list[int]:
+    """How many steps metrics.jsonl holds when the loss of each step is computed."""
+    job = job_of(place, "Fit", "batch_size=8", "steps=7", *words)
+    compute, found = job.recipe.loss, list[int]()
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        if place.rank == 0:  # which has made the file
+            found.append(len((folder / "metrics.jsonl").read_text().splitlines()))
+        return compute(model, batch)
+
+    job.recipe.loss = loss  # type: ignore[method-assign]
+    trained(job, folder)
+    return found
+
+
+def test_numbers_are_read_when_the_next_step_is_on_its_way(tmp_path: Path) -> None:
+    for every, found in (("3", [0, 0, 0, 0, 3, 3, 3]), ("1", [0, 1, 2, 3, 4, 5, 6])):
+        assert run_ranks(2, on_record_in_each_step, tmp_path / every, f"log.every={every}")[0] == found
+    assert [line["step"] for line in lines_of(tmp_path / "3") if "loss" in line] == list(range(1, 8))
+    for name in ("loss", "grad_norm"):
+        assert series(tmp_path / "3", name) == series(tmp_path / "1", name)
+
+
 # several models ----------------------------------------------------------------------------------------------------------
 
 TWO = ("batch_size=16", "steps=6", "noise=0", "lr=0.05")
