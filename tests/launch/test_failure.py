@@ -51,7 +51,7 @@ def test_an_exception_on_one_rank_is_told_once_and_ends_the_job(tmp_path: Path) 
     verdict = failure(tmp_path)
     assert (verdict["rank"], verdict["step"], verdict["error"]) == (1, 3, "LookupError")
     failed_after = time.time() - verdict["time"]
-    assert failed_after < 10, "from the failure to the end of the job"
+    assert failed_after < 30, "from the failure to the end of the job"
     assert losses(tmp_path), "the steps before are on record"
 
 
@@ -128,7 +128,7 @@ def test_a_rank_that_is_killed_ends_the_job(tmp_path: Path) -> None:
     killed = time.monotonic()
     ended = finish(process)
     assert ended.code == 1
-    assert time.monotonic() - killed < 10
+    assert time.monotonic() - killed < 30, "heartbeats find it, no timeout of minutes"
     assert len(ended.ours) == 1, ended.err
     assert re.search(r"rank 1 on .*, last seen in step \d+, \w+: ended without a word", ended.ours[0])
     assert failure(tmp_path)["lost"] == [1]

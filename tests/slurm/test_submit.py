@@ -106,7 +106,13 @@ def test_follow_prints_and_ends_with_the_job(cluster: Cluster, site: str, tmp_pa
 def test_ctrl_c_leaves_the_job_alone(cluster: Cluster, site: str, tmp_path: Path) -> None:
     command = [sys.executable, SUBMIT, site, "follow=true", "stay=true", "run_dir=run"]
     following = subprocess.Popen(
-        command, cwd=tmp_path, env=cluster.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=tmp_path,
+        env=cluster.env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # who tests in the background ignores it
     )
     until((tmp_path / "run/rank0.json").exists, "it runs")
     os.kill(following.pid, signal.SIGINT)
