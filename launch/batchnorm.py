@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from launch.world import World, total
+from launch.collectives import total
+from launch.world import World
 
 
 class RunningStatistics:

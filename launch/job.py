@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from launch import data
 from launch.batchnorm import RunningStatistics
+from launch.collectives import total
 from launch.command import Settings, accumulation
 from launch.config import Config
 from launch.guard.place import Place
 from launch.resident import near, resident
 from launch.seeding import seed_device
-from launch.world import World, total
+from launch.world import World
 from recipes.base import Recipe
 from recipes.parts.data import Batch, Dataset, Resident, Splits
 from recipes.parts.schedule import Plateau, Schedule

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from launch.collectives import Total, total
 from launch.guard.nonfinite import check_gradients, check_loss
 from launch.seeding import seed_device
-from launch.world import Total, total
 from recipes.base import Recipe
 
 if TYPE_CHECKING:

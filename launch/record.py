@@ -16,13 +16,13 @@ from rich.filesize import decimal
 from torch import Tensor
 
 from launch.checkpoint.saver import NotSaved, Saved, Saver
+from launch.collectives import Gathered
 from launch.guard import nonfinite
 from launch.guard.agreement import Agreement
 from launch.guard.stop import StopRequest
 from launch.job import Job
 from launch.screen import Screen
 from launch.throughput import Start, Throughput
-from launch.world import Gathered
 
 
 @dataclass

@@ -17,6 +17,7 @@ from launch.checkpoint.reader import Checkpoint
 from launch.checkpoint.resume import resume
 from launch.checkpoint.shelf import committed
 from launch.checkpoint.weights import initialise
+from launch.collectives import from_rank_zero
 from launch.command import Settings
 from launch.config import PATIENCE, nested, stop_for
 from launch.debugging import debug
@@ -34,7 +35,7 @@ from launch.run_dir import start_run_dir
 from launch.screen import Screen
 from launch.throughput import Start
 from launch.versions import versions
-from launch.world import World, from_rank_zero
+from launch.world import World
 
 
 def run(settings: Settings, world: World, run_dir: Path) -> int:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from launch.collectives import gathered
 from launch.data import mapped
 from launch.guard.lives import BORN
-from launch.world import gathered
 
 if TYPE_CHECKING:
     from launch.job import Job

@@ -11,10 +11,10 @@ from typing import Any
 from launch.checkpoint.manifest import NAME, Manifest
 from launch.checkpoint.reader import Checkpoint
 from launch.checkpoint.shelf import committed, named, set_aside, shelf, step_of
+from launch.collectives import barrier, first_problem, from_rank_zero
 from launch.config import flatten, nested
 from launch.guard.lives import former_lives
 from launch.job import Job
-from launch.world import barrier, first_problem, from_rank_zero
 
 MAY_CHANGE = {
     *("config", "run_dir", "resume", "init", "init_partial", "debug", "workers"),

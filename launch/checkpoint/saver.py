@@ -25,9 +25,9 @@ import torch.distributed as dist
 from launch.checkpoint.manifest import FileEntry, Manifest, TensorEntry
 from launch.checkpoint.shelf import folder_of, prune, shelf, sweep
 from launch.checkpoint.snapshot import Snapshot, kinds
+from launch.collectives import first_problem
 from launch.config import nested
 from launch.files import make_room, remove_folder, sync, write_hashed, write_text_whole
-from launch.world import first_problem
 from strategies.state import Range, tied_names
 
 if TYPE_CHECKING:

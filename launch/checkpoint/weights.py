@@ -23,8 +23,9 @@ from launch.checkpoint.names import Shape, best_matching
 from launch.checkpoint.ranges import RangeFile
 from launch.checkpoint.reader import Checkpoint
 from launch.checkpoint.shelf import committed
+from launch.collectives import first_problem, from_rank_zero
 from launch.job import Job
-from launch.world import World, first_problem, from_rank_zero
+from launch.world import World
 from strategies.base import listed
 from strategies.state import tied_names
 

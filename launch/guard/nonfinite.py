@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from launch.collectives import first_problem
 from launch.data import tensors_of
 from launch.seeding import seed_device
-from launch.world import first_problem
 
 if TYPE_CHECKING:
     from launch.job import Job

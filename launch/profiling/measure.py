@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
+from launch.collectives import barrier, gathered
 from launch.guard.place import Place
 from launch.loop import collected_by_hand, set_learning_rate, train_step
 from launch.profiling.events import PHASE, phases_of, split_of, steps_of
 from launch.throughput import peak_memory
-from launch.world import barrier, gathered
 
 if TYPE_CHECKING:
     from torch.autograd.profiler_util import FunctionEvent

@@ -31,10 +31,15 @@ def job_of(place: ranks.World, recipe: str, *words: str) -> Job:
 
 def made(place: ranks.World, *words: str) -> Job:
     """The run that the command line `words` describes, on this rank."""
-    world = World(
+    world = world_of(place)
+    return prepare(resolve(list(words), world), world)
+
+
+def world_of(place: ranks.World) -> World:
+    """The place as a run knows it."""
+    return World(
         rank=place.rank, local_rank=place.local_rank, world_size=place.world_size, local_world_size=place.local_world_size
     )
-    return prepare(resolve(list(words), world), world)
 
 
 def trained(job: Job, folder: Path, period: float = PERIOD) -> Job:
