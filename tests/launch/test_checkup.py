@@ -126,7 +126,7 @@ def test_a_port_that_is_taken() -> None:
 def test_a_check_that_hangs_or_raises_is_a_finding() -> None:
     start = time.monotonic()
     assert "no answer within 0.1 s" in only(tried("disk", 0.1, lambda: time.sleep(5) or [])).found
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 4
     assert only(tried("disk", 1, lambda: [][1])).found.startswith("IndexError")
 
 

@@ -34,6 +34,8 @@ MISTAKES = {
 }
 UNDER_TORCHRUN = ("misspelt key", "impossible split", "run directory of another recipe")
 """one of each place that refuses: the words, what depends on the ranks, what lies on the disk; one answer is for all"""
+PROMPT = 15
+"""seconds of a busy machine; an idle one takes a tenth or, with torchrun, a fifth of it"""
 
 
 @pytest.fixture
@@ -57,7 +59,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(folder: Path, mistake: str) -> No
     assert (ended.code, ended.out) == (2, "")
     assert ended.err.count("\n") == len(ended.ours) == 1, ended.err
     assert MISTAKES[mistake][1] in ended.err
-    assert min(ended.seconds, ended.cpu_seconds) < 5
+    assert min(ended.seconds, ended.cpu_seconds) < PROMPT
     assert not (folder / "runs").exists(), "a refused run leaves nothing"
 
 
@@ -73,7 +75,7 @@ def test_a_mistake_is_one_line_in_all_under_torchrun(folder: Path, mistake: str)
     codes = [int(code) for code in re.findall(r"exitcode *: (-?\d+)", ended.err)]
     assert 2 in codes, ended.err
     assert set(codes) <= {2, -15}, ended.err
-    assert min(ended.seconds, ended.cpu_seconds) < 5
+    assert min(ended.seconds, ended.cpu_seconds) < PROMPT
 
 
 @pytest.mark.parametrize("words", [["--help"], ["recipe=resnet", "--help"], ["recipe=gpt", "-h"]])

@@ -253,7 +253,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
     pressed = time.monotonic()
     ended = finish(process)
     assert (ended.code, "Ctrl-C again" in ended.err) == (130, True), ended.err
-    assert time.monotonic() - pressed < 5
+    assert time.monotonic() - pressed < 15
     assert not offspring(tmp_path)
 
 
