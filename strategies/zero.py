@@ -95,7 +95,8 @@ class Zero(Strategy):
             "gradient_clipping": 0.0,
             "zero_optimization": {
                 # Gradients are reduced beside backward under ZeRO-3 (overlap_comm, its default) but not under 1 and 2: there
-                # reductions have read buckets too soon (https://github.com/deepspeedai/DeepSpeed/issues/8061, 5545).
+                # reductions have read buckets too soon (https://github.com/deepspeedai/DeepSpeed/issues/8061, 5545). Where
+                # that is mended, the host waits for the device after each backward, and backward for the bucket before (8364).
                 "stage": self.stage,
                 "reduce_bucket_size": bucket,
                 "allgather_bucket_size": bucket,
