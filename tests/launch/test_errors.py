@@ -20,6 +20,12 @@ from importlib.machinery import PathFinder
 find = PathFinder.find_spec
 PathFinder.find_spec = classmethod(lambda cls, name, *rest: None if name == "deepspeed" else find(name, *rest))
 """
+TELL_TORCH = """
+import atexit, os, sys
+if "TORCHELASTIC_RUN_ID" in os.environ or not any("torch" in word for word in sys.orig_argv):
+    atexit.register(lambda: "torch" in sys.modules and print("rankzero: torch was imported", file=sys.stderr))
+"""
+"""said by each process that has imported it, but torchrun itself, which must"""
 
 MISTAKES = {
     "misspelt key": (["optim.lrr=0.1"], "optim.lr"),
@@ -44,7 +50,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.yaml").write_text("recipe: gpt\n")
     (tmp_path / "hidden").mkdir()
-    (tmp_path / "hidden" / "sitecustomize.py").write_text(HIDE_DEEPSPEED)
+    (tmp_path / "hidden" / "sitecustomize.py").write_text(HIDE_DEEPSPEED + TELL_TORCH)
     return tmp_path
 
 
