@@ -21,14 +21,14 @@ from types import ModuleType
 if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     del sys.path[0]  # a user's own `data.py` or `config.py` must not find ours
 try:
-    from launch.command import resolve
+    from launch.cli.resolve import resolve
 except ModuleNotFoundError as missing:
     sys.exit(f"rankzero is not installed here ({missing}): pip install -e .")
 
-from launch import help
-from launch.config import stop_for
-from launch.run_dir import find_run_dir
-from launch.world import World, find_world
+from launch.cli import help
+from launch.cli.config import stop_for
+from launch.runtime.world import World, find_world
+from launch.training.run_dir import find_run_dir
 
 
 def main(words: list[str]) -> None:
@@ -55,9 +55,9 @@ def main(words: list[str]) -> None:
 
 
 def session() -> ModuleType:
-    """`launch.session`, and torch with it. Imports make no garbage, and looking for it meanwhile takes a tenth of their time."""
+    """`launch.training.trainer`, and torch with it. Imports make no garbage, and looking for it meanwhile takes a tenth of their time."""
     gc.disable()
-    from launch import session
+    from launch.training import trainer as session
 
     gc.enable()
     return session

@@ -13,16 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from strategies import activation, compilation, precision
+from strategies import activation, precision
+from strategies import compile as compilation
 from strategies.fused import fuse
-from strategies.initialise import initialise
+from strategies.init_weights import initialise
 from strategies.norm import squared_norm
 from strategies.options import Options
-from strategies.state import Range, Reader, described_groups, empty_optimizer_state, share, unique_state
+from strategies.shards import Range, Reader, described_groups, empty_optimizer_state, share, unique_state
 
 
 class World(Protocol):
-    """The ranks of a run, as far as a strategy has to know them (`launch.world.World` is one)."""
+    """The ranks of a run, as far as a strategy has to know them (`launch.runtime.world.World` is one)."""
 
     @property
     def rank(self) -> int:

@@ -18,10 +18,10 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from strategies.base import Blocks, BuildModel, BuildOptimizer, Strategy, World
-from strategies.initialise import build_without_weights, initialise, materialise
+from strategies.init_weights import build_without_weights, initialise, materialise
 from strategies.norm import squared_norm
 from strategies.options import Options
-from strategies.state import Range, Reader, share, unique_state
+from strategies.shards import Range, Reader, share, unique_state
 
 
 class FSDP(Strategy):

@@ -18,9 +18,9 @@ from torch.optim import Optimizer
 
 from strategies import precision
 from strategies.base import BuildOptimizer, Strategy, World
+from strategies.deepspeed_compat import at_least_1d, free_gathered_weights, import_deepspeed, prepared_deepspeed
 from strategies.options import Options
-from strategies.state import Range, Reader, unique_state
-from strategies.zero_environment import at_least_1d, free_gathered_weights, import_deepspeed, prepared_deepspeed
+from strategies.shards import Range, Reader, unique_state
 
 # they look at the shape of each parameter; to an elementwise optimizer a flat partition is as good
 SHAPED_OPTIMIZERS = ("Adafactor", "Muon", "LBFGS", "SparseAdam")

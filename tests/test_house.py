@@ -106,7 +106,7 @@ def test_start_up_imports_nothing_heavy() -> None:
             found = {file for file in (inside.with_suffix(".py"), inside / "__init__.py") if file.is_file()} - seen
             waiting += found
             seen |= found
-    assert ROOT / "launch" / "command.py" in seen, "the test sees nothing"
+    assert ROOT / "launch" / "cli" / "resolve.py" in seen, "the test sees nothing"
     assert not wrong
 
 

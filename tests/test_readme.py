@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.config import Config, keys_of
+from launch.cli.config import Config, keys_of
 from tests.launch.jobs import undisturbed
 from tests.launch.processes import ROOT, call
 
@@ -83,11 +83,15 @@ def test_every_run_runs(folder: Path) -> None:
 def test_every_look_into_checkpoints_works(folder: Path) -> None:
     assert call("recipe=./mine.py", "steps=4", "checkpoint.every=2", "run_dir=runs/a", cwd=folder).code == 0
     shutil.copytree(folder / "runs" / "a", folder / "runs" / "b")
-    looks = [words for words in commands() if "launch/ckpt.py" in words]
-    said = {words[words.index("launch/ckpt.py") + 1] for words in looks}
+    looks = [words for words in commands() if "launch/commands/ckpt.py" in words]
+    said = {words[words.index("launch/commands/ckpt.py") + 1] for words in looks}
     assert said == {"list", "inspect", "verify", "export", "diff", "prune"}
     for words in looks:
-        program = [sys.executable, str(ROOT / "launch" / "ckpt.py"), *words[words.index("launch/ckpt.py") + 1 :]]
+        program = [
+            sys.executable,
+            str(ROOT / "launch" / "commands" / "ckpt.py"),
+            *words[words.index("launch/commands/ckpt.py") + 1 :],
+        ]
         ended = subprocess.run(program, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
         assert ended.returncode == 0, f"{shlex.join(words)}\n{ended.stderr}"
     assert (folder / "weights.pt").is_file()
@@ -95,7 +99,7 @@ def test_every_look_into_checkpoints_works(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_the_recipe_passes_parity(folder: Path) -> None:
-    parity = [sys.executable, str(ROOT / "launch" / "parity.py"), "recipe=./mine.py", "strategies=ddp", "compare=2"]
+    parity = [sys.executable, str(ROOT / "launch" / "commands" / "parity.py"), "recipe=./mine.py", "strategies=ddp", "compare=2"]
     ended = subprocess.run(parity, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr
 

@@ -22,5 +22,5 @@ one for each of its rows: it would be written as so many cuts.)
     weights.py     `init=`: weights from elsewhere into a fresh run
     names.py       which name in there is which name of the model
     export.py      plain safetensors or torch files, streamed
-    describe.py, compare.py, console.py    what `launch/ckpt.py` shows
+    describe.py, compare.py, console.py    what `launch/commands/ckpt.py` shows
 """

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from launch.checkpoint.manifest import Manifest
 from launch.checkpoint.reader import Checkpoint
-from launch.config import flatten
+from launch.cli.config import flatten
 
 CHUNK = 2**21
 """elements that are compared at a time, in double precision"""

@@ -1,4 +1,4 @@
-"""What the commands of `launch/ckpt.py` share: words read, checkpoints found, tables and progress shown. Imports no torch."""
+"""What `launch/commands/ckpt.py` needs: words read, checkpoints found, tables and progress shown. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, get_type_hints
 
+from launch.checkpoint.directory import committed
 from launch.checkpoint.manifest import NAME
-from launch.checkpoint.shelf import committed
-from launch.config import build, check_known, keys_of
+from launch.cli.config import build, check_known, keys_of
 
 if TYPE_CHECKING:
     from launch.checkpoint.reader import Checkpoint

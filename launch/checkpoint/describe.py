@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 from rich.filesize import decimal
 
+from launch.checkpoint.directory import DAMAGED, committed, shelf
 from launch.checkpoint.manifest import Manifest, TensorEntry
-from launch.checkpoint.ranges import SIZES
-from launch.checkpoint.shelf import DAMAGED, committed, shelf
-from launch.config import flatten, show
+from launch.checkpoint.tensor_file import SIZES
+from launch.cli.config import flatten, show
 
 
 class Row(NamedTuple):

@@ -17,9 +17,9 @@ from typing import NamedTuple
 from zipfile import ZipFile, ZipInfo
 
 from launch.checkpoint.manifest import Manifest
-from launch.checkpoint.ranges import SIZES, layout
 from launch.checkpoint.reader import Checkpoint
-from launch.files import make_room, sync, write_hashed
+from launch.checkpoint.tensor_file import SIZES, layout
+from launch.runtime.files import make_room, sync, write_hashed
 
 FORMATS = (".safetensors", ".pt", ".pth")
 PRECISIONS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}

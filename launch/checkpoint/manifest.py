@@ -14,8 +14,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from launch.checkpoint.ranges import SIZES
-from launch.files import digest, write_text_whole
+from launch.checkpoint.tensor_file import SIZES
+from launch.runtime.files import digest, write_text_whole
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -69,7 +69,7 @@ class Manifest:
     time: float
     """seconds since the epoch, when it was taken"""
     progress: dict[str, Any]
-    """`launch.job.Progress.state()`"""
+    """`launch.state.run.Progress.state()`"""
     config: dict[str, Any]
     """every key of the run, as resolved"""
     train_samples: int

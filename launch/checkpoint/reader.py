@@ -9,10 +9,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from launch.checkpoint.directory import NO_STEP, step_of
 from launch.checkpoint.manifest import NAME, Damaged, Manifest, TensorEntry
-from launch.checkpoint.ranges import SIZES
-from launch.checkpoint.shelf import NO_STEP, step_of
-from launch.files import Reading, digest_of
+from launch.checkpoint.tensor_file import SIZES
+from launch.runtime.files import Reading, digest_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -141,7 +141,7 @@ class Checkpoint:
 
 
 class ModelState:
-    """The tensors of one model in a checkpoint (a `strategies.state.Reader`)."""
+    """The tensors of one model in a checkpoint (a `strategies.shards.Reader`)."""
 
     def __init__(self, checkpoint: Checkpoint, prefix: str) -> None:
         self.checkpoint, self.prefix = checkpoint, prefix

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from launch.checkpoint.directory import committed, named, set_aside, shelf, step_of
 from launch.checkpoint.manifest import NAME, Manifest
 from launch.checkpoint.reader import Checkpoint
-from launch.checkpoint.shelf import committed, named, set_aside, shelf, step_of
-from launch.collectives import barrier, first_problem, from_rank_zero
-from launch.config import flatten, nested
-from launch.guard.lives import former_lives
-from launch.job import Job
+from launch.cli.config import flatten, nested
+from launch.runtime.collectives import barrier, first_problem, from_rank_zero
+from launch.runtime.restarts import former_lives
+from launch.state.run import Job
 
 MAY_CHANGE = {
     *("config", "run_dir", "resume", "init", "init_partial", "debug", "workers"),

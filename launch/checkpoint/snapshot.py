@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from launch.checkpoint.ranges import Kind, Stored, layout
+from launch.checkpoint.tensor_file import Kind, Stored, layout
 from launch.checkpoint.tensors import DTYPES, NAMES
-from strategies.state import Range
+from strategies.shards import Range
 
 
 def kinds(ranges: Mapping[str, Range]) -> dict[str, Kind]:

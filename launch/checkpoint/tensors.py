@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from launch.checkpoint.ranges import SIZES
+from launch.checkpoint.tensor_file import SIZES
 
 DTYPES = {
     "F64": torch.float64,

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
-from launch.collectives import barrier, gathered
-from launch.guard.place import Place
-from launch.loop import collected_by_hand, set_learning_rate, train_step
 from launch.profiling.events import PHASE, phases_of, split_of, steps_of
-from launch.throughput import peak_memory
+from launch.reporting.throughput import peak_memory
+from launch.runtime.collectives import barrier, gathered
+from launch.runtime.phase import Place
+from launch.training.loop import collected_by_hand, set_learning_rate, train_step
 
 if TYPE_CHECKING:
     from torch.autograd.profiler_util import FunctionEvent
 
-    from launch.job import Job
+    from launch.state.run import Job
     from recipes.parts.data import Batch
 
 
@@ -106,7 +106,7 @@ def measured(job: Job, place: Phases, warmup: int, steps: int) -> tuple[profile,
 
 
 def make(job: Job, data: Iterator[list[Batch]]) -> None:
-    """One step, as `launch.loop.train` makes it."""
+    """One step, as `launch.training.loop.train` makes it."""
     job.place.at("data")
     batches = next(data)
     job.place.at("forward")  # which begins with what the ranks have to agree on: that is no waiting for data

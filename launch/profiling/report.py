@@ -7,14 +7,14 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from launch.profiling.measure import Figures
-from launch.screen import device_name, extras, way_of
-from launch.throughput import SLOW_DATA, Throughput, duration
+from launch.reporting.console import device_name, extras, way_of
+from launch.reporting.throughput import SLOW_DATA, Throughput, duration
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from launch.data import Cut
-    from launch.job import Job
+    from launch.data.loader import Cut
+    from launch.state.run import Job
 
 EXPOSED, IDLE, COPIES, SLOWED = 0.10, 0.20, 0.05, 0.25
 """shares of a step from which something is worth a word; the last: what the profiler itself may add to it"""
@@ -163,7 +163,7 @@ def about_waiting(job: Job, rows: Sequence[Figures]) -> Iterator[str]:
     if waiting > min(exposed):
         yield (
             f"{waiting:.2f} of {mean.exposed:.2f} ms of exposed communication are waiting for a slower rank, rank "
-            f"{exposed.index(min(exposed))}: compare its figures above; launch/doctor.py looks at its machine"
+            f"{exposed.index(min(exposed))}: compare its figures above; launch/commands/doctor.py looks at its machine"
         )
     else:
         yield f"{mean.exposed / mean.step:.0%} of a step is exposed communication: {'; '.join(less_communication(job))}"

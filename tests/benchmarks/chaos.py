@@ -29,12 +29,12 @@ from typing import Any
 
 import psutil
 
-from launch.checkpoint.shelf import committed, shelf
-from launch.config import read_line
-from launch.guard.chaos import KINDS
-from launch.proof.common import environment
-from launch.proof.curves import compared, only_one_knows, same_files, steps_of, wrong_steps
-from launch.proof.lives import Ended, Layout, is_saving, lines_of, live, resumed_at, saved_step
+from launch.checkpoint.directory import committed, shelf
+from launch.cli.config import read_line
+from launch.equivalence.common import environment
+from launch.equivalence.compare_metrics import compared, only_one_knows, same_files, steps_of, wrong_steps
+from launch.equivalence.subprocesses import Ended, Layout, is_saving, lines_of, live, resumed_at, saved_step
+from launch.watchdog.fault_injection import KINDS
 
 STEPS, EVERY, HANG = 30, 4, 8
 RECIPE = Path(__file__).parents[1] / "launch" / "tiny.py"

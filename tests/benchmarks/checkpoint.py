@@ -24,14 +24,14 @@ from rich.filesize import decimal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from launch.checkpoint.directory import committed
 from launch.checkpoint.manifest import FileEntry, Manifest, TensorEntry
 from launch.checkpoint.reader import Checkpoint
 from launch.checkpoint.resume import opened
-from launch.checkpoint.shelf import committed
-from launch.files import CHUNK
-from launch.job import Job
-from launch.loop import set_learning_rate, train_step
-from launch.record import Record
+from launch.reporting.metrics import Record
+from launch.runtime.files import CHUNK
+from launch.state.run import Job
+from launch.training.loop import set_learning_rate, train_step
 from tests.benchmarks.workload import Dense, prepared
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,7 +58,7 @@ def dense(state_mb: float) -> Dense:
 
 
 def steps(job: Job, record: Record) -> Iterator[None]:
-    """The body of `launch.loop.train`, on the same batch again and again."""
+    """The body of `launch.training.loop.train`, on the same batch again and again."""
     width = next(iter(job.strategies["model"].module.parameters())).shape[1]
     batch = job.to_device([torch.randn(job.cut.batch_size, width), torch.randn(job.cut.batch_size, width)])
     while True:
@@ -253,7 +253,7 @@ def export(size_mb: float) -> None:
         record.settle()
         newest = committed(record.run_dir)[-1]
         weights = sum(p.nbytes for p in job.models["model"].parameters())
-        ckpt, command = ROOT / "launch" / "ckpt.py", "export"
+        ckpt, command = ROOT / "launch" / "commands" / "ckpt.py", "export"
         measure = f"import runpy, sys; sys.argv = {[str(ckpt), command]!r} + sys.argv[1:]\n"
         measure += f"try: runpy.run_path({str(ckpt)!r}, run_name='__main__')\nexcept SystemExit: pass\n"
         measure += "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"

@@ -32,11 +32,11 @@ from scipy.stats import chisquare
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
-from launch.command import resolve
-from launch.config import read_line
-from launch.data import Cut, TrainSampler
-from launch.job import Job, prepare
-from launch.world import World
+from launch.cli.config import read_line
+from launch.cli.resolve import resolve
+from launch.data.loader import Cut, TrainSampler
+from launch.runtime.world import World
+from launch.state.run import Job, prepare
 from recipes.parts.image_files import MNIST_FILES
 from recipes.parts.permutation import Permutation
 from tests.benchmarks.report import Report, in_turns, ratios

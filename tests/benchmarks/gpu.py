@@ -10,7 +10,7 @@ promises, `of_product` of the matrix product measured in the same precision: of 
 attention in full, as torch's FlopCounterMode counts them. Compiled are blocks and loss one by one, which is what rankzero does,
 and ResNet-50 as a whole.
 
-`loop`: the raw loop (`raw_ms`) and rankzero (`ms`: `launch.loop.train` with its record) at the highest rung, one rank, A B B A
+`loop`: the raw loop (`raw_ms`) and rankzero (`ms`: `launch.training.loop.train` with its record) at the highest rung, one rank, A B B A
 `rounds` times; the ratio is the median over pairs, its quartiles beside it, and there is none unless losses agree. Both read loss
 and norm once in ten steps, and clip at a bound that is never reached. Each sets what torch has for all of a process as it would
 by itself: cuDNN's benchmark is on for the raw loop, and off for rankzero. `checkpoint`: what the training waits for a save of
@@ -46,7 +46,7 @@ if "rehearse=true" in sys.argv:
 
 import torch
 
-from launch.config import read_line
+from launch.cli.config import read_line
 from tests.benchmarks.gpu_rows import FAILED, LEFT_OUT, WITHOUT_FIGURE, WRONG, Bench, Row, ceilings, duels, ladders, mnist, saving
 from tests.benchmarks.gpu_rows.timing import release
 from tests.benchmarks.report import Report

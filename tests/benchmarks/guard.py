@@ -19,11 +19,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # its stubs forget it
 
-from launch.config import read_line
-from launch.guard.meeting import connected, report, roll_call
-from launch.guard.place import Place
-from launch.guard.watch import Watch
-from launch.world import World, find_world
+from launch.cli.config import read_line
+from launch.runtime.phase import Place
+from launch.runtime.rendezvous import connected, report, roll_call
+from launch.runtime.world import World, find_world
+from launch.watchdog.watchdog import Watch
 
 STEP = 0.02
 """seconds"""

@@ -18,13 +18,23 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from launch.checkpoint.directory import committed, step_of
 from launch.checkpoint.manifest import Damaged
 from launch.checkpoint.reader import Checkpoint
-from launch.checkpoint.shelf import committed, step_of
-from launch.config import read_line
-from launch.proof.common import environment
-from launch.proof.curves import compared, only_one_knows, same_files, steps_of, wrong_steps
-from launch.proof.lives import Ended, Layout, is_saving, last_step, lines_of, live, resumed_at, saved_step, step_seconds
+from launch.cli.config import read_line
+from launch.equivalence.common import environment
+from launch.equivalence.compare_metrics import compared, only_one_knows, same_files, steps_of, wrong_steps
+from launch.equivalence.subprocesses import (
+    Ended,
+    Layout,
+    is_saving,
+    last_step,
+    lines_of,
+    live,
+    resumed_at,
+    saved_step,
+    step_seconds,
+)
 
 EVERY, KEEP = 3, 2
 WORDS = (

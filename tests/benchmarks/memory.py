@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from launch.config import read_line
+from launch.cli.config import read_line
 from tests.benchmarks.report import Report, in_turns, ratios
 from tests.launch.processes import free_port
 
@@ -89,14 +89,14 @@ def rank(side: str, folder: Path, said: dict[str, str]) -> int:
     """Train one way or the other; returns this rank's peak in bytes."""
     import torch
 
-    import launch.session  # noqa: F401
+    import launch.training.trainer  # noqa: F401
     from tests.benchmarks import by_hand
     from tests.benchmarks.loops import raw  # noqa: F401  # what FSDP2 needs
     from tests.benchmarks.workload import Dense
 
     strategy = said["strategy"]
     if strategy.startswith("zero"):
-        from strategies.zero_environment import import_deepspeed
+        from strategies.deepspeed_compat import import_deepspeed
 
         import_deepspeed()
     recipe = Dense(width=int(said["width"]), layers=int(said["layers"]), samples=BATCH, adam=True)
@@ -110,16 +110,16 @@ def rank(side: str, folder: Path, said: dict[str, str]) -> int:
 
 
 def ours(recipe: Recipe, said: dict[str, str], run_dir: Path, save: bool) -> None:
-    """As `launch.session` does it."""
-    from launch import session
-    from launch.command import Settings
-    from launch.config import Config
-    from launch.guard.meeting import connected
-    from launch.job import prepare
-    from launch.loop import train
-    from launch.record import Record
-    from launch.screen import Screen
-    from launch.world import find_world
+    """As `launch.training.trainer` does it."""
+    from launch.cli.config import Config
+    from launch.cli.resolve import Settings
+    from launch.reporting.console import Screen
+    from launch.reporting.metrics import Record
+    from launch.runtime.rendezvous import connected
+    from launch.runtime.world import find_world
+    from launch.state.run import prepare
+    from launch.training import trainer as session
+    from launch.training.loop import train
 
     world = find_world(os.environ)
     micro = BATCH // world.world_size

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-from launch.config import read_line
+from launch.cli.config import read_line
 from tests.benchmarks.loops import CONTESTANTS, installed
 from tests.benchmarks.loops.compare import SAME, Duel, compare
 from tests.benchmarks.report import Report, ratios

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from launch.versions import git_revision, versions
+from launch.runtime.versions import git_revision, versions
 
 PEERS = ("lightning", "transformers")
 

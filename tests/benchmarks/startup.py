@@ -26,7 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from launch.config import read_line
+from launch.cli.config import read_line
 from tests.benchmarks.report import Report, in_turns, ratios
 from tests.launch.processes import free_port
 

@@ -15,12 +15,12 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.utils.data import TensorDataset
 
-from launch.command import Settings
-from launch.config import CheckpointOptions, Config
-from launch.job import Job, prepare
-from launch.record import Record
-from launch.screen import Screen
-from launch.world import World
+from launch.cli.config import CheckpointOptions, Config
+from launch.cli.resolve import Settings
+from launch.reporting.console import Screen
+from launch.reporting.metrics import Record
+from launch.runtime.world import World
+from launch.state.run import Job, prepare
 from recipes.base import Recipe
 from recipes.parts.data import Batch, Splits
 

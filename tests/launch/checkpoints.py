@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from launch import ckpt
 from launch.checkpoint.manifest import FileEntry, Manifest, TensorEntry
-from launch.checkpoint.ranges import layout
+from launch.checkpoint.tensor_file import layout
 from launch.checkpoint.tensors import NAMES
-from launch.files import write_hashed
-from strategies.state import share
+from launch.commands import ckpt
+from launch.runtime.files import write_hashed
+from strategies.shards import share
 
 CONFIG = {"recipe": "gpt", "strategy": "ddp", "seed": 0, "checkpoint": {"keep": 2, "best": False}, "optim": {"lr": 0.1}}
 GROUPS = [{"optimizer": "AdamW", "parameters": ["weight", "bias"], "settings": {"weight_decay": 0.1, "betas": [0.9, 0.95]}}]

@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from launch.command import resolve
-from launch.data import Draws, places
-from launch.guard.agreement import PERIOD
-from launch.job import Job, prepare
-from launch.loop import train
-from launch.record import Record
-from launch.screen import Screen
-from launch.versions import versions
-from launch.world import World
+from launch.cli.resolve import resolve
+from launch.data.loader import Draws, places
+from launch.reporting.console import Screen
+from launch.reporting.metrics import Record
+from launch.runtime.versions import versions
+from launch.runtime.world import World
+from launch.state.run import Job, prepare
+from launch.training.loop import train
+from launch.watchdog.consensus import PERIOD
 from tests import ranks
 from tests.ranks import run_ranks
 
@@ -43,7 +43,7 @@ def world_of(place: ranks.World) -> World:
 
 
 def trained(job: Job, folder: Path, period: float = PERIOD) -> Job:
-    """The job after `launch.loop.train`, its record in `folder`. `period`: as the ranks agree, between steps, in seconds."""
+    """The job after `launch.training.loop.train`, its record in `folder`. `period`: as the ranks agree, between steps, in seconds."""
     if job.world.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
     record = Record(job, folder, versions(), Screen(False))

@@ -13,9 +13,9 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from strategies.base import Strategy
 from strategies.fsdp import FSDP, check_options, separate_blocks
-from strategies.initialise import build_without_weights, initialise, materialise
+from strategies.init_weights import build_without_weights, initialise, materialise
 from strategies.options import FSDPOptions, Options
-from strategies.state import Range
+from strategies.shards import Range
 from tests.ranks import World, run_ranks
 from tests.strategies import models
 from tests.strategies.training import Case, assert_equal, set_up, train, train_step

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from launch.throughput import peak_flops
+from launch.reporting.throughput import peak_flops
 from strategies.precision import AUTOCAST, set_matmul_precision
 from tests.benchmarks.gpu_rows import Bench, Row
 from tests.benchmarks.gpu_rows.timing import pace

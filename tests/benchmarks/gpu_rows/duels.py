@@ -14,18 +14,18 @@ from typing import Any
 
 import torch
 
-from launch.command import Settings
-from launch.config import CheckpointOptions, Config
-from launch.guard.meeting import connected
-from launch.guard.place import Place
-from launch.guard.watch import Watch
-from launch.job import Job, prepare
-from launch.loop import train
-from launch.record import Record
-from launch.screen import Screen
-from launch.throughput import peak_memory
-from launch.versions import versions
-from launch.world import World
+from launch.cli.config import CheckpointOptions, Config
+from launch.cli.resolve import Settings
+from launch.reporting.console import Screen
+from launch.reporting.metrics import Record
+from launch.reporting.throughput import peak_memory
+from launch.runtime.phase import Place
+from launch.runtime.rendezvous import connected
+from launch.runtime.versions import versions
+from launch.runtime.world import World
+from launch.state.run import Job, prepare
+from launch.training.loop import train
+from launch.watchdog.watchdog import Watch
 from tests.benchmarks.gpu_rows import LEFT_OUT, WRONG, Bench, Row
 from tests.benchmarks.gpu_rows.ladders import NEVER, SAME, apart, fitting, speed, top, trained
 from tests.benchmarks.gpu_rows.models import Rung
@@ -75,7 +75,7 @@ def turns(rounds: int, strategy: str, world: World, folder: Path, rung: Rung) ->
 
 
 def ours(rung: Rung, strategy: str, world: World, folder: Path) -> Rung:
-    """The rung, once `launch.loop.train` has trained it."""
+    """The rung, once `launch.training.loop.train` has trained it."""
     rung = replace(rung)
     release(rung.device)
     with run_of(rung, strategy, world, folder) as (job, record):
@@ -89,7 +89,7 @@ def ours(rung: Rung, strategy: str, world: World, folder: Path) -> Rung:
 
 @contextmanager
 def run_of(rung: Rung, strategy: str, world: World, folder: Path, **checkpoint: Any) -> Iterator[tuple[Job, Record]]:
-    """A run as `launch.session` puts it together, with a line on its screen each ten steps, that saves only if it is told to."""
+    """A run as `launch.training.trainer` puts it together, with a line on its screen each ten steps, that saves only if it is told to."""
     config = Config(
         recipe="rung",
         strategy=strategy,  # type: ignore[arg-type]  # one of them

@@ -12,8 +12,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from launch.job import Job
-from launch.throughput import Throughput, peak_flops, peak_memory
+from launch.reporting.throughput import Throughput, peak_flops, peak_memory
+from launch.state.run import Job
 from recipes.parts.data import Batch
 from strategies.precision import set_matmul_precision
 from tests.benchmarks.gpu_rows import WRONG, Bench, Row

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torchvision.models.resnet import Bottleneck
 
-from launch.data import places
+from launch.data.loader import places
 from recipes.parts.data import Batch
 from recipes.parts.optim import decay_groups
 from recipes.parts.transformer import Attention, Decoder

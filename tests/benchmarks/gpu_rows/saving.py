@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 from rich.filesize import decimal
 
-from launch.guard.meeting import connected
-from launch.loop import train
-from launch.record import Record
-from launch.world import World
+from launch.reporting.metrics import Record
+from launch.runtime.rendezvous import connected
+from launch.runtime.world import World
+from launch.training.loop import train
 from recipes.parts.data import Batch
 from tests.benchmarks.gpu_rows import Bench, Row
 from tests.benchmarks.gpu_rows.ceilings import copied

@@ -1,4 +1,4 @@
-"""rankzero: the real `launch.loop.train` with its record, checkpoints and watch, as `launch.session` puts them together."""
+"""rankzero: the real `launch.training.loop.train` with its record, checkpoints and watch, as `launch.training.trainer` puts them together."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any
 
 from torch.distributed import HashStore, Store
 
-from launch.command import Settings
-from launch.config import CheckpointOptions, Config, LogOptions
-from launch.guard.meeting import meet
-from launch.guard.place import Place
-from launch.guard.watch import Watch
-from launch.job import prepare
-from launch.loop import train
-from launch.record import Record
-from launch.screen import Screen
-from launch.world import World
+from launch.cli.config import CheckpointOptions, Config, LogOptions
+from launch.cli.resolve import Settings
+from launch.reporting.console import Screen
+from launch.reporting.metrics import Record
+from launch.runtime.phase import Place
+from launch.runtime.rendezvous import meet
+from launch.runtime.world import World
+from launch.state.run import prepare
+from launch.training.loop import train
+from launch.watchdog.watchdog import Watch
 from tests.benchmarks.loops import BOUND, Setting
 from tests.benchmarks.loops.workloads import Workload
 

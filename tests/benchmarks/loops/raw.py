@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from recipes.base import Recipe
-from strategies.zero_environment import prepared_deepspeed
+from strategies.deepspeed_compat import prepared_deepspeed
 from tests.benchmarks.loops import BOUND, Setting
 from tests.benchmarks.loops.workloads import Workload
 

@@ -14,13 +14,13 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
-from launch.seeding import seed_device
+from launch.runtime.seeding import seed_device
 from recipes.base import Recipe
 from recipes.parts.data import Batch, Splits
 from recipes.parts.permutation import Permutation
 from recipes.parts.text import stdlib_source
 from recipes.parts.transformer import Decoder
-from strategies.initialise import initialise
+from strategies.init_weights import initialise
 from tests.benchmarks.loops import Setting
 
 CHECKED = 20

@@ -1,1 +1,0 @@
-"""What `launch/doctor.py` looks at: one file per concern. Findings are plain data, so that they travel between ranks as JSON."""

@@ -1,0 +1,162 @@
+"""See where the time of a step goes.
+
+    torchrun --nproc_per_node=2 launch/commands/profile.py recipe=gpt strategy=fsdp
+    python launch/commands/profile.py recipe=./mine.py precision=bf16 compile=true
+        profile_steps=5                                       steps that are measured, and as many without the profiler before
+        warmup_steps=5                                        steps before those, that do not count (they compile, and allocate)
+        trace=runs/profile/RECIPE/TIME-STRATEGY-RANKS.json.gz where the trace of rank zero goes; null: nowhere
+
+Makes real steps of the run, on its real data, under torch.profiler. Tells what share of a step is computing, communication that
+nothing hides (exposed), copies between host and device, and idle, over all ranks; which operations take most; which keys may
+help. The trace opens in https://ui.perfetto.dev.
+All keys of a run work here too. Nothing is saved, evaluated or resumed: keys about that have no part in it.
+Exit codes: 0 done; 1 failed; 2 a mistake in the command.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+    del sys.path[0]  # above all: this file must not stand for Python's own `profile`, which cProfile imports
+try:
+    from launch.cli.resolve import Settings, resolve
+except ModuleNotFoundError as missing:
+    sys.exit(f"rankzero is not installed here ({missing}): pip install -e .")
+
+from launch.cli import help
+from launch.cli.config import read_line, stop_for
+from launch.equivalence.common import whole_number
+from launch.runtime.world import World, find_world
+
+if TYPE_CHECKING:
+    from torch.profiler import profile
+
+OWN_KEYS = ("profile_steps", "warmup_steps", "trace")
+
+
+@dataclass(frozen=True)
+class Own:
+    """What can be said to this command alone."""
+
+    steps: int
+    warmup: int
+    trace: Path | None
+
+
+def main(words: list[str]) -> None:
+    """Profile what `words` say; the exit code tells how it ended."""
+    world = World()
+    try:
+        if "--help" in words or "-h" in words:
+            print(help.page(__doc__ or "", [word for word in words if word not in ("--help", "-h")]))
+            return
+        launcher = next((word.removeprefix("launcher=") for word in words if word.startswith("launcher=")), "auto")
+        world = find_world(os.environ, launcher)
+        settings = resolve(words, world, OWN_KEYS)
+        own = own_keys(words, settings, world)
+    except (ValueError, FileNotFoundError) as error:
+        stop_for(error, world.rank)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch 2.14 tells each start of its profiler, on each rank
+    code = run(settings, own, world)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # as run.py: a clean exit may take seconds
+
+
+def own_keys(words: list[str], settings: Settings, world: World) -> Own:
+    """This command's own keys. Raises ValueError for what they cannot be."""
+    line, config = read_line(words), settings.config
+    if config.debug:
+        raise ValueError("debug= has no meaning here: its checks would be what is measured; drop it")
+    if config.micro_batch_size == "auto":
+        raise ValueError("micro_batch_size=auto is found by a run that is out of memory; say here what it has found")
+    steps = whole_number("profile_steps", line.get("profile_steps", "5"), "steps", 1)
+    warmup = whole_number("warmup_steps", line.get("warmup_steps", "5"), "steps", 1)
+    name = Path(config.recipe.partition(":")[0]).stem
+    default = f"runs/profile/{name}/{time.strftime('%Y%m%d-%H%M%S')}-{config.strategy}-{world.world_size}.json.gz"
+    trace = line.get("trace", default)
+    if trace == "null":
+        return Own(steps, warmup, None)
+    if not trace.endswith(".json.gz"):
+        raise ValueError(f"trace={trace} must end in .json.gz, or be null")
+    if world.rank == 0:
+        make_folder(Path(trace))
+    return Own(steps, warmup, Path(trace))
+
+
+def make_folder(trace: Path) -> None:
+    """Make the folder of the trace. Raises ValueError if it cannot be written to: not after the profile, but before."""
+    try:
+        trace.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(trace.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise ValueError(f"trace={trace}: {error.strerror}; name another place, or null") from None
+
+
+def run(settings: Settings, own: Own, world: World) -> int:
+    """Connect, prepare, measure, print; returns the exit code. A failure ends the process, and with it the other ranks."""
+    from launch.profiling.events import operations_of, steps_of
+    from launch.profiling.measure import Phases, figures, measured
+    from launch.profiling.report import show
+    from launch.runtime.rendezvous import NotAllThere, connected
+    from launch.state.run import prepare
+    from launch.training.trainer import identity, is_mistake, not_all_there
+    from launch.watchdog import fault_injection as chaos
+    from launch.watchdog.failure import fail
+    from launch.watchdog.failure_report import block, of_exception
+    from launch.watchdog.watchdog import Watch, end
+
+    config, place, watch, ready = settings.config, Phases(), None, False
+    try:
+        asked = f"{identity(settings)} {own.steps} {own.warmup}"
+        with connected(world, config.strategy, config.start_timeout, asked) as world:
+            watch = Watch(world, place, config.hang_timeout)
+            job = prepare(settings, world, place)
+            ready = True
+            chaos.prepare(job, Path(os.devnull))  # which has no checkpoint that could be torn
+            profiler, plain = measured(job, place, own.warmup, own.steps)
+            events = profiler.events()  # type: ignore[no-untyped-call]  # torch has left it so
+            rows = figures(job, events, plain)
+            if world.rank == 0:
+                show(job, rows, operations_of(events, world.device != "cpu"), len(steps_of(events)))
+            code = save(profiler, own.trace) if world.rank == 0 and own.trace else 0
+            watch.close()
+            return code
+    except KeyboardInterrupt:
+        if world.rank == 0:
+            print("rankzero: interrupted", file=sys.stderr)
+        os._exit(130)
+    except NotAllThere as error:
+        not_all_there(error, world)
+    except Exception as error:
+        if not ready and is_mistake(error):
+            if watch is not None:
+                watch.close()
+            stop_for(error, world.rank, os._exit)
+        if watch is None:
+            print(block(of_exception(error, world, place), None), file=sys.stderr)
+            end()
+        fail(error, watch)
+
+
+def save(profiler: profile, trace: Path) -> int:
+    """Write the trace; returns the exit code."""
+    try:
+        profiler.export_chrome_trace(str(trace))
+    except OSError as error:
+        print(f"rankzero: trace={trace} was not written: {error}", file=sys.stderr)
+        return 1
+    print(f"trace of rank 0: {trace} (open it in https://ui.perfetto.dev)")
+    return 0
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

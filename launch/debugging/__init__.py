@@ -1,1 +1,0 @@
-"""debug=true: the model as a table, one batch overfitted, checks on."""

@@ -1,0 +1,179 @@
+"""Who takes part in a run: found in the environment of torchrun, accelerate, SLURM, Open MPI, or alone. No torch at first."""
+
+from __future__ import annotations
+
+import os
+import re
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """The ranks of a run, seen from one of them."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+    node: int = 0
+    device: str = "cpu"
+    launcher: str = "python"
+    why: str = "no launcher in the environment: one process"
+    store: Any = field(default=None, repr=False, compare=False)
+    """where ranks leave notes for each other (a `torch.distributed.Store`), once they have met"""
+
+
+LAUNCHERS = ("torchrun", "srun", "accelerate", "mpirun", "environment", "python")
+"""what can start the ranks; `environment`: whoever sets RANK and WORLD_SIZE, `python`: nobody, one process"""
+
+
+def find_world(environment: Mapping[str, str], launcher: str = "auto") -> World:
+    """The world that the launcher describes, or that `launcher` does. Raises ValueError if what they say cannot be."""
+    number = {name: int(value) for name, value in environment.items() if value.isdecimal()}
+    found = {world.launcher: world for world in (look(environment, number) for look in LOOKS) if world is not None}
+    if launcher == "auto":
+        world = next(iter(found.values()), World())
+    elif launcher == "python":
+        world = World(why="launcher=python: one process, whatever the environment says")
+    elif launcher in found:
+        world = found[launcher]
+    else:
+        raise ValueError(
+            f"launcher={launcher}, but the environment is that of {' and '.join(found) or 'none'}: "
+            "start it that way, or leave the key out"
+        )
+    refuse_contradictions(world, environment, number)
+    return world
+
+
+def from_torchrun(environment: Mapping[str, str], number: Mapping[str, int]) -> World | None:
+    """torchrun, accelerate, or anything else that speaks their language."""
+    if "RANK" not in number or "WORLD_SIZE" not in number:
+        return None
+    elastic, accelerate = "TORCHELASTIC_RUN_ID" in environment, "ACCELERATE_MIXED_PRECISION" in environment
+    return World(
+        rank=number["RANK"],
+        local_rank=number.get("LOCAL_RANK", 0),
+        world_size=number["WORLD_SIZE"],
+        local_world_size=number.get("LOCAL_WORLD_SIZE", number["WORLD_SIZE"]),
+        node=number.get("GROUP_RANK", 0),
+        launcher="accelerate" if accelerate else "torchrun" if elastic else "environment",
+        why="RANK and WORLD_SIZE are set",
+    )
+
+
+def from_srun(environment: Mapping[str, str], number: Mapping[str, int]) -> World | None:
+    """A task of an srun step. A batch script outside srun has SLURM_PROCID too: only a step has a task count of its own."""
+    if "SLURM_PROCID" not in number or "SLURM_STEP_NUM_TASKS" not in number:
+        return None
+    return World(
+        rank=number["SLURM_PROCID"],
+        local_rank=number.get("SLURM_LOCALID", 0),
+        world_size=number["SLURM_STEP_NUM_TASKS"],
+        local_world_size=tasks_on_node(environment.get("SLURM_STEP_TASKS_PER_NODE", "1"), number.get("SLURM_NODEID", 0)),
+        node=number.get("SLURM_NODEID", 0),
+        launcher="srun",
+        why="SLURM_PROCID and SLURM_STEP_NUM_TASKS are set",
+    )
+
+
+def from_mpirun(environment: Mapping[str, str], number: Mapping[str, int]) -> World | None:  # noqa: ARG001
+    """A process of Open MPI's mpirun, which starts ranks for us; its messages are not used."""
+    if "OMPI_COMM_WORLD_RANK" not in number or "OMPI_COMM_WORLD_SIZE" not in number:
+        return None
+    local = number.get("OMPI_COMM_WORLD_LOCAL_SIZE", number["OMPI_COMM_WORLD_SIZE"])
+    return World(
+        rank=number["OMPI_COMM_WORLD_RANK"],
+        local_rank=number.get("OMPI_COMM_WORLD_LOCAL_RANK", 0),
+        world_size=number["OMPI_COMM_WORLD_SIZE"],
+        local_world_size=local,
+        node=number.get("OMPI_COMM_WORLD_NODE_RANK", number["OMPI_COMM_WORLD_RANK"] // local),
+        launcher="mpirun",
+        why="OMPI_COMM_WORLD_RANK and OMPI_COMM_WORLD_SIZE are set",
+    )
+
+
+LOOKS = (from_torchrun, from_srun, from_mpirun)
+"""in this order: what was started inside another (torchrun under srun) is nearer"""
+
+
+def tasks_on_node(tasks_per_node: str, node: int) -> int:
+    """The tasks of one node, from SLURM's `2(x3),1`: two on each of three nodes, one on the last."""
+    counts: list[int] = []
+    for part in tasks_per_node.split(","):
+        count, _, times = part.partition("(x")
+        counts += [int(count)] * int(times.rstrip(")") or 1)
+    return counts[min(node, len(counts) - 1)]
+
+
+def refuse_contradictions(world: World, environment: Mapping[str, str], number: Mapping[str, int]) -> None:
+    """Raise ValueError for a world that cannot be, with the line that mends it."""
+    if not 0 <= world.rank < world.world_size or not 0 <= world.local_rank < world.local_world_size <= world.world_size:
+        raise ValueError(
+            f"{world.launcher} says rank {world.rank} of {world.world_size}, local rank {world.local_rank} of "
+            f"{world.local_world_size}: that cannot be ({world.why})"
+        )
+    if world.launcher not in ("torchrun", "accelerate", "environment") or "SLURM_STEP_NUM_TASKS" not in number:
+        return
+    tasks = tasks_on_node(environment.get("SLURM_STEP_TASKS_PER_NODE", "1"), number.get("SLURM_NODEID", 0))
+    if tasks > 1:
+        raise ValueError(
+            f"srun started {tasks} tasks on this node, and each of them {world.launcher} with {world.local_world_size} rank(s): "
+            f"srun --ntasks-per-node=1 {world.launcher} ..., or srun python launch/run.py ... without {world.launcher}"
+        )
+    nodes = number.get("SLURM_STEP_NUM_NODES", 1)
+    if nodes > 1 and world.world_size == world.local_world_size:
+        raise ValueError(
+            f"srun started {world.launcher} on {nodes} nodes, but each trains by itself ({world.world_size} rank(s)): "
+            'torchrun --nnodes="$SLURM_NNODES" --node_rank="$SLURM_NODEID" --master_addr=HOST ..., as in slurm/train.sbatch'
+        )
+
+
+def slurm_rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
+    """MASTER_ADDR and MASTER_PORT of an srun step: its first host, and a port that follows from the job and step.
+
+    The ports lie below those that the kernel gives to outgoing connections (from 32768 on).
+    """
+    hosts = environment["SLURM_STEP_NODELIST"]
+    first = re.match(r"[^,\[]*(?:\[[^\]]*\][^,\[]*)*", hosts)  # up to the first comma outside brackets: gpu[01-04,07]-ib,login
+    assert first is not None
+    job, step = int(environment.get("SLURM_JOB_ID", 0)), int(environment.get("SLURM_STEP_ID", 0))
+    return {
+        "MASTER_ADDR": re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0]),
+        "MASTER_PORT": str(10000 + (job * 13 + step) % 20000),
+    }
+
+
+def mpi_rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
+    """MASTER_ADDR and MASTER_PORT of ranks that mpirun started on one host. Raises ValueError if it was on several."""
+    if environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") != environment["OMPI_COMM_WORLD_SIZE"] and "MASTER_ADDR" not in environment:
+        raise ValueError(
+            "mpirun on several hosts does not tell where rank zero is: mpirun -x MASTER_ADDR=HOST -x MASTER_PORT=29500"
+        )
+    job = environment.get("PMIX_NAMESPACE", environment.get("OMPI_MCA_ess_base_jobid", ""))
+    return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(10000 + zlib.crc32(job.encode()) % 20000)}
+
+
+def find_device(world: World) -> str:
+    """`cuda:LOCAL_RANK` where there are GPUs, else `cpu`. Raises ValueError if some ranks of the node would have none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        if (given := os.environ.get("SLURM_GPUS_ON_NODE", "0")) not in ("", "0"):
+            built = "was built without CUDA" if torch.version.cuda is None else f"was built for CUDA {torch.version.cuda}"
+            raise ValueError(
+                f"SLURM gave this node {given} GPU(s), and torch sees none: torch {torch.__version__} {built}; "
+                "look at nvidia-smi and launch/commands/doctor.py, or ask for no GPU to train on the CPU"
+            )
+        return "cpu"
+    if torch.cuda.device_count() == 1 and world.local_rank > 0 and world.launcher == "srun":
+        return "cuda:0"  # --gpus-per-task shows each task its own GPU
+    if world.local_world_size > torch.cuda.device_count():
+        raise ValueError(
+            f"{world.local_world_size} ranks on a node with {torch.cuda.device_count()} GPU(s); start at most one rank per "
+            "GPU, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to train on the CPU"
+        )
+    return f"cuda:{world.local_rank}"

@@ -1,0 +1,1 @@
+"""A run made ready, and how far it has come."""

@@ -1,0 +1,1 @@
+"""The run: the trainer, its loop, its directory."""

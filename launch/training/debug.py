@@ -1,0 +1,134 @@
+"""`debug=true`: the first steps of a run, looked at closely. Used by `session` alone; the loop does not know of it.
+
+The steps are those of the run itself, under its own schedule: what goes wrong at step 5 of the run goes wrong at step 5 here.
+"""
+
+from __future__ import annotations
+
+import os
+import pdb
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.utils.data import Subset
+
+from launch.reporting.model_table import tables
+from launch.state.batchnorm import RunningStatistics
+from launch.state.run import Job, build_strategies
+from launch.training.overfit import overfit
+from launch.watchdog.failure_report import is_users
+
+if TYPE_CHECKING:
+    from launch.cli.config import Config
+    from launch.reporting.console import Screen
+    from recipes.parts.data import Dataset
+    from strategies.base import Strategy
+
+STEPS = 8
+"""steps of a debug run, unless `debug=N` says how many"""
+EVALUATED = 4
+"""micro-batches of each evaluation"""
+
+
+@contextmanager
+def mode(config: Config, run_dir: Path) -> Iterator[None]:
+    """Anomaly detection and deterministic algorithms for as long as the context lasts; nothing without `debug`."""
+    if not config.debug:
+        yield
+        return
+    if config.run_dir is None:
+        shutil.rmtree(run_dir, ignore_errors=True)  # a folder of our own naming: the last debug run of this recipe
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS at its first call
+    # only a warning: a recipe that needs an operation without a deterministic form should still be debugged
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        # fp16 overflows on purpose until its loss scale has settled, and some recipes leave such steps out
+        with torch.autograd.set_detect_anomaly(True, check_nan=False):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def examine(job: Job, screen: Screen) -> None:
+    """Show each model, try to overfit one batch, then make `job` a short one. Leaves new models, as they were built first."""
+    steps = STEPS if job.config.debug is True else job.config.debug
+    job.stop_at = job.progress.step + steps
+    job.splits.val, job.splits.test = (shortened(split, job) for split in (job.splits.val, job.splits.test))
+    if job.last_step == job.progress.step:
+        screen.say("  debug     the run is at its end: no step is left to look at")
+        return
+    screen.say(
+        f"  debug     steps {job.progress.step + 1} to {job.last_step}, {EVALUATED} micro-batches of each evaluation; "
+        "anomaly detection, deterministic algorithms"
+    )
+    if job.config.run_dir is None:
+        screen.say("            the next debug run of this recipe replaces the run directory")
+    if job.config.compile:
+        renew(job, replace(job.config, compile=False))  # compiled blocks hide their parts, and take minutes for one batch
+    batch = job.to_device(next(iter(job.train_loader())))
+    for line in tables(job, batch):
+        screen.say(line)
+    for line in overfit(job, batch):
+        screen.say(line)
+    renew(job, job.config)
+    for name in job.recipe.losses():
+        check_backward(job.strategies[name], job)
+
+
+def shortened(split: Dataset | None, job: Job) -> Dataset | None:
+    """The first few micro-batches of a split."""
+    if split is None:
+        return None
+    return Subset(split, range(min(len(split), EVALUATED * job.cut.micro_batch_size)))  # type: ignore[arg-type]
+
+
+def renew(job: Job, config: Config) -> None:
+    """Build the models of `job` anew, under `config`. The old ones go first: there may be no room for both."""
+    job.strategies, job.statistics = {}, RunningStatistics(())
+    job.strategies = build_strategies(config, job.recipe, job.world)
+    job.statistics = RunningStatistics(strategy.module for strategy in job.strategies.values())
+
+
+def check_backward(strategy: Strategy, job: Job) -> None:
+    """Let a backward pass name the operation whose gradient is the first NaN, if the loss itself is finite.
+
+    A NaN in the forward pass is left to the loop, which names the module; backward could only blame the loss function.
+    """
+    backward = strategy.backward
+    forgiving = job.config.precision == "fp16" or job.recipe.skip_nonfinite
+
+    def checked(loss: Tensor) -> None:
+        with torch.autograd.set_detect_anomaly(True, check_nan=not forgiving and bool(loss.isfinite())):
+            backward(loss)
+
+    strategy.backward = checked  # type: ignore[method-assign]
+
+
+# after an exception -------------------------------------------------------------------------------------------------------
+
+
+class Postmortem(pdb.Pdb):
+    """pdb that begins in the user's own code, not where a library noticed what was wrong."""
+
+    def get_stack(self, f: FrameType | None, t: TracebackType | None) -> tuple[list[tuple[FrameType, int]], int]:
+        """As in the base class; the index is that of the innermost frame that is not a library's."""
+        stack, index = super().get_stack(f, t)
+        return stack, next((i for i in range(len(stack) - 1, -1, -1) if is_users(stack[i][0])), index)
+
+
+def post_mortem(error: BaseException) -> None:
+    """Let a person at a terminal look around where `error` came from; nothing without one."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return
+    print("rankzero: debug=true: pdb in the innermost frame of your own code; u and d move, p NAME prints, q ends", flush=True)
+    debugger = Postmortem()
+    debugger.reset()
+    debugger.interaction(None, error.__traceback__)

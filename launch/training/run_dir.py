@@ -1,0 +1,98 @@
+"""The run directory: which one, and what is written into it at the start. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launch.cli.config import nested
+from launch.cli.resolve import Settings
+from launch.runtime.files import write_text_whole
+from launch.runtime.restarts import former_lives
+from launch.runtime.world import World
+
+REPEATED = 3
+"""lives that may fail in the same way before the run is not started again"""
+NOT_KEPT = ("config", "run_dir", "resume")
+"""keys that say where and how to start, and would be wrong in the file when it is used as `config=` of another run"""
+
+
+def find_run_dir(settings: Settings) -> Path:
+    """The run directory asked for, or a new name. Raises ValueError if it holds a run that this one must not touch."""
+    config = settings.config
+    name = Path(config.recipe.partition(":")[0]).stem
+    if config.run_dir is None and config.debug:
+        return Path("runs/debug") / name
+    if config.run_dir is None:
+        return default_run_dir(Path("runs") / name, os.environ)
+    path = Path(config.run_dir)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"run_dir={path} is a file; name a folder")
+    if (path / "config.yaml").is_file():
+        before: dict[str, Any] = yaml.safe_load((path / "config.yaml").read_text()) or {}
+        if before.get("recipe") != config.recipe:
+            raise ValueError(
+                f"run_dir={path} belongs to recipe={before.get('recipe')}, not {config.recipe}; choose another run_dir"
+            )
+        if config.resume == "none" and not former_lives(os.environ):
+            raise ValueError(f"run_dir={path} holds a run and resume=none would overwrite it; choose another run_dir")
+        refuse_to_loop(path)
+    return path
+
+
+def default_run_dir(folder: Path, environment: Mapping[str, str]) -> Path:
+    """`TIME-MARK`: the mark is of the process that started the run, so that two started in the same second do not meet.
+
+    Under torchrun that is its agent: a rank that it starts again finds the directory of its former life by the mark. Raises
+    ValueError where it cannot: after a restart on several nodes, rank zero may be on another.
+    """
+    several = environment.get("LOCAL_WORLD_SIZE") != environment.get("WORLD_SIZE")
+    if several and environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        raise ValueError("torchrun --max-restarts on several nodes needs run_dir=: else a restarted run begins anew")
+    # .../torchelastic_abc/none_xyz/attempt_0/0/error.json: drawn by the agent, once for all lives of its ranks
+    agent = environment.get("TORCHELASTIC_ERROR_FILE", "").partition("/attempt_")[0]
+    mark = hashlib.blake2b(f"{socket.gethostname()} {agent or os.getpid()}".encode(), digest_size=2).hexdigest()
+    former = sorted(folder.glob(f"*-{mark}")) if agent else []
+    return former[-1] if former else folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{mark}"
+
+
+def refuse_to_loop(path: Path) -> None:
+    """Raise ValueError if the last lives of the run failed in the same way at the same step: another one would too."""
+    try:
+        failure: dict[str, Any] = json.loads((path / "failure.json").read_text())
+    except (OSError, ValueError):
+        return
+    if failure.get("repeated", 1) >= REPEATED:
+        raise ValueError(
+            f"the last {failure['repeated']} lives of run_dir={path} all failed at step {failure['step']} with "
+            f"{failure['error']}: {failure['message']}; mend that, then remove {path / 'failure.json'}"
+        )
+
+
+def start_run_dir(path: Path, settings: Settings, world: World) -> None:
+    """Write config.yaml: every key as resolved, then what the run was made with. Called on rank zero."""
+    from launch.runtime.versions import git_revision, versions  # a fifth of the time that `--help` may take
+
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "stopped.json").unlink(missing_ok=True)
+    if (path / "failure.json").exists():  # kept, to see whether the next one is the same
+        (path / "failure.json").replace(path / "failure.former.json")
+    keys = {name: value for name, value in nested(settings.config).items() if name not in NOT_KEPT}
+    made_with = {
+        "versions": versions(),
+        "git": git_revision(),
+        "launcher": world.launcher,
+        "world_size": world.world_size,
+        "local_world_size": world.local_world_size,
+        "device": world.device,
+    }
+    text = yaml.safe_dump({**keys, **nested(settings.recipe), "made_with": made_with}, sort_keys=False)
+    write_text_whole(path / "config.yaml", text)

@@ -1,0 +1,112 @@
+"""When a loss or a gradient is NaN or infinite: agree over all ranks, and name the first thing that went bad."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from launch.data.loader import tensors_of
+from launch.runtime.collectives import first_problem
+from launch.runtime.seeding import seed_device
+
+if TYPE_CHECKING:
+    from launch.state.run import Job
+    from recipes.parts.data import Batch
+
+
+class NonFinite(RuntimeError):
+    """A loss or gradient that is no number; its message is the verdict, the same on all ranks."""
+
+
+def check_loss(job: Job, name: str, loss: Tensor, batches: list[Batch]) -> bool:
+    """Whether `loss` (the mean over the global batch, the same on all ranks) is finite.
+
+    If not: False for a recipe that leaves such steps out, else NonFinite with the culprit.
+    """
+    if math.isfinite(loss):
+        return True
+    if job.recipe.skip_nonfinite:
+        return False
+    raise NonFinite(
+        f"the loss is {float(loss)} at step {job.progress.step + 1}: {find_culprit(job, name, batches)}. "
+        "A lower learning rate, clip_norm=1.0 or precision=fp32 often helps"
+    )
+
+
+def check_gradients(job: Job, name: str, norm: Tensor) -> None:
+    """Raise NonFinite for a gradient norm that is no number; under fp16 such a step was skipped and the scale lowered."""
+    if job.config.precision != "fp16" and not math.isfinite(norm):
+        bad = first_bad_parameter(job.strategies[name].module)
+        bad = bad and f"{name}.{bad}"
+        raise NonFinite(
+            f"the gradient norm is {float(norm)} at step {job.progress.step + 1}, the loss being finite; "
+            f"first parameter spoiled by it: {first_problem(bad or '') or 'none on any rank'}"
+        )
+
+
+def find_culprit(job: Job, name: str, batches: list[Batch]) -> str:
+    """Repeat the forward passes of the step and name the rank and the first input, parameter or module that is not finite.
+
+    Every rank calls it: under FSDP and ZeRO-3 a forward pass is a collective.
+    """
+    found: str | None = None
+    for turn, batch in enumerate(batches):
+        seed_device(job.config.seed, "step", job.progress.step, name, job.cut.position(turn))
+        seen: list[str] = []
+        modules = {n: held.module for n, held in job.strategies.items()}  # unwrapped: the names that the user knows
+        with torch.no_grad(), watched(modules, seen), job.strategies[name].autocast():
+            loss = job.recipe.losses()[name](job.models, batch)
+        if found is None and not bool(loss.isfinite()):
+            inputs = None if all_finite(batch) else "its input batch"
+            parameters = [f"{n}.{p}" for n, m in modules.items() if (p := first_bad_parameter(m))]
+            blame = inputs or (f"parameter {parameters[0]}" if parameters else seen[0] if seen else "the recipe's loss")
+            found = f"micro-batch {turn} of rank {job.world.rank}, first in {blame}"
+    return first_problem(found or "") or "not seen again when the step was repeated"
+
+
+def first_bad_parameter(module: nn.Module) -> str | None:
+    """The first parameter (as far as it lives on this rank) that holds a value that is not finite."""
+    for name, parameter in module.named_parameters():
+        part = parameter.to_local() if hasattr(parameter, "to_local") else getattr(parameter, "ds_tensor", parameter)
+        if not bool(part.detach().isfinite().all()):
+            return name
+    return None
+
+
+@contextmanager
+def watched(models: dict[str, nn.Module], seen: list[str]) -> Iterator[None]:
+    """Note in `seen`, in order, the modules whose output is not finite: innermost and earliest first."""
+    handles = []
+    for model_name, model in models.items():
+        for name, module in model.named_modules():
+
+            def note(module: nn.Module, _: Any, output: Any, name: str = name, model_name: str = model_name) -> None:
+                if not all_finite(output):
+                    seen.append(f"module {model_name}{name and '.'}{name} ({type(module).__name__})")
+
+            handles.append(module.register_forward_hook(note))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def all_finite(value: Any) -> bool:
+    """Whether all floating-point tensors in `value` hold finite numbers only."""
+    return all(not tensor.is_floating_point() or bool(tensor.isfinite().all()) for tensor in tensors_of(value))
+
+
+def check_late(job: Job, step: int, loss: float) -> None:
+    """Raise NonFinite for a loss that was read an interval after its step, when its batches are gone."""
+    if not job.careful and not math.isfinite(loss):
+        bad = [f"{n}.{p}" for n, s in job.strategies.items() if (p := first_bad_parameter(s.module))]
+        raise NonFinite(
+            f"the loss is {loss} at step {step}; first bad parameter by step {job.progress.step}: "
+            f"{first_problem(bad[0] if bad else '') or 'none'}. debug=true, or log.every=1, shows the module"
+        )

@@ -1,0 +1,338 @@
+"""Saved in the background, committed or absent, verified before a tensor reaches the model, and never lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import cycle, islice
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from launch.checkpoint import directory as shelf
+from launch.checkpoint.manifest import NAME, Damaged, Manifest
+from launch.checkpoint.reader import Checkpoint
+from launch.checkpoint.resume import resume
+from launch.checkpoint.writer import NotSaved
+from launch.reporting.console import Screen
+from launch.reporting.metrics import Record
+from launch.state.run import Job
+from launch.training.loop import train
+from tests.launch.jobs import alone, job_of, lines_of, series, trained
+from tests.ranks import World, run_ranks
+
+WORDS = ("batch_size=16", "micro_batch_size=4", "steps=6", "checkpoint.every=2", "checkpoint.keep=2")
+
+
+# damage -------------------------------------------------------------------------------------------------------------------
+
+
+def life(place: World, folder: Path, *words: str) -> None:
+    trained(job_of(place, "Fit", *WORDS, *words), folder)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two ranks, with checkpoints of steps 4 and 6. Its tests work on copies."""
+    folder = tmp_path_factory.mktemp("run")
+    run_ranks(2, life, folder)
+    assert [path.name for path in shelf.committed(folder)] == ["step-00000004", "step-00000006"]
+    return folder
+
+
+def flip(newest: Path, _: Path, draw: random.Random) -> None:
+    path = draw.choice(sorted(newest.iterdir()))
+    content = bytearray(path.read_bytes())
+    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    path.write_bytes(content)
+
+
+def truncate(newest: Path, _: Path, draw: random.Random) -> None:
+    path = draw.choice(sorted(newest.iterdir()))
+    os.truncate(path, draw.randrange(path.stat().st_size))
+
+
+def append(newest: Path, _: Path, draw: random.Random) -> None:
+    with draw.choice(sorted(newest.iterdir())).open("ab") as file:
+        file.write(b"\0")
+
+
+def delete(newest: Path, _: Path, draw: random.Random) -> None:
+    draw.choice(sorted(newest.iterdir())).unlink()
+
+
+def swap(newest: Path, *_: object) -> None:
+    first, second = sorted(newest.glob("*.safetensors"))
+    first.rename(newest / "aside")
+    second.rename(first)
+    (newest / "aside").rename(second)
+
+
+def take_from_older(newest: Path, older: Path, draw: random.Random) -> None:
+    path = draw.choice(sorted(newest.iterdir()))
+    shutil.copy(older / path.name, path)
+
+
+def edit(newest: Path, *_: object) -> None:
+    text = (newest / NAME).read_text()
+    (newest / NAME).write_text(text.replace('"best_step": null', '"best_step": 1'))
+
+
+def escape(newest: Path, older: Path, _: random.Random) -> None:
+    """By somebody who knows how to make the digest right."""
+    manifest = Manifest.read(newest)
+    manifest.files[0].name = f"../{older.name}/{manifest.files[0].name}"
+    manifest.check = lambda: None  # type: ignore[method-assign]
+    manifest.write(newest)
+
+
+DAMAGES: list[Callable[[Path, Path, random.Random], None]] = [
+    *(flip, truncate, append, delete, swap, take_from_older, edit, escape)
+]
+
+
+def test_fifty_corruptions_are_found_before_a_tensor_is_read(
+    run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = job_of(alone(), "Fit", *WORDS)
+    asked: list[Path] = []
+    read = Checkpoint.read
+    monkeypatch.setattr(Checkpoint, "read", lambda self, *part: (asked.append(self.folder), read(self, *part))[1])
+    for number, damage in enumerate(islice(cycle(DAMAGES), 50)):
+        copy = tmp_path / str(number)
+        shutil.copytree(run, copy)
+        older, newest = shelf.committed(copy)
+        damage(newest, older, random.Random(number))
+        assert resume(job, copy) == older, f"{damage.__name__} {number}"
+        assert job.progress.step == 4
+        assert set(asked) == {older}, "nothing of what is damaged reaches the model"
+        told = capfd.readouterr().err
+        assert told.startswith(f"rankzero: {newest}"), told
+        assert told.endswith(f"; going back to {older}\n")
+        assert told.count("\n") == 1
+        assert [path.name for path in shelf.named(copy)] == [older.name]
+        assert newest.with_name(newest.name + ".damaged").is_dir(), "set aside, not lost"
+        asked.clear()
+
+
+def resumed(place: World, folder: Path, *words: str) -> int:
+    job = job_of(place, "Fit", *WORDS, *words)
+    resume(job, folder)
+    return job.progress.step
+
+
+def test_all_ranks_go_back_though_only_one_has_seen_the_damage(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    path = shelf.committed(tmp_path / "run")[-1] / "rank-00001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert run_ranks(2, resumed, tmp_path / "run") == [4, 4]
+
+
+def test_without_a_whole_one_the_run_does_not_start_afresh(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    for folder in shelf.committed(tmp_path / "run"):
+        next(folder.glob("*.safetensors")).unlink()
+    for _ in range(2):  # nor at a second try
+        with pytest.raises(ValueError, match=r"rank-0000\d.safetensors is missing .* no whole checkpoint is left"):
+            resume(job_of(alone(), "Fit", *WORDS), tmp_path / "run")
+
+
+def test_going_back_within_a_run_is_refused(run: Path) -> None:
+    older, newest = shelf.committed(run)
+    with pytest.raises(ValueError, match=f"would mix two runs.* remove {newest}"):
+        resume(job_of(alone(), "Fit", *WORDS, f"resume={older}"), run)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.files[0].__setattr__("name", "/etc/passwd"), "no name of a rank's file"),
+        (lambda m: m.files.append(m.files[0]), "listed twice"),
+        (lambda m: next(iter(m.tensors.values())).cuts.pop(), "not covered"),
+        (lambda m: next(iter(m.tensors.values())).cuts.__setitem__(0, 1), "not covered"),
+        (lambda m: next(iter(m.tensors.values())).cuts.insert(0, 0), "not in order"),
+        (lambda m: next(iter(m.tensors.values())).files.__setitem__(0, 7), "not listed"),
+        (lambda m: next(iter(m.tensors.values())).offsets.__setitem__(0, -8), "where in its files"),
+        (lambda m: m.__setattr__("format", 99), "format 99 is not the 1"),
+    ],
+)
+def test_a_manifest_that_cannot_be_true_is_refused(
+    run: Path, tmp_path: Path, change: Callable[[Manifest], object], message: str
+) -> None:
+    folder = shutil.copytree(shelf.committed(run)[-1], tmp_path / "copy")
+    manifest = Manifest.read(folder)
+    change(manifest)
+    manifest.check = lambda: None  # type: ignore[method-assign]
+    manifest.write(folder)
+    with pytest.raises(Damaged, match=message):
+        Manifest.read(folder)
+
+
+# in the background --------------------------------------------------------------------------------------------------------
+
+
+def test_saves_are_recorded_with_their_times(run: Path) -> None:
+    lines = [line for line in lines_of(run) if "checkpoint/stall" in line]
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert all(line["checkpoint/bytes"] > 0 and line["checkpoint/write"] > 0 for line in lines)
+
+
+def test_what_is_saved_is_the_state_at_its_step(tmp_path: Path) -> None:
+    """Training goes on while it is written: the copy must be complete before the next step."""
+    job = trained(job_of(alone(), "Fit", *WORDS, "checkpoint.every=1", "checkpoint.keep=6"), tmp_path / "often")
+    for folder in shelf.committed(tmp_path / "often"):
+        stopped = job_of(alone(), "Fit", *WORDS)
+        stopped.stop_at = shelf.step_of(folder)
+        trained(stopped, tmp_path / folder.name)
+        again = shelf.committed(tmp_path / folder.name)[-1]
+        assert Manifest.read(folder).files[0].digest == Manifest.read(again).files[0].digest
+    assert job.progress.step == 6
+
+
+def on_the_clock(place: World, folder: Path) -> list[str]:
+    words = ("checkpoint.every=1000", "checkpoint.every_minutes=0.00001", "checkpoint.keep=9")
+    trained(job_of(place, "Fit", *WORDS, *words), folder, period=0.0)
+    return [path.name for path in shelf.committed(folder)]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_it_saves_by_the_clock_too(tmp_path: Path, world_size: int) -> None:
+    """By that of rank zero; several ranks agree a step later, and what was asked meanwhile has then been answered."""
+    found = run_ranks(world_size, on_the_clock, tmp_path)[0]
+    assert found == [f"step-{step:08d}" for step in range(world_size, 7, world_size)]
+
+
+def once_overdue(place: World, folder: Path) -> list[str]:
+    job = job_of(place, "Fit", *WORDS, "checkpoint.every=1000", "checkpoint.keep=9")
+    if place.rank == 0:
+        folder.mkdir()
+    record = Record(job, folder, {}, Screen(False))
+    record.agreement.period, record.saver.last = 0.0, -1e9
+    train(job, record)
+    record.settle()
+    return [path.name for path in shelf.committed(folder)]
+
+
+def test_by_the_clock_it_saves_once(tmp_path: Path) -> None:
+    """What is heard of the clock is a step old: by then a save may have been asked for twice."""
+    assert run_ranks(2, once_overdue, tmp_path / "run")[0] == ["step-00000002", "step-00000006"]
+
+
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """No file of this process grows beyond `size` bytes: a write fails in its middle, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def interrupted(place: World, folder: Path, trouble: str) -> tuple[list[str], list[str]]:
+    """A save before, one during and one after some trouble; the checkpoints after the second and after the third."""
+    job = job_of(place, "Fit", *WORDS)
+    record = Record(job, folder, {}, Screen(place.rank == 0))
+    step(job, record)
+    record.saved(record.saver.wait())
+    if trouble == "vanished":
+        shelf.shelf(folder).rename(folder / "elsewhere") if place.rank == 0 else None
+        torch.distributed.barrier()
+        step(job, record)
+        record.saved(record.saver.wait())
+        torch.distributed.barrier()
+        (folder / "elsewhere").rename(shelf.shelf(folder)) if place.rank == 0 else None
+    else:
+        with full_disk(100 if place.rank == 1 else 2**40):
+            step(job, record)
+            record.saved(record.saver.wait())
+    torch.distributed.barrier()
+    during = [path.name for path in shelf.shelf(folder).iterdir()]
+    torch.distributed.barrier()
+    step(job, record)
+    record.settle()
+    return during, [path.name for path in shelf.committed(folder)]
+
+
+def step(job: Job, record: Record) -> None:
+    job.progress.step += 1
+    record.checkpoint()
+
+
+@pytest.mark.parametrize("trouble", ["full", "vanished"])
+def test_a_save_that_fails_costs_nothing_but_itself(tmp_path: Path, trouble: str) -> None:
+    for during, after in run_ranks(2, interrupted, tmp_path, trouble):
+        assert during == ["step-00000001"], "what was saved before, and no remains"
+        assert after == ["step-00000001", "step-00000003"]
+    with Checkpoint(shelf.committed(tmp_path)[0]) as checkpoint:
+        checkpoint.verify()
+
+
+def test_a_run_whose_last_save_fails_does_not_end_well(tmp_path: Path) -> None:
+    job = job_of(alone(), "Fit", *WORDS, "checkpoint.every=4", "steps=6")
+    record = Record(job, tmp_path, {}, Screen(True))
+    job.stop_at = 4
+    train(job, record)
+    record.settle()
+    job.stop_at = None
+    (file,) = shelf.committed(tmp_path)[0].glob("*.safetensors")
+    with full_disk(file.stat().st_size - 1):  # metrics.jsonl is smaller
+        train(job, record)
+        with pytest.raises(NotSaved, match=r"step 6 was not saved: File too large: .*A rank writes about 716 bytes"):
+            record.settle()
+    assert [path.name for path in shelf.committed(tmp_path)] == ["step-00000004"]
+    assert len(series(tmp_path)) == 6
+
+
+# kept -------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_being_read_is_not_removed(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    older, newest = shelf.committed(tmp_path / "run")
+    with Checkpoint(older):
+        assert shelf.prune(tmp_path / "run", keep=1) == []
+    assert shelf.prune(tmp_path / "run", keep=1) == [older]
+    assert sorted(path.name for path in shelf.shelf(tmp_path / "run").iterdir()) == [newest.name]
+
+
+def test_the_newest_is_kept_whatever_lies_behind_it(run: Path, tmp_path: Path) -> None:
+    """A run that went back must not lose its only good checkpoint to a newer one that is damaged."""
+    shutil.copytree(run, tmp_path / "run")
+    os.truncate(shelf.committed(tmp_path / "run")[-1] / "rank-00000.safetensors", 10)
+    job = job_of(alone(), "Fit", *WORDS, "checkpoint.every=5", "checkpoint.keep=1")
+    resume(job, tmp_path / "run")
+    job.stop_at = 5
+    trained(job, tmp_path / "run")
+    assert [path.name for path in shelf.committed(tmp_path / "run")] == ["step-00000005"]
+
+
+def test_what_a_kill_left_is_swept_up(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    for name in (".step-00000008.partial", ".step-00000002.removed"):
+        (shelf.shelf(tmp_path / "run") / name).mkdir()
+        (shelf.shelf(tmp_path / "run") / name / "rank-00000.safetensors").write_bytes(b"half of i")
+    assert resumed(alone(), tmp_path / "run") == 6
+    Record(job_of(alone(), "Fit", *WORDS), tmp_path / "run", {}, Screen(False))
+    assert sorted(path.name for path in shelf.shelf(tmp_path / "run").iterdir()) == ["step-00000004", "step-00000006"]
+
+
+def test_the_format_is_open(run: Path) -> None:
+    """JSON, and files that the safetensors package reads."""
+    for file in shelf.committed(run)[-1].glob("*.safetensors"):
+        assert all(tensor.ndim == 1 for tensor in load_file(file).values())
+    found = json.loads((shelf.committed(run)[-1] / NAME).read_text())["manifest"]
+    assert (found["step"], found["samples"]) == (6, 96)
+    assert found["config"]["lr"] == 0.01
+    assert found["optimizers"]["model"][0]["optimizer"] == "AdamW"
+    weight = found["tensors"]["model/model/0.weight"]
+    assert (weight["dtype"], weight["shape"], weight["cuts"], weight["files"]) == ("F32", [8, 5], [0, 20, 40], [0, 1])

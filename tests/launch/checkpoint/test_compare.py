@@ -1,0 +1,95 @@
+"""What the diff of two checkpoints says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from launch.checkpoint.compare import compare
+from launch.checkpoint.directory import folder_of
+from launch.checkpoint.reader import Checkpoint
+from tests.launch.checkpoints import CONFIG, GROUPS, call, state, write_checkpoint, write_run
+
+WEIGHTS = {"layer.weight": torch.arange(30.0).view(5, 6), "layer.bias": torch.ones(5), "count": torch.tensor(7)}
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    """A run."""
+    return write_run(tmp_path / "run", state("model", WEIGHTS), steps=(10, 30), optimizers={"model": GROUPS})
+
+
+def other(made: Path, **changed: torch.Tensor) -> Path:
+    """Another run, of other ranks, with `changed` weights (a double underscore is a dot)."""
+    weights = {**WEIGHTS, **{name.replace("__", "."): tensor for name, tensor in changed.items()}}
+    return write_run(
+        made.with_name("other"),
+        state("model", weights),
+        steps=(30,),
+        ranks=5,
+        config={**CONFIG, "optim": {"lr": 0.2}},
+        optimizers={"model": GROUPS},
+    )
+
+
+def test_diff_of_equal_states(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "0 differ" in call(capsys, "diff", made, folder_of(made, 10))
+    said = call(capsys, "diff", made, other(made))  # other ranks, and the configuration does not count
+    assert "optim.lr  0.1 -> 0.2" in said
+
+
+def test_diff_of_values(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weight = WEIGHTS["layer.weight"].clone()
+    weight[2, 3] += 0.5
+    said = call(capsys, "diff", made, other(made, layer__weight=weight, count=torch.tensor(10)), expect=1)
+    rows = [" ".join(line.split()) for line in said.splitlines() if "model/model/" in line]
+    assert rows == ["3 0.3 1 of 1 model/model/count", "0.5 0.017 1 of 30 model/model/layer.weight"]
+    assert "8 tensors equal, 2 differ" in said
+
+
+def test_diff_shows_the_first_unless_asked_for_all(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for run_dir, shift in (("a", 0.0), ("b", 1.0)):
+        tensors = {f"net/model/{n:02d}": torch.ones(2) + n * shift for n in range(40)}
+        write_run(made / run_dir, tensors, config={f"key{n}": shift for n in range(30)}, steps=(1,))
+    said = call(capsys, "diff", made / "a", made / "b", expect=1)
+    assert said.count("net/model/") == 20
+    assert said.index("net/model/39") < said.index("net/model/38")
+    assert "and 19 more; all=true shows them" in said
+    assert "and 10 more; all=true shows them" in said
+    said = call(capsys, "diff", made / "a", made / "b", "all=true", expect=1)
+    assert said.count("net/model/") == 39
+    assert said.count("  key") == 30
+
+
+def pair(folder: Path, first: dict[str, Any], second: dict[str, Any]) -> list[Checkpoint]:
+    tensors = ({name: torch.as_tensor(value) for name, value in values.items()} for values in (first, second))
+    return [Checkpoint(write_checkpoint(folder / str(n), held, ranks=n + 1)) for n, held in enumerate(tensors)]
+
+
+def test_what_differs(tmp_path: Path) -> None:
+    nan, inf = float("nan"), float("inf")
+    first, second = pair(
+        tmp_path,
+        {"nan": [nan, 1.0], "one nan": [nan, 4.0], "inf": [inf, -inf], "signs": [inf], "zero": [0.0], "bool": [True, False]}
+        | {"large": [2**60], "gone": [1], "shape": [1, 2], "type": [1]},
+        {"nan": [nan, 1.0], "one nan": [2.0, 4.0], "inf": [inf, -inf], "signs": [-inf], "zero": [-0.0], "bool": [True, True]}
+        | {"large": [2**60 + 1], "new": [1], "shape": [[1, 2]], "type": [1.0]},
+    )
+    found = compare(first, second)
+    assert {apart.name: apart.largest for apart in found.apart} == {"one nan": inf, "signs": inf, "bool": 1.0, "large": 0.0}
+    assert found.equal == 3
+    assert {name for name, _, _ in found.tensors} == {"gone", "new", "shape", "type"}
+    assert not found.same_state
+    first.close()
+    second.close()
+
+
+def test_diff_of_optimizers(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    groups = [{**GROUPS[0], "parameters": ["weight"], "settings": {**GROUPS[0]["settings"], "weight_decay": 0.0}}]  # type: ignore[dict-item]
+    write_run(made / "other", state("model", WEIGHTS), optimizers={"model": groups})
+    said = call(capsys, "diff", made, made / "other", expect=1)
+    assert "model, group 0: parameters.bias  in it -> (none)" in said
+    assert "model, group 0: settings.weight_decay  0.1 -> 0.0" in said

@@ -1,0 +1,268 @@
+"""The doctor as users call it: alone, under torchrun, with a rank missing, on two hosts that are network namespaces."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from launch.commands import doctor
+from launch.diagnostics import cross_node as between
+from launch.diagnostics.exchange import Meeting
+from launch.runtime.store import NotMet, check_own, open_store, reach, within
+from tests.launch.hosts import KNOWN, OURS, Host, by_hand, two_hosts
+from tests.launch.processes import Ended, command, finish
+
+DOCTOR = Path(doctor.__file__)
+
+
+def start(
+    *words: str, cwd: Path, ranks: int = 0, env: Mapping[str, str] | None = None, inside: tuple[str, ...] = ()
+) -> subprocess.Popen[str]:
+    """Start the doctor; `inside` are the words of a command that starts it elsewhere (nsenter)."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
+    return subprocess.Popen(
+        [*inside, *command(*words, ranks=ranks, run=DOCTOR)],
+        cwd=cwd,
+        env={**clean, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "10000", **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def call(*words: str, cwd: Path, ranks: int = 0, env: Mapping[str, str] | None = None) -> Ended:
+    """Run the doctor to its end."""
+    return finish(start(*words, cwd=cwd, ranks=ranks, env=env))
+
+
+def row(done: Ended, check: str) -> str:
+    """The row of a check: its verdict and the rest, with single spaces."""
+    lines = [line for line in done.out.splitlines() if line.startswith(f"{check}  ")]
+    assert len(lines) == 1, done.out + done.err
+    return " ".join(lines[0].removeprefix(check).split())
+
+
+def only_line(done: Ended) -> str:
+    (line,) = done.ours
+    return line
+
+
+def free() -> int:
+    """A port that nobody has."""
+    with socket.create_server(("", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def wait_until_files(folder: Path) -> None:
+    """Until the doctor tries the disk: it has imported torch then, and has not met the others yet."""
+    deadline = time.monotonic() + 30
+    while not list(folder.glob(".doctor-*")) and time.monotonic() < deadline:
+        time.sleep(0.002)
+
+
+# one machine -------------------------------------------------------------------------------------------------------------
+
+
+def test_this_machine(tmp_path: Path) -> None:
+    done = call("run_dir=runs/new", cwd=tmp_path)
+    assert done.code == int(" 0 fail" not in done.out), done.out + done.err
+    assert f" {tmp_path} (" in row(done, "disk")
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_imports_no_torch(tmp_path: Path) -> None:
+    done = call("--help", cwd=tmp_path, env={"PYTHONPROFILEIMPORTTIME": "1"})
+    modules = {line.rpartition("|")[2].strip() for line in done.err.splitlines()}
+    assert "launch.diagnostics.run_all" in modules
+    assert not {"torch", "numpy", "pydantic"} & modules
+    assert done.out.startswith("Look at the machines")
+    assert max(map(len, (doctor.__doc__ or "").splitlines())) <= 130
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("rundir=x", "rundir is not a key of doctor; did you mean run_dir?"),
+        ("timeout=0", "timeout=0 must be a number of seconds, above 0"),
+        ("timeout=soon", "timeout=soon is not float"),
+        ("fast", "'fast' is not key=value"),
+    ],
+)
+def test_mistakes(tmp_path: Path, words: str, said: str) -> None:
+    done = call(words, cwd=tmp_path)
+    assert (done.code, said in only_line(done)) == (2, True), done.err
+
+
+@pytest.mark.slow
+def test_two_ranks_under_torchrun(tmp_path: Path) -> None:
+    done = call(cwd=tmp_path, ranks=2)
+    assert row(done, "ranks") == "pass 2 of 2 came"
+    assert row(done, "within a node").startswith("pass rank 0 - rank 1: all-reduce ")
+    assert done.out.count("doctor:") == 1
+    assert done.code == int(" 0 fail" not in done.out)
+    assert not list(tmp_path.iterdir())
+
+
+# ranks that do not come, or go -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_missing_rank(tmp_path: Path) -> None:
+    port = free()
+    done = call("timeout=2", cwd=tmp_path, env=by_hand(0, "127.0.0.1", port))
+    assert done.code == 1
+    assert row(done, "ranks").startswith("fail expected 2 ranks; saw 0 from ")
+
+
+@pytest.mark.slow
+def test_a_rank_without_rank_zero(tmp_path: Path) -> None:
+    done = call("timeout=1", cwd=tmp_path, env=by_hand(1, "127.0.0.1", free()))
+    assert done.code == 1
+    assert "nobody listens" in only_line(done)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_stopped_on_the_way(tmp_path: Path, victim: int) -> None:
+    """SIGSTOP: the connections stay, only nothing comes any more."""
+    port = free()
+    folders = [tmp_path / "0", tmp_path / "1"]
+    for folder in folders:
+        folder.mkdir()
+    ranks = [start("timeout=4", cwd=folders[rank], env=by_hand(rank, "127.0.0.1", port)) for rank in range(2)]
+    wait_until_files(folders[victim])
+    os.killpg(ranks[victim].pid, signal.SIGSTOP)
+    done = finish(ranks[1 - victim])
+    os.killpg(ranks[victim].pid, signal.SIGKILL)
+    ranks[victim].communicate()
+    assert done.code == 1
+    assert only_line(done) if victim == 0 else row(done, "ranks"), done.out + done.err
+
+
+@pytest.mark.slow
+def test_the_term_signal_leaves_no_file(tmp_path: Path) -> None:
+    process = start(cwd=tmp_path)
+    wait_until_files(tmp_path)
+    process.terminate()
+    finish(process)
+    assert not list(tmp_path.iterdir())
+
+
+# meeting -----------------------------------------------------------------------------------------------------------------
+
+
+def test_what_keeps_a_rank_from_the_master() -> None:
+    with pytest.raises(NotMet, match=r"cannot resolve MASTER_ADDR=nowhere.invalid"):
+        reach("nowhere.invalid", 1, 0.1)
+    with pytest.raises(NotMet, match="nobody listens"):
+        reach("127.0.0.1", 1, 0.1)
+    with pytest.raises(NotMet, match=r"192.0.2.77.* is not an address of"):
+        check_own("192.0.2.77", 1)
+
+
+@pytest.mark.slow
+def test_a_stranger_on_the_port_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launch.runtime.store.OPEN", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server, pytest.raises(NotMet, match="something else than a store"):
+        open_store(("127.0.0.1", server.getsockname()[1]), "doctor")
+
+
+def test_two_ranks_in_a_store(tmp_path: Path) -> None:
+    """Clock and folder, of two nodes that are two threads."""
+
+    def folder(rank: int, path: Path) -> Any:
+        return between.shared_folder(meetings[rank], [0, 1], path, "token")
+
+    def pair(first: Any, second: Any) -> tuple[Any, Any]:
+        with ThreadPoolExecutor(2) as threads:
+            futures = threads.submit(first), threads.submit(second)
+            return futures[0].result(20), futures[1].result(20)
+
+    # each with a connection of its own, as in processes; port 0 is any that is free
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    client = dist.TCPStore("127.0.0.1", server.port, is_master=False, wait_for_workers=False)
+    meetings = [Meeting(server, 0, [0, 1]), Meeting(client, 1, [0, 1])]
+    _, (ahead, error) = pair(lambda: between.clock(meetings[0], [0, 1]), lambda: between.clock(meetings[1], [0, 1]))
+    assert abs(ahead) <= error + 0.01 < 1
+    first, second = pair(lambda: folder(0, tmp_path), lambda: folder(1, tmp_path))
+    assert (first["missing"], second["missing"]) == ([], [])
+    assert not list(tmp_path.iterdir())
+    assert meetings[0].gather("late", 1, 0.1) == {0: 1}
+    with pytest.raises(TimeoutError, match="no word"):
+        meetings[1].tell("plan", None, 0.1)
+    assert within(5, lambda: meetings[1].wait_for("alone", [0, 1], 0.1)) is False
+
+
+# two hosts ---------------------------------------------------------------------------------------------------------------
+
+
+def on_both(hosts: list[Host], folder: Path, address: str, *words: str, **env: str) -> list[Ended]:
+    """What the doctor says on each."""
+    started = [
+        start(*words, cwd=folder, env={**by_hand(rank, address, 29500), **env}, inside=host.inside)
+        for rank, host in enumerate(hosts)
+    ]
+    return [finish(process) for process in started]
+
+
+@pytest.mark.slow
+def test_two_hosts(tmp_path: Path) -> None:
+    with two_hosts(tmp_path, {"n1": KNOWN, "n2": KNOWN}) as hosts:
+        first, second = on_both(hosts, tmp_path, "n1")
+    assert row(first, "ranks") == "pass n1, n2 2 of 2 came"
+    assert row(first, "names").startswith("pass n1, n2 n1: its own name is 10.9.9.1 (eth0)")
+    assert row(first, "network") == "pass n1, n2 eth0, 10 Gb/s, MTU 1500"
+    assert row(first, "shared folder").startswith("pass n1, n2")
+    assert row(first, "clock").startswith("pass n2")
+    # a veth has no speed of its own, a busy machine little
+    assert row(first, "bandwidth").startswith(("pass n1, n2 n1 - n2: all-reduce ", "warn n1, n2 n1 - n2: all-reduce "))
+    assert first.code == second.code == int(" 0 fail" not in first.out)
+    assert not second.out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["n1", "n2"]
+
+
+@pytest.mark.slow
+def test_two_hosts_on_a_slow_cable_without_a_shared_folder(tmp_path: Path) -> None:
+    with two_hosts(tmp_path, {"n1": KNOWN, "n2": KNOWN}, rate="200mbit") as hosts:
+        (mine := tmp_path / "runs").mkdir()
+        for host in hosts:  # one path, two file systems
+            host.run(f"mount -t tmpfs none {mine}")
+        first, _ = on_both(hosts, tmp_path, "n1", f"run_dir={mine}")
+    for other in ("n1", "n2"):
+        assert f"{mine}: sees nothing of what {other} wrote there" in first.out
+    assert row(first, "bandwidth").startswith("warn n1, n2 n1 - n2: all-reduce 0.02")
+    assert first.code == 1
+
+
+@pytest.mark.slow
+def test_two_hosts_that_take_themselves_for_loopback(tmp_path: Path) -> None:
+    """Debian's installer writes `127.0.1.1 HOSTNAME` into /etc/hosts: gloo binds to it, and the others connect to themselves."""
+    with two_hosts(tmp_path, {host: f"127.0.1.1 {host}\n" for host in ("n1", "n2")}) as hosts:
+        first, second = on_both(hosts, tmp_path, "10.9.9.1")
+        cured, _ = on_both(hosts, tmp_path, "10.9.9.1", GLOO_SOCKET_IFNAME="eth0")
+    assert row(first, "names").startswith("fail n1, n2 its own name is 127.0.1.1")
+    assert "export GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0" in first.out
+    assert row(first, "bandwidth").startswith("fail n1, n2 n1 - n2: ")
+    assert first.code == second.code == 1
+    assert row(cured, "names").startswith("pass")
+    assert not row(cured, "bandwidth").startswith("fail")
+
+
+@pytest.mark.slow
+def test_two_hosts_of_which_one_cannot_resolve_the_master(tmp_path: Path) -> None:
+    with two_hosts(tmp_path, {"n1": KNOWN, "n2": ""}) as hosts:
+        first, second = on_both(hosts, tmp_path, "n1", "timeout=4", SLURM_STEP_NODELIST="n[1-2]")
+    assert "expected 2 ranks on n1, n2; saw 0 from n1, none from n2" in first.out
+    assert "n2 cannot resolve MASTER_ADDR=n1" in only_line(second)
+    assert first.code == second.code == 1

@@ -1,0 +1,131 @@
+"""What is said of a run's speed, and that it is so."""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from launch.reporting.throughput import PEAKS, Start, StepTimes, Throughput, age, peak_memory
+from launch.training.loop import train
+from tests.benchmarks.workload import Dense, prepared
+from tests.launch.processes import TINY, call
+
+
+def test_percentiles_are_within_a_percent() -> None:
+    times = StepTimes()
+    for millisecond in range(1, 1001):
+        times.add(millisecond / 1000)
+    assert times.below(0.5) == pytest.approx(0.5, rel=0.011)
+    assert times.below(0.99) == pytest.approx(0.99, rel=0.011)
+    times.add(7.0, steps=9000)
+    assert times.below(0.5) == pytest.approx(7, rel=0.011)
+    assert StepTimes().below(0.5) == 0.0
+
+
+def test_flops_are_those_of_the_textbook() -> None:
+    with prepared(Dense(width=64, layers=3, samples=16)) as (job, _):
+        throughput = Throughput(job)
+        throughput.first = [torch.empty(16, 64, device="meta")] * 2
+        # each layer: forward, gradient of the weights, and of the input but for the first
+        assert throughput.flops() == 2 * 16 * 64 * 64 * (3 + 3 + 2)
+
+
+def test_a_model_that_needs_numbers_is_not_counted() -> None:
+    class Depends(Dense):
+        def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+            loss = super().loss(model, batch)
+            return loss if loss > 1 else 2 * loss
+
+    with prepared(Depends(width=8, samples=4)) as (job, _):
+        throughput = Throughput(job)
+        throughput.first = [torch.empty(4, 8, device="meta")] * 2
+        assert throughput.flops() is None
+
+
+def test_waiting_for_data_is_told_from_the_steps() -> None:
+    def slow() -> Iterator[list[Any]]:
+        for _ in range(6):
+            time.sleep(0.02)
+            yield [[torch.zeros(16, 8)]]
+
+    with prepared(Dense(samples=16)) as (job, _):
+        throughput = Throughput(job)
+        for number, _ in enumerate(throughput.watch(slow())):
+            time.sleep(0.5 if number == 0 else 0.01)  # the first compiles
+            throughput.stepped(first=number == 0)
+        assert 0.4 < throughput.waited / throughput.busy < 0.9
+        assert throughput.busy < 0.5, "without the first"
+        assert "workers=2" in next(throughput.in_words())
+        assert throughput.units == 1.0
+
+
+def test_the_parts_of_the_start_add_up() -> None:
+    start = Start()
+    for part in ("imports", "ranks"):
+        time.sleep(0.01)
+        start.reached(part)
+    assert sum(start.parts.values()) == pytest.approx(start.last)
+    assert 0 < start.parts["ranks"] < start.parts["imports"]
+    assert start.last <= age() < time.monotonic()
+    assert 1e7 < peak_memory("cpu") < 1e12
+
+
+def test_no_peak_hides_another() -> None:
+    names = list(PEAKS)
+    assert not [(a, b) for i, a in enumerate(names) for b in names[i + 1 :] if a in b], "the more special first"
+
+
+@pytest.mark.slow
+def test_the_summary_says_it(tmp_path: Path) -> None:
+    ended = call(f"recipe={TINY}:Fit", "steps=12", "batch_size=16", "log.every=5", "run_dir=run", cwd=tmp_path)
+    assert ended.code == 0, ended.err
+    for words in ("99 % of them within", "of the time waiting for data", "GFLOP/s a rank", "peak memory", "first step"):
+        assert words in ended.out
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["samples_per_second"] > 0 for line in lines if "loss" in line)
+
+
+def test_no_garbage_is_collected_in_a_step() -> None:
+    """But in evaluations, and by hand between steps; afterwards all is as it was."""
+    seen: dict[str, bool] = {}
+    collected: list[int] = []
+
+    class Looks(Dense):
+        def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+            seen.setdefault("train" if model.training else "eval", gc.isenabled())
+            return super().loss(model, batch)
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        if phase == "start":
+            collected.append(info["generation"])
+
+    assert gc.isenabled()
+    gc.callbacks.append(note)
+    try:
+        with prepared(Looks(samples=16)) as (job, record):
+            job.splits.val = job.splits.train
+            job.stop_at = 12
+            train(job, record)
+    finally:
+        gc.callbacks.remove(note)
+    assert seen == {"train": False, "eval": True}
+    assert 1 in collected, "what is young, with a line on the screen"
+    assert gc.isenabled()
+
+
+def test_a_run_that_stops_is_saved_before_anything_is_summed_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time that a scheduler leaves is for saving: counting the operations of a large model may take longer."""
+    monkeypatch.setattr(Throughput, "in_words", lambda _: pytest.fail("summed up"))
+    with prepared(Dense(samples=16)) as (job, record):
+        job.stop_at = 2
+        train(job, record)
+        record.settle()
+        assert record.saves[-1].step == 2

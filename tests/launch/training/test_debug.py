@@ -1,0 +1,282 @@
+"""`debug=true`: what it shows, that it changes no number of the run, and where its debugger stands."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from launch.cli.resolve import resolve
+from launch.reporting.model_table import TABLE_ROWS, rows, tables, tree
+from launch.runtime.world import World
+from launch.state.run import Job, prepare
+from launch.training.overfit import overfit
+from tests.launch.processes import TINY, call, command
+
+RECIPE = """
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from recipes.base import Recipe
+from recipes.parts.data import Splits
+
+
+class Net(nn.Module):
+    def __init__(self, inputs):
+        super().__init__()
+        self.first = nn.Linear(4, 8)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(12))
+        self.last = nn.Linear(inputs, 1)
+
+    def forward(self, x):
+        hidden = self.first(x)
+        for block in self.blocks:
+            hidden = hidden + block(hidden)
+        return self.last(hidden)
+
+
+@dataclass(kw_only=True)
+class Small(Recipe):
+    defaults: ClassVar[dict[str, Any]] = {"batch_size": 8, "micro_batch_size": 4, "epochs": 5}
+    inputs: int = 8
+    lr: float = 0.01
+    fail: str = "no"
+
+    def build_data(self):
+        points = torch.randn(64, 4, generator=torch.Generator().manual_seed(1))
+        data = [(point, point.sum(0, keepdim=True)) for point in points]
+        return Splits(train=data, val=data[:30])
+
+    def build_model(self):
+        return Net(self.inputs)
+
+    def build_optimizer(self, model):
+        return torch.optim.Adam(model.parameters(), lr=self.lr)
+
+    def loss(self, model, batch):
+        x, y = batch
+        if self.fail == "ignores":
+            return (y - x.sum(1, keepdim=True) + 1 + 0 * model(x)).square().sum()
+        if self.fail == "backward":
+            return (model(x) * 0).sqrt().sum() + 1  # the gradient of the root is infinite, times 0
+        return (model(x) - y).square().sum()
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe file of a user, who has no idea of debug mode."""
+    path = tmp_path_factory.mktemp("recipe") / "small.py"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def plain(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run without debug mode, with a checkpoint after step 10."""
+    folder = tmp_path_factory.mktemp("plain")
+    ended = call(f"recipe={recipe}", "run_dir=plain", "checkpoint.every=10", "checkpoint.keep=9", cwd=folder)
+    assert ended.code == 0, ended.err
+    return folder / "plain"
+
+
+def losses(run_dir: Path) -> list[float]:
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+@pytest.mark.slow
+def test_it_makes_the_first_steps_of_the_run_and_no_others(recipe: Path, plain: Path, tmp_path: Path) -> None:
+    ended = call(f"recipe={recipe}", "debug=true", cwd=tmp_path)
+    assert ended.code == 0, ended.err
+    assert ended.err == ""
+    assert "one batch: loss" in ended.out
+    assert "it can be overfitted" in ended.out
+    # bit by bit, though the models were built twice and one was trained in between
+    assert losses(tmp_path / "runs" / "debug" / "small") == losses(plain)[:8]
+    assert [line.split()[1] for line in ended.out.splitlines() if line.startswith("step ")][:8] == [f"{n}/8" for n in range(1, 9)]
+
+
+@pytest.mark.slow
+def test_a_number_says_how_many_steps_and_the_last_run_is_replaced(recipe: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "debug" / "small"
+    folder.mkdir(parents=True)
+    (folder / "old").write_text("")
+    ended = call(f"recipe={recipe}", "debug=3", cwd=tmp_path)
+    assert ended.code == 0, ended.err
+    assert len(losses(folder)) == 3
+    assert not (folder / "old").exists()
+    assert "workers: 0\n" in (folder / "config.yaml").read_text()
+
+
+@pytest.mark.slow
+def test_it_continues_a_run_from_its_checkpoint(recipe: Path, plain: Path, tmp_path: Path) -> None:
+    ended = call(f"recipe={recipe}", "debug=2", f"resume={plain}/checkpoints/step-00000010", cwd=tmp_path)
+    assert ended.code == 0, ended.err
+    assert losses(tmp_path / "runs" / "debug" / "small") == losses(plain)[10:12]
+
+
+@pytest.mark.slow
+def test_two_ranks_and_a_wrong_number_are_refused(recipe: Path, tmp_path: Path) -> None:
+    wrong = call(f"recipe={recipe}", "debug=-1", cwd=tmp_path)
+    assert (wrong.code, wrong.err) == (2, "rankzero: debug=-1 must be true, false or a number of steps\n")
+    two = call(f"recipe={recipe}", "debug=true", cwd=tmp_path, env={"RANK": "0", "WORLD_SIZE": "2"})
+    assert two.code == 2
+    assert "debug=true is one process" in two.err
+
+
+# the table ----------------------------------------------------------------------------------------------------------------
+
+
+def job_of(*words: str) -> Job:
+    return prepare(resolve(["epochs=1", "debug=true", *words], World()), World())
+
+
+def table(job: Job) -> list[list[str]]:
+    """The rows of the tables, each as its columns."""
+    batch = next(iter(job.train_loader()))
+    return [re.split(r" {2,}", line.strip()) for line in tables(job, batch)]
+
+
+def test_the_table_tells_module_shape_dtype_and_parameters() -> None:
+    found = table(job_of(f"recipe={TINY}:Fit", "batch_size=10", "precision=bf16"))
+    assert ["model", "class", "output", "dtype", "parameters"] in found
+    assert ["model", "Sequential", "10 x 1", "bfloat16", "57"] in found
+    assert ["0", "Linear", "10 x 8", "bfloat16", "48"] in found
+    assert ["3", "Dropout", "10 x 8", "bfloat16"] in found
+    assert found[-1] == ["57 parameters (float32), all trainable"]
+
+
+def test_each_model_has_its_table() -> None:
+    found = table(job_of(f"recipe={TINY}:Pair", "batch_size=10"))
+    assert [row[0] for row in found if row[-1] == "parameters"] == ["model student", "model judge"]
+    assert ["judge", "Linear", "10 x 1", "(2 calls)", "float32", "6"] in found
+
+
+def test_equal_blocks_are_one_row(recipe: Path) -> None:
+    found = table(job_of(f"recipe={recipe}"))
+    assert ["0 to 11, 12 alike", "Sequential", "4 x 8", "float32", "72"] in found
+
+
+def test_what_is_not_called_frozen_or_tied_is_named() -> None:
+    model = nn.ModuleDict({"first": nn.Linear(2, 2), "idle": nn.Linear(3, 3), "last": nn.Linear(2, 2, bias=False)})
+    model["last"].weight = model["first"].weight
+    model["idle"].requires_grad_(False)
+    found = list(rows(tree("model", model, {}), 1))
+    assert ("  idle", "Linear", "not called", "", "12 frozen") in found
+    assert ("  last", "Linear", "not called", "", "4 tied") in found
+
+
+@pytest.mark.parametrize(("depth", "blocks"), [(18, 8), (34, 16)])
+def test_a_resnet_fits_one_screen_and_each_block_shows(depth: int, blocks: int) -> None:
+    job = job_of("recipe=resnet", f"model.depth={depth}", "batch_size=2", "micro_batch_size=2")
+    lines = list(tables(job, next(iter(job.train_loader()))))
+    assert len(lines) <= TABLE_ROWS + 5
+    assert sum(" BasicBlock " in line for line in lines) == blocks
+
+
+# overfitting one batch ----------------------------------------------------------------------------------------------------
+
+
+def tried(job: Job) -> str:
+    return "\n".join(overfit(job, next(iter(job.train_loader()))))
+
+
+def test_a_loss_that_ignores_the_parameters_is_told(recipe: Path) -> None:
+    said = tried(job_of(f"recipe={recipe}", "fail=ignores"))
+    assert "it can NOT be overfitted, no gradient reaches the parameters" in said
+    assert "look at the loss" in said
+
+
+def test_a_learning_rate_too_high_is_told(recipe: Path) -> None:
+    said = tried(job_of(f"recipe={recipe}", "lr=100"))
+    assert "it can NOT be overfitted, the loss grows" in said
+    assert "learning rate (100)" in said
+
+
+def test_a_learning_rate_too_low_is_told(recipe: Path) -> None:
+    said = tried(job_of(f"recipe={recipe}", "lr=1e-9"))
+    assert "in 100 steps: it can NOT be overfitted\n  look at the learning rate (1e-09)" in said
+
+
+def test_parameters_without_gradient_are_named(recipe: Path) -> None:
+    job = job_of(f"recipe={recipe}")
+    job.strategies["model"].module.register_parameter("extra", nn.Parameter(torch.ones(1)))
+    assert "  no gradient reaches extra: is it used?" in tried(job)
+
+
+def test_several_losses_are_not_tried() -> None:
+    assert "does not apply: judge and student" in tried(job_of(f"recipe={TINY}:Pair", "batch_size=10"))
+
+
+# exceptions ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_without_a_terminal_the_traceback_is_told_once(recipe: Path, tmp_path: Path) -> None:
+    ended = call(f"recipe={recipe}", "debug=true", "inputs=9", cwd=tmp_path)
+    assert ended.code == 1
+    assert ended.err.count("rankzero: rank 0 on ") == 1
+    assert "(Pdb)" not in ended.out
+    assert json.loads((tmp_path / "runs" / "debug" / "small" / "failure.json").read_text())["error"] == "RuntimeError"
+
+
+@pytest.mark.slow
+def test_a_nan_of_the_backward_pass_is_traced_to_its_line(recipe: Path, tmp_path: Path) -> None:
+    ended = call(f"recipe={recipe}", "debug=true", "fail=backward", cwd=tmp_path)
+    assert ended.code == 1
+    assert "MulBackward0' returned nan values" in ended.err
+    assert "(model(x) * 0).sqrt()" in ended.err
+
+
+@pytest.mark.slow
+def test_pdb_stands_in_the_users_frame(recipe: Path, tmp_path: Path) -> None:
+    said, code = at_a_terminal(command(f"recipe={recipe}", "debug=true", "inputs=9"), tmp_path, ["p hidden.shape", "q"])
+    assert "small.py(23)forward()" in said
+    assert "torch.Size([4, 8])" in said
+    assert said.count("rankzero: rank 0 on ") == 1
+    assert code == 1
+
+
+def at_a_terminal(words: list[str], cwd: Path, answers: list[str], timeout: float = 60.0) -> tuple[str, int]:
+    """Run a command under a pseudo-terminal and answer its debugger's prompts. Returns all that was shown, and the exit code."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        words,
+        cwd=cwd,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TERM": "dumb"},
+    )
+    os.close(theirs)
+    said, read, deadline = b"", 0, time.monotonic() + timeout
+    try:
+        while time.monotonic() < deadline and select.select([ours], [], [], max(deadline - time.monotonic(), 0))[0]:
+            try:
+                said += os.read(ours, 65536)
+            except OSError:  # the other end is closed: the process has ended
+                break
+            if answers and b"(Pdb) " in said[read:]:
+                read = len(said)
+                os.write(ours, answers.pop(0).encode() + b"\n")
+        return said.decode(), process.wait(5)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        os.close(ours)

@@ -1,0 +1,287 @@
+"""Stopping on purpose: all ranks at the same step, saved, exit code 75; the next life goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launch.checkpoint.directory import committed, step_of
+from launch.checkpoint.resume import resume
+from launch.reporting.console import Screen
+from launch.reporting.metrics import Record
+from launch.runtime.world import World as LaunchWorld
+from launch.training.loop import train
+from launch.watchdog import stop as stops
+from launch.watchdog.consensus import Agreement
+from launch.watchdog.stop import StopRequest
+from tests.launch.jobs import job_of, lines_of, series, undisturbed
+from tests.launch.processes import TINY, Ended, call, finish, offspring, start
+from tests.ranks import World, run_ranks
+
+WORDS = ("batch_size=16", "micro_batch_size=4", "steps=12", "held_out=20", "eval.every=5", "optimizer=sgd")
+
+
+class AfterSo(StopRequest):
+    """Wishes to stop from its Nth question on; a signal comes at any moment."""
+
+    def __init__(self, many: int) -> None:
+        super().__init__()
+        self.left = many
+
+    def wished(self, by_clock: bool) -> bool:
+        del by_clock
+        self.left -= 1
+        if self.left <= 0:
+            self.reason = "a test"
+        return bool(self.reason)
+
+
+def life(place: World, folder: Path, asked: int, who: int) -> tuple[str, int, bool]:
+    """A life in which rank `who` wishes to stop at question `asked`: why and when it ended, and if it owes an evaluation."""
+    job = job_of(place, "Fit", *WORDS)
+    resume(job, folder)
+    folder.mkdir(exist_ok=True)
+    record = Record(job, folder, {}, Screen(False), AfterSo(asked) if place.rank == who else StopRequest())
+    record.agreement.period = 0.0  # the ranks ask each other after each step, however short it is
+    why = train(job, record)
+    record.settle()
+    return why, job.progress.step, job.progress.unevaluated
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two ranks that nobody stopped."""
+    folder = tmp_path_factory.mktemp("lives") / "whole"
+    run_ranks(2, life, folder, 10**9, 0)
+    return folder
+
+
+@pytest.mark.parametrize("asked", [2, pytest.param(5, marks=pytest.mark.slow), 6, pytest.param(7, marks=pytest.mark.slow), 8])
+def test_all_ranks_stop_at_the_same_step_and_go_on(tmp_path: Path, whole: Path, asked: int) -> None:
+    """Between steps, and in the evaluation after step 5, which is then made in the next life."""
+    never = 10**9
+    first = run_ranks(2, life, tmp_path / "run", asked, 1)
+    assert len({(step, owed) for _, step, owed in first}) == 1
+    assert [why for why, *_ in first] == ["a signal to another rank", "a test"]
+    _, step, owed = first[0]
+    assert [step_of(path) for path in committed(tmp_path / "run")][-1] == step < 12
+    assert owed == (asked in (5, 6)), "the wish is heard one question later, in the evaluation"
+    assert [why for why, *_ in run_ranks(2, life, tmp_path / "run", never, 0)] == ["", ""]
+    for name in ("loss", "grad_norm", "eval/loss"):
+        assert series(tmp_path / "run", name) == series(whole, name), name
+
+
+def test_an_evaluation_that_is_cut_off_twice_is_made_in_the_third_life(tmp_path: Path) -> None:
+    run_ranks(1, life, tmp_path / "whole", 10**9, 0)
+    assert run_ranks(1, life, tmp_path / "run", 6, 0) == [("a test", 5, True)]
+    assert run_ranks(1, life, tmp_path / "run", 2, 0) == [("a test", 5, True)], "no step is made before it"
+    assert run_ranks(1, life, tmp_path / "run", 10**9, 0) == [("", 12, False)]
+    for name in ("loss", "eval/loss"):
+        assert series(tmp_path / "run", name) == series(tmp_path / "whole", name), name
+
+
+def early(place: World, folder: Path, asked: int) -> tuple[int, list[str]]:
+    """A life of a run that no evaluation finds better than the first: it stops early after step 10."""
+    job = job_of(place, "Fit", *WORDS, "lr=1e-12", "eval.patience=1", "batchnorm=false", "checkpoint.keep=9")
+    resume(job, folder)
+    folder.mkdir(exist_ok=True)
+    record = Record(job, folder, {}, Screen(False), AfterSo(asked))
+    train(job, record)
+    record.settle()
+    return job.progress.step, [path.name for path in committed(folder)]
+
+
+def test_a_run_that_has_stopped_early_makes_no_further_step(tmp_path: Path) -> None:
+    whole, saved = run_ranks(1, early, tmp_path / "run", 10**9)[0]
+    assert whole == 10
+    assert run_ranks(1, early, tmp_path / "run", 10**9)[0] == (whole, saved)
+    # step 5 asks 6 times with its evaluation, so that of step 10 is asked for the 17th time
+    assert run_ranks(1, early, tmp_path / "cut", 17)[0][0] == 10
+    assert run_ranks(1, early, tmp_path / "cut", 10**9)[0][0] == 10
+
+
+def hear(place: World, wishes: list[list[str]]) -> list[set[str]]:
+    agreement = Agreement(LaunchWorld(rank=place.rank, world_size=place.world_size), ["save", "stop"])
+    return [*(agreement.exchange(wish if place.rank == 1 else []) for wish in wishes), agreement.close()]
+
+
+def test_a_wish_of_one_rank_is_heard_by_all_a_step_later() -> None:
+    heard = run_ranks(3, hear, [[], ["stop"], [], ["save", "stop"]])
+    assert heard[0] == heard[1] == heard[2] == [set(), set(), {"stop"}, set(), {"save", "stop"}]
+
+
+def listen(place: World, calls: int, period: float) -> list[int]:
+    """In which of `calls` calls a lasting wish of rank one was heard: those after a question."""
+    agreement = Agreement(LaunchWorld(rank=place.rank, world_size=place.world_size), ["save", "stop"], period)
+    heard = [call for call in range(calls) if agreement.exchange(["stop"] if place.rank == 1 else [], seldom=True)]
+    agreement.close()
+    return heard
+
+
+def test_short_steps_are_not_asked_after_one_by_one() -> None:
+    """Pauses of 1, 3, 7, 15 and then 31 calls, the same ones on both ranks; an answer comes a call later."""
+    assert run_ranks(2, listen, 100, 1e9) == [[1, 3, 7, 15, 31, 63, 95]] * 2
+
+
+def test_long_steps_are_asked_after_each() -> None:
+    assert run_ranks(2, listen, 10, 0.0) == [list(range(1, 10))] * 2
+
+
+def evaluation_between(place: World) -> list[int]:
+    agreement = Agreement(LaunchWorld(rank=place.rank, world_size=place.world_size), ["stop"], 1e9)
+    for _ in range(60):
+        agreement.exchange([], seldom=True)
+    return [call for call in range(6) if agreement.exchange(["stop"] if place.rank == 1 else [])]
+
+
+def test_in_an_evaluation_each_batch_asks() -> None:
+    assert run_ranks(2, evaluation_between) == [[1, 2, 3, 4, 5]] * 2
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 5400), ("1:30", 90), ("2:00:00", 7200), ("1-00", 86400), ("1-12", 129600), ("1-0:30", 88200), ("2-1:02:03", 176523)],
+)
+def test_max_time_is_written_as_slurm_does(text: str, seconds: int) -> None:
+    assert stops.seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "soon", "1:2:3:4", "1h", "-5", "1-"])
+def test_what_is_no_time_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=f"max_time={text} is no time; write it as SLURM does"):
+        stops.seconds(text)
+
+
+def test_the_nearer_of_two_limits_counts() -> None:
+    began = psutil.Process().create_time()
+    assert stops.deadline(None, {}) is None
+    assert stops.deadline(None, {"SLURM_JOB_END_TIME": "1900000000"}) == 1_900_000_000
+    assert stops.deadline("1", {"SLURM_JOB_END_TIME": "1900000000"}) == began + 60
+
+
+def test_the_margin_before_the_limit_follows_what_a_save_takes() -> None:
+    request = StopRequest(deadline=time.time() + 100)
+    request.measured(step=1.0, save=20.0)
+    assert not request.wished(by_clock=True)
+    request.measured(step=1.0, save=50.0)
+    assert not request.wished(by_clock=False), "the clock is that of rank zero"
+    assert request.wished(by_clock=True)
+    assert request.reason == "its time is up"
+
+
+# real signals -------------------------------------------------------------------------------------------------------------
+
+BUSY = (f"recipe={TINY}:Broken", "pause=0.05", "run_dir=run", "batch_size=10", "steps=60", "log.every=1", "workers=1")
+
+
+def busy(cwd: Path, *words: str, ranks: int = 0) -> subprocess.Popen[str]:
+    """A run of three seconds, after its first steps."""
+    process = start(*BUSY, *words, cwd=cwd, ranks=ranks)
+    deadline = time.monotonic() + 60
+    while not (cwd / "run" / "metrics.jsonl").exists() or len(lines_of(cwd / "run")) < 3:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return process
+
+
+def stopped(cwd: Path, ended: Ended, reason: str) -> int:
+    """The step at which a run has stopped; checks what it left behind."""
+    note = json.loads((cwd / "run" / "stopped.json").read_text())
+    assert note["reason"] == reason
+    assert step_of(committed(cwd / "run")[-1]) == note["step"] < 60
+    assert f"stopped ({reason}); step {note['step']} is saved" in ended.err
+    assert not offspring(cwd), "no data worker outlives the run"
+    assert not [path for path in (cwd / "run" / "checkpoints").iterdir() if path.name.startswith(".")]
+    return int(note["step"])
+
+
+def struck(cwd: Path, name: str) -> int:
+    """The step at which a run has stopped after the signal of that name."""
+    process = busy(cwd)
+    os.kill(process.pid, signal.Signals[name])
+    ended = finish(process)
+    assert ended.code == 75, ended.err
+    return stopped(cwd, ended, name)
+
+
+def test_a_signal_stops_saves_and_the_run_goes_on(tmp_path: Path) -> None:
+    step = struck(tmp_path, "SIGTERM")
+    again = call(*BUSY, "pause=0", cwd=tmp_path)
+    assert again.code == 0, again.err
+    assert f"at step {step}" in again.out
+    assert not (tmp_path / "run" / "stopped.json").exists()
+    assert series(tmp_path / "run") == undisturbed(tmp_path / "whole", *BUSY, "pause=0")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGINT", "SIGUSR1", "SIGUSR2"])
+def test_other_signals_stop_and_save_too(tmp_path: Path, name: str) -> None:
+    struck(tmp_path, name)
+
+
+@pytest.mark.slow
+def test_torchrun_hands_a_signal_on_to_all_ranks(tmp_path: Path) -> None:
+    process = busy(tmp_path, ranks=2)
+    os.kill(process.pid, signal.SIGTERM)
+    ended = finish(process)
+    assert ended.code != 0, "torchrun's own"
+    stopped(tmp_path, ended, "SIGTERM")
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_stops_all(tmp_path: Path) -> None:
+    process = busy(tmp_path, ranks=2)
+    next(worker for worker in offspring(tmp_path) if worker.environ().get("RANK") == "1").send_signal(signal.SIGUSR1)
+    ended = finish(process)
+    stopped(tmp_path, ended, "a signal to another rank")
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
+    process = busy(tmp_path, "pause=2")
+    os.kill(process.pid, signal.SIGINT)
+    time.sleep(0.2)
+    os.kill(process.pid, signal.SIGINT)
+    pressed = time.monotonic()
+    ended = finish(process)
+    assert (ended.code, "Ctrl-C again" in ended.err) == (130, True), ended.err
+    assert time.monotonic() - pressed < 15
+    assert not offspring(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_clock_stops_it_in_time(tmp_path: Path) -> None:
+    """Before it knows what a save takes: so at once."""
+    since = time.time()
+    ended = call(*BUSY, "steps=99999", "max_time=0:35", "checkpoint.every=99999", cwd=tmp_path, timeout=90)
+    assert ended.code == 75, ended.err
+    assert time.time() - since < 35
+    note = json.loads((tmp_path / "run" / "stopped.json").read_text())
+    assert note["reason"] == "its time is up"
+
+
+def test_a_data_worker_does_not_inherit_the_patience() -> None:
+    """Forked off with our handlers, it must still end when it is told to."""
+    request = StopRequest()
+    before = {number: signal.getsignal(number) for number in stops.SIGNALS}
+    request.listen(*stops.SIGNALS)
+    try:
+        child = os.fork()
+        if child == 0:
+            time.sleep(30)
+            os._exit(0)
+        time.sleep(0.1)
+        psutil.Process(child).terminate()
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+        assert not request.reason
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

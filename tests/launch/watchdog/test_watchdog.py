@@ -1,0 +1,166 @@
+"""The watch and the verdict: who died, who hangs where, who failed, told once, within seconds."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed import HashStore  # type: ignore[attr-defined]
+
+from launch.runtime.phase import Place
+from launch.runtime.world import World
+from launch.watchdog import failure_report as verdicts
+from launch.watchdog import watchdog as watches
+from launch.watchdog.heartbeats import Others
+from tests.launch.jobs import series, undisturbed
+from tests.launch.processes import TINY, Ended, call, finish, offspring, start
+
+FIT = (f"recipe={TINY}:Fit", "batch_size=16", "steps=3000", "checkpoint.every=4", "run_dir=run", "workers=1")
+HANG = "hang_timeout=4"
+"""for what hangs only: on a busy machine a start may take as long, and then that would be the verdict"""
+
+
+def struck(cwd: Path, chaos: str, *words: str, ranks: int = 2) -> Ended:
+    """A run that the fault `chaos` meets, in step 9 if it does not say when; nothing may be left of it."""
+    ended = call(*FIT, f"chaos={chaos}" + ("" if "step" in chaos else ",step=9"), *words, cwd=cwd, ranks=ranks)
+    assert not offspring(cwd)
+    assert len(ended.ours) == 1, ended.err
+    return ended
+
+
+def failure(cwd: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((cwd / "run" / "failure.json").read_text())
+    return found
+
+
+@pytest.mark.slow
+def test_a_hang_says_who_is_where(tmp_path: Path) -> None:
+    ended = struck(tmp_path, "stall:rank=1", HANG)
+    assert ended.code == 1
+    assert re.search(r"no rank has made progress for 4 s \(hang_timeout=4\); they are not in the same place", ended.ours[0])
+    assert re.search(r"^  rank 0: step 9, backward, ", ended.err, re.MULTILINE)
+    assert re.search(r"^  rank 1: step 9, forward, chaos.py:\d+ in stall$", ended.err, re.MULTILINE)
+    assert "in stall" in "".join(failure(tmp_path)["stacks"].values()), "the whole stacks are kept"
+
+
+@pytest.mark.slow
+def test_a_hang_of_a_single_process_is_found_too(tmp_path: Path) -> None:
+    ended = struck(tmp_path, "stall:rank=0", HANG, ranks=0)
+    assert ended.code == 1
+    assert "no rank has made progress for 4 s" in ended.ours[0]
+
+
+def check_killed(cwd: Path, rank: int) -> None:
+    ended = struck(cwd, f"kill:rank={rank}")
+    assert re.search(rf"rank {rank} on .* ended without a word; rank {1 - rank} is in step 9", ended.ours[0]), ended.err
+    assert failure(cwd)["lost"] == [rank]
+
+
+@pytest.mark.slow
+def test_rank_zero_is_killed_and_named(tmp_path: Path) -> None:
+    check_killed(tmp_path, 0)
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_named_and_the_run_goes_on_before_it(tmp_path: Path) -> None:
+    check_killed(tmp_path, 1)
+    again = call(*FIT, "steps=12", cwd=tmp_path)  # what two ranks do next, bit by bit, stands below
+    assert again.code == 0, again.err
+    assert re.search(r"continues run/checkpoints/step-0000000[48] at step [48]", again.out)
+
+
+@pytest.mark.slow
+def test_out_of_memory_comes_with_a_hint(tmp_path: Path) -> None:
+    ended = struck(tmp_path, "oom:rank=1")
+    assert re.search(r"rank 1 on .*, step 9, forward: .*can't allocate memory", ended.ours[0])
+    assert "hint    micro_batch_size=auto" in ended.err
+
+
+@pytest.mark.slow
+def test_a_torn_checkpoint_costs_no_more_than_itself(tmp_path: Path) -> None:
+    seldom = "checkpoint.every=100"  # none is in flight when it strikes: that one would come after the torn one
+    struck(tmp_path, "torn_checkpoint:rank=1,step=290", seldom)
+    again = call(*FIT, seldom, "steps=294", cwd=tmp_path)
+    assert again.code == 0, again.err
+    torn = re.search(r"(run/checkpoints/step-\d+)/rank-00000.safetensors has .* bytes of .*; going back to", again.err)
+    assert torn
+    assert (tmp_path / f"{torn[1]}.damaged").is_dir()
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_killed_rank_and_the_run_goes_on_by_itself(tmp_path: Path) -> None:
+    words = [*FIT[:2], "steps=40", *FIT[3:]]
+    ended = finish(start(*words, "chaos=kill:rank=1,step=9", cwd=tmp_path, ranks=2, restarts=2), timeout=90)
+    assert ended.code == 0, ended.err
+    assert series(tmp_path / "run") == undisturbed(tmp_path / "whole", *words, ranks=2)
+
+
+# parts --------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_rank_is_missed_when_its_heart_stops() -> None:
+    store = HashStore()
+    others = Others(2)
+    for count in range(1, 4):
+        store.set("beat/0", f"{count} 7 5 forward")
+        store.set("beat/1", "1 1 4 data")
+        others.look(store)
+        time.sleep(0.1)
+    assert others.silent_for(0.15) == [1]
+    assert others.silent_for(60) == []
+    assert others.still_for() > 0.15, "no rank has moved: the heart of rank 0 beats, its step does not change"
+    assert (others.seen[1].step, others.seen[1].phase) == ("4", "data")
+    store.set("beat/1", watches.ENDED)
+    others.look(store)
+    assert others.silent_for(0.05) == [0], "who has come to a good end is not missed"
+
+
+def of(error: Exception, **place: Any) -> str:
+    return verdicts.block(verdicts.of_exception(error, World(rank=3), Place(**place)), Path("runs/a"))
+
+
+def raised(error: Exception) -> Exception:
+    try:
+        raise error
+    except Exception as caught:
+        return caught
+
+
+def test_the_block_names_rank_host_step_phase_line_and_batch() -> None:
+    batch = [{"image": torch.zeros(4, 3, 8, 8), "label": torch.zeros(4, dtype=torch.int64)}]
+    lines = of(raised(KeyError("a")), step=7, phase="forward", batches=batch).splitlines()
+    assert re.fullmatch(r"rankzero: rank 3 on \S+, step 7, forward: KeyError: 'a'", lines[0])
+    assert re.fullmatch(rf'  File "{__file__}", line \d+, in raised', lines[1])
+    assert lines[2] == "    raise error"
+    assert lines[3] == "  batch   image 4 x 3 x 8 x 8 float32, label 4 int64"
+    assert lines[4].startswith("  memory  ")
+    assert lines[5] == f"  more in {Path('runs/a/failure.json')}"
+
+
+@pytest.mark.parametrize(
+    ("error", "hint"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "micro_batch_size=auto"),
+        (OSError(28, "No space left on device"), "make room"),
+        (RuntimeError("NCCL error in: ProcessGroupNCCL.cpp"), "launch/commands/doctor.py"),
+        (RuntimeError("CUDA error: device-side assert triggered"), "CUDA_LAUNCH_BLOCKING=1"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error"), "/dev/shm"),
+        (OSError(24, "Too many open files"), "ulimit -n"),
+    ],
+)
+def test_what_often_helps_is_said(error: Exception, hint: str) -> None:
+    assert hint in of(error)
+    assert "hint" not in of(ValueError("something else"))
+
+
+def test_the_first_verdict_is_kept(tmp_path: Path) -> None:
+    first, second = ({"kind": "hang", "message": word} for word in ("first", "second"))
+    assert verdicts.keep(first, tmp_path)
+    assert not verdicts.keep(second, tmp_path)
+    assert json.loads((tmp_path / "failure.json").read_text())["message"] == "first"
+    assert verdicts.keep(second, tmp_path / "no such folder"), "a disk that cannot be written to hides nothing"
