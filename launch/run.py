@@ -26,7 +26,7 @@ except ModuleNotFoundError as missing:
     sys.exit(f"rankzero is not installed here ({missing}): pip install -e .")
 
 from launch.cli import help
-from launch.cli.config import stop_for
+from launch.cli.config import exit_with_mistake
 from launch.runtime.world import World, find_world
 from launch.training.run_dir import find_run_dir
 
@@ -40,27 +40,31 @@ def main(words: list[str]) -> None:
             print(help.page(__doc__ or "", [word for word in words if word not in ("--help", "-h")]))
             return
         # which rank this is must be known before the first mistake: one rank tells it
-        launcher = next((word.removeprefix("launcher=") for word in words if word.startswith("launcher=")), "auto")
+        launcher = next(
+            (word.removeprefix("launcher=") for word in words if word.startswith("launcher=")), "auto"
+        )
         world = find_world(os.environ, launcher)
         settings = resolve(words, world)
         run_dir = find_run_dir(settings)
         if check_only:
             return
     except (ValueError, FileNotFoundError) as error:
-        stop_for(error, world.rank)
-    code = session().run(settings, world, run_dir)  # imports torch: what can be refused has been refused
+        exit_with_mistake(error, world.rank)
+    code = load_trainer().run(settings, world, run_dir)  # imports torch: what can be refused has been refused
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # threads of libraries (gloo's, DeepSpeed's) may make a clean exit take seconds, or end in an abort
+    os._exit(
+        code
+    )  # threads of libraries (gloo's, DeepSpeed's) may make a clean exit take seconds, or end in an abort
 
 
-def session() -> ModuleType:
+def load_trainer() -> ModuleType:
     """`launch.training.trainer`, and torch with it. Imports make no garbage, and looking for it meanwhile takes a tenth of their time."""
     gc.disable()
-    from launch.training import trainer as session
+    from launch.training import trainer
 
     gc.enable()
-    return session
+    return trainer
 
 
 if __name__ == "__main__":

@@ -29,16 +29,16 @@ class Recipe:
     defaults: ClassVar[dict[str, Any]] = {}
     """this recipe's defaults for keys of the run, e.g. {"batch_size": 64, "micro_batch_size": 16, "epochs": 10}"""
     unit: ClassVar[str] = "samples"
-    """what `count` counts; a run's speed is told in it (`tokens`)"""
+    """what `num_items` counts; a run's speed is told in it (`tokens`)"""
     channels_last: ClassVar[bool] = False
     """give images to the GPU with the channels of a pixel side by side, as its convolutions like it"""
-    objective: ClassVar[str] = "loss"
+    monitor: ClassVar[str] = "loss"
     """the evaluation metric that early stopping and reduce-on-plateau watch"""
-    objective_mode: ClassVar[str] = "min"
+    monitor_mode: ClassVar[str] = "min"
     """`min` or `max`: which way the objective is better"""
     skip_nonfinite: ClassVar[bool] = False
     """leave out steps whose loss is NaN or infinite instead of stopping the run (costs a device synchronisation a step)"""
-    may_change: ClassVar[tuple[str, ...]] = ("data.root", "data.path")
+    resume_may_change: ClassVar[tuple[str, ...]] = ("data.root", "data.path")
     """keys of this recipe that a resumed run may change: where the data lies, not what it is"""
 
     schedule: Schedule = field(default_factory=Schedule)
@@ -58,7 +58,7 @@ class Recipe:
         raise NotImplementedError
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The loss SUMMED over what `count` counts: a scalar. The engine divides once, by the count of the global batch."""
+        """The loss SUMMED over what `num_items` counts: a scalar. The engine divides once, by the count of the global batch."""
         raise NotImplementedError
 
     # what a recipe may say --------------------------------------------------------------------------------------------
@@ -66,14 +66,14 @@ class Recipe:
     def check(self) -> None:
         """Raise ValueError or FileNotFoundError for fields that cannot work together. Called before torch is imported."""
 
-    def count(self, batch: Batch) -> int | Tensor:
-        """What the loss of `batch` sums over; default: its samples, times `count_per_sample`.
+    def num_items(self, batch: Batch) -> int | Tensor:
+        """What the loss of `batch` sums over; default: its samples, times `items_per_sample`.
 
         A recipe with masked tokens counts the others. The ranks then have to ask each other in each step.
         """
-        return samples(batch) * self.count_per_sample()
+        return samples(batch) * self.items_per_sample()
 
-    def count_per_sample(self) -> int:
+    def items_per_sample(self) -> int:
         """What the loss of any one sample sums over; default: one. For a language model on full windows their tokens."""
         return 1
 
@@ -81,12 +81,12 @@ class Recipe:
         """The repeated parts of the model: the unit of activation checkpointing, compilation and sharding."""
         return ()
 
-    def evaluate(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def eval_step(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """For recipes with metrics: (loss as in `loss`, predictions, targets), the last two for each metric's `update`."""
         raise NotImplementedError
 
     def metrics(self) -> Mapping[str, Metric]:
-        """Evaluation metrics by name. Without any, evaluation reports the loss alone and never calls `evaluate`."""
+        """Evaluation metrics by name. Without any, evaluation reports the loss alone and never calls `eval_step`."""
         return {}
 
     # several models ---------------------------------------------------------------------------------------------------
@@ -106,9 +106,11 @@ class Recipe:
         """
         return {"model": lambda models, batch: self.loss(models["model"], batch)}
 
-    def score(self, models: dict[str, nn.Module], batch: Batch) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor] | None]:
+    def eval_step_models(
+        self, models: dict[str, nn.Module], batch: Batch
+    ) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor] | None]:
         """Evaluation of one batch: the losses by name, and (predictions, targets) if there are metrics."""
         if not self.metrics():
             return {name: loss(models, batch) for name, loss in self.losses().items()}, None
-        loss, predictions, targets = self.evaluate(models["model"], batch)
+        loss, predictions, targets = self.eval_step(models["model"], batch)
         return {"model": loss}, (predictions, targets)

@@ -50,7 +50,9 @@ class GAN(Recipe):
         if not 0 <= self.model.dropout < 1:
             raise ValueError(f"model.dropout={self.model.dropout}: give a share from 0 to below 1")
         if self.data.pixels % 4:
-            raise ValueError(f"data.image_size={self.data.pixels}: the generator doubles twice, give a multiple of 4")
+            raise ValueError(
+                f"data.image_size={self.data.pixels}: the generator doubles twice, give a multiple of 4"
+            )
 
     def build_data(self) -> Splits:
         """As `data.*` says; the classes go unused."""

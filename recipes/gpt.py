@@ -37,7 +37,9 @@ class Model:
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name}={getattr(self, name)}: give 1 or more")
         if self.width % self.heads:
-            raise ValueError(f"model.width={self.width} over model.heads={self.heads} heads: give a multiple of the heads")
+            raise ValueError(
+                f"model.width={self.width} over model.heads={self.heads} heads: give a multiple of the heads"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout={self.dropout}: give a share from 0 to below 1")
 
@@ -51,7 +53,9 @@ class GPT(Recipe):
 
     model: Model = field(default_factory=Model)
     data: Text = field(default_factory=Text)
-    optim: Optim = field(default_factory=lambda: Optim(name="adamw", lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1))
+    optim: Optim = field(
+        default_factory=lambda: Optim(name="adamw", lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    )
     schedule: Schedule = field(default_factory=lambda: Schedule(name="cosine", warmup=0.1))
 
     def check(self) -> None:
@@ -87,15 +91,15 @@ class GPT(Recipe):
         """The decoder blocks."""
         return model.get_submodule("blocks").children()
 
-    def count_per_sample(self) -> int:
+    def items_per_sample(self) -> int:
         """Tokens predicted: each window is full."""
         return self.data.block
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Cross entropy, summed over tokens."""
-        return self.evaluate(model, batch)[0]
+        return self.eval_step(model, batch)[0]
 
-    def evaluate(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def eval_step(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, logits [batch * time, vocabulary], the true tokens [batch * time])."""
         from torch.nn import functional as F
 

@@ -91,7 +91,9 @@ class MNIST(Classification):
         for module in model.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 # He et al. 2015; no ReLU follows the last layer
-                nn.init.kaiming_normal_(module.weight, nonlinearity="linear" if module is model[-1] else "relu")
+                nn.init.kaiming_normal_(
+                    module.weight, nonlinearity="linear" if module is model[-1] else "relu"
+                )
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         return model

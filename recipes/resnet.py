@@ -65,7 +65,9 @@ class ResNet(Classification):
         from torchvision import models
 
         build = getattr(models, f"resnet{self.model.depth}")
-        model: nn.Module = build(num_classes=self.num_classes(), zero_init_residual=self.model.zero_init_residual)
+        model: nn.Module = build(
+            num_classes=self.num_classes(), zero_init_residual=self.model.zero_init_residual
+        )
         small = self.data.pixels <= SMALL if self.model.small_stem is None else self.model.small_stem
         if small or self.data.channels != 3:
             kernel, stride, padding = (3, 1, 1) if small else (7, 2, 3)

@@ -56,7 +56,9 @@ def script(job: Job, folder: Path, runs: Sequence[Run], many: bool) -> str:
     """train.sbatch with this job's options in place of its own, the site's lines, and the words of the run."""
     head, mark, body = TEMPLATE.read_text().partition("set -euo pipefail\n")
     own = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", head, re.MULTILINE))
-    options = "\n".join(directive(name, value) for name, value in {**own, **options_of(job, folder, runs, many)}.items())
+    options = "\n".join(
+        directive(name, value) for name, value in {**own, **options_of(job, folder, runs, many)}.items()
+    )
     exports = {"RANKZERO_HOME": shlex.quote(str(HOME))}
     if job.container:  # it has a Python of its own
         exports["RANKZERO_CONTAINER"] = shlex.quote(job.container)
@@ -65,7 +67,10 @@ def script(job: Job, folder: Path, runs: Sequence[Run], many: bool) -> str:
     lines = [f"export {name}={value}" for name, value in exports.items()]
     lines += [f"module load {shlex.join(job.modules)}"] if job.modules else []
     lines += job.setup
-    sets = [shlex.join(["set", "--", *run.words, f"launcher={job.launcher}", f"run_dir={run.folder}"]) for run in runs]
+    sets = [
+        shlex.join(["set", "--", *run.words, f"launcher={job.launcher}", f"run_dir={run.folder}"])
+        for run in runs
+    ]
     chosen = [f"  {index}) {line} ;;" for index, line in enumerate(sets)]
     lines += ["case $SLURM_ARRAY_TASK_ID in", *chosen, "esac"] if many else sets
     where = shlex.quote(str(folder / "job.sbatch"))

@@ -53,7 +53,17 @@ import yaml
 from batch import HOME, NUMBER, Job, Run, number_of, script  # beside this file, which is run as it stands
 
 SITE = Path("~/.config/rankzero/slurm.yaml")
-ALIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "RESIZING", "SIGNALING", "STOPPED"}
+ALIVE = {
+    "PENDING",
+    "CONFIGURING",
+    "RUNNING",
+    "COMPLETING",
+    "SUSPENDED",
+    "REQUEUED",
+    "RESIZING",
+    "SIGNALING",
+    "STOPPED",
+}
 POLL = 2.0
 """seconds between questions to SLURM, whose controller serves everybody"""
 
@@ -83,7 +93,11 @@ def submit(words: Sequence[str], many: bool = False) -> int:
     for run in runs if job.check else ():
         check(run, job)
     for place in {folder, *(run.folder for run in runs)}:
-        if not job.after and (number := number_of(place)) and (alive := [row for row in rows(number) if row["state"] in ALIVE]):
+        if (
+            not job.after
+            and (number := number_of(place))
+            and (alive := [row for row in rows(number) if row["state"] in ALIVE])
+        ):
             raise ValueError(
                 f"{place} is in use by job {number}, which is {alive[0]['state']}; wait, cancel it, or say after={number}"
             )
@@ -145,7 +159,9 @@ def read(words: Sequence[str]) -> tuple[Job, dict[str, str]]:
     for word in words:
         name, equals, value = word.partition("=")
         if not equals or not name:
-            raise ValueError(f"{word!r} is not key=value; commands are {', '.join(COMMANDS)}; `--help` is the manual")
+            raise ValueError(
+                f"{word!r} is not key=value; commands are {', '.join(COMMANDS)}; `--help` is the manual"
+            )
         said[name.removeprefix("--")] = value
     types = {item.name: str(item.type) for item in fields(Job)}
     site = read_site(said.pop("site", None))
@@ -171,7 +187,9 @@ def read_site(path: str | None) -> dict[str, object]:
             raise ValueError(f"site={path}: there is no such file")
         return {}
     try:
-        content = yaml.load(file.read_text(), Loader=yaml.BaseLoader)  # all as texts: YAML's own 24:00:00 is the number 86400
+        content = yaml.load(
+            file.read_text(), Loader=yaml.BaseLoader
+        )  # all as texts: YAML's own 24:00:00 is the number 86400
     except yaml.YAMLError as error:
         raise ValueError(f"{file} is not YAML: {error}") from None
     if not isinstance(content, dict):
@@ -190,13 +208,18 @@ def parse(name: str, value: object, kind: str) -> object:
             return value == "true"
         if kind == "str" and value.isprintable():
             return value
-    raise ValueError(f"{name}={value} is not {dict(int='a number', bool='true or false').get(kind, 'a line of text')}")
+    raise ValueError(
+        f"{name}={value} is not {dict(int='a number', bool='true or false').get(kind, 'a line of text')}"
+    )
 
 
 def runs_of(said: Mapping[str, str], many: bool) -> tuple[Path, list[Run]]:
     """The folder of the job and the runs in it: one, or in a sweep each combination."""
     said = dict(said)
-    folder = Path(said.pop("run_dir", "") or f"runs/{name_of(said)}/{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}")
+    folder = Path(
+        said.pop("run_dir", "")
+        or f"runs/{name_of(said)}/{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
+    )
     if not str(folder).isprintable() or "\\" in str(folder):
         raise ValueError(f"run_dir={str(folder)!r}: SLURM cannot name its output file so; choose another")
     if not many:
@@ -208,7 +231,12 @@ def runs_of(said: Mapping[str, str], many: bool) -> tuple[Path, list[Run]]:
     for index, combination in enumerate(itertools.product(*lists.values())):
         chosen = dict(zip(lists, combination, strict=True))
         title = re.sub(r"[^\w.=+-]", "_", "-".join(f"{name}={value}" for name, value in chosen.items()))
-        runs.append(Run([f"{name}={value}" for name, value in {**said, **chosen}.items()], folder / f"{index}-{title[:100]}"))
+        runs.append(
+            Run(
+                [f"{name}={value}" for name, value in {**said, **chosen}.items()],
+                folder / f"{index}-{title[:100]}",
+            )
+        )
     return folder, runs
 
 
@@ -231,8 +259,18 @@ def name_of(said: Mapping[str, str]) -> str:
 
 def check(run: Run, job: Job) -> None:
     """Let launch/run.py check the words of a run for the ranks that it will have. Raises ValueError with what it says."""
-    world = {"RANK": "0", "WORLD_SIZE": str(job.nodes * job.ranks_per_node), "LOCAL_WORLD_SIZE": str(job.ranks_per_node)}
-    command = [sys.executable, str(HOME / "launch" / "run.py"), "--check", *run.words, f"run_dir={run.folder}"]
+    world = {
+        "RANK": "0",
+        "WORLD_SIZE": str(job.nodes * job.ranks_per_node),
+        "LOCAL_WORLD_SIZE": str(job.ranks_per_node),
+    }
+    command = [
+        sys.executable,
+        str(HOME / "launch" / "run.py"),
+        "--check",
+        *run.words,
+        f"run_dir={run.folder}",
+    ]
     ended = subprocess.run(command, env={**os.environ, **world}, capture_output=True, text=True, check=False)
     if ended.returncode:
         lines = ended.stderr.strip().splitlines() or [f"the check ended with {ended.returncode}"]
@@ -247,7 +285,9 @@ def slurm(*command: str) -> str:
     try:
         ended = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        raise ValueError(f"there is no {command[0]} here: run this where SLURM is, or add dry_run=true") from None
+        raise ValueError(
+            f"there is no {command[0]} here: run this where SLURM is, or add dry_run=true"
+        ) from None
     if ended.returncode:
         raise ValueError(ended.stderr.strip() or f"{command[0]} ended with {ended.returncode}")
     return ended.stdout.strip()
@@ -258,7 +298,9 @@ def rows(number: str) -> list[dict[str, str]]:
     names = {"job": "%i", "state": "%T", "time": "%M", "nodes": "%N", "reason": "%r"}
     form = "|".join(names.values())
     try:
-        listed = slurm("squeue", "--noheader", "--array", "--states=all", f"--jobs={number}", f"--format={form}")
+        listed = slurm(
+            "squeue", "--noheader", "--array", "--states=all", f"--jobs={number}", f"--format={form}"
+        )
     except ValueError as error:
         if "Invalid job id" in str(error):
             return []
@@ -283,7 +325,9 @@ def follow(number: str, folder: Path) -> int:
     try:
         while True:
             known = rows(number)
-            states = ", ".join(sorted({f"{row['state']} ({row['reason']})" for row in known if row["state"] == "PENDING"}))
+            states = ", ".join(
+                sorted({f"{row['state']} ({row['reason']})" for row in known if row["state"] == "PENDING"})
+            )
             if states and states != before:
                 print(f"rankzero: job {number} is {states}", file=sys.stderr, flush=True)
             before = states
@@ -293,9 +337,15 @@ def follow(number: str, folder: Path) -> int:
                 break
             time.sleep(POLL)
     except KeyboardInterrupt:
-        print(f"\nrankzero: job {number} goes on; python slurm/submit.py cancel {folder} ends it", file=sys.stderr)
+        print(
+            f"\nrankzero: job {number} goes on; python slurm/submit.py cancel {folder} ends it",
+            file=sys.stderr,
+        )
         return 130
-    print(f"rankzero: job {number} is {', '.join(sorted({row['state'] for row in known})) or 'gone'}", file=sys.stderr)
+    print(
+        f"rankzero: job {number} is {', '.join(sorted({row['state'] for row in known})) or 'gone'}",
+        file=sys.stderr,
+    )
     return int(any(row["state"] != "COMPLETED" for row in known))
 
 
@@ -311,7 +361,11 @@ def news(folder: Path, number: str, shown: dict[str, int]) -> Iterator[str]:
 
 def progress(folder: Path) -> str:
     """How far a run is, by its own files."""
-    ending = {"failure.json": "failed", "stopped.json": "stopped, to be continued", "model.safetensors": "done"}
+    ending = {
+        "failure.json": "failed",
+        "stopped.json": "stopped, to be continued",
+        "model.safetensors": "done",
+    }
     words = next((said for name, said in ending.items() if (folder / name).is_file()), "")
     metrics = folder / "metrics.jsonl"
     lines = metrics.read_text().splitlines() if metrics.is_file() else []

@@ -30,7 +30,7 @@ EXPENSIVE = [
 ]
 
 
-def chosen(blocks: list[nn.Module], mode: str) -> list[nn.Module]:
+def select_blocks(blocks: list[nn.Module], mode: str) -> list[nn.Module]:
     """The blocks to recompute under `activation_checkpointing=mode`. Raises ValueError if that has no effect."""
     if mode == "none":
         return []
@@ -55,7 +55,7 @@ def checkpoint_blocks(blocks: list[nn.Module], selective: bool) -> None:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
 
 
-def selectively(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def checkpointed_forward(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`forward`, to be compiled with its recomputation.
 
     Running statistics need no protection here: the compiler knows their update for an effect of forward, made once.
@@ -74,7 +74,9 @@ def _contexts(norms: list[_BatchNorm], selective: bool) -> Contexts:
 
 
 @contextmanager
-def _statistics_kept(norms: list[_BatchNorm], recomputation: AbstractContextManager[object]) -> Iterator[None]:
+def _statistics_kept(
+    norms: list[_BatchNorm], recomputation: AbstractContextManager[object]
+) -> Iterator[None]:
     """The recomputation sees the batch a second time: without this the running statistics would move twice a step.
 
     It moves copies. Not tracking at all would save fewer tensors than forward did, which `checkpoint` refuses.

@@ -13,13 +13,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from strategies import activation, precision
-from strategies import compile as compilation
+from strategies import activation, compile, precision
 from strategies.fused import fuse
-from strategies.init_weights import initialise
+from strategies.init_weights import initialize
 from strategies.norm import squared_norm
 from strategies.options import Options
-from strategies.shards import Range, Reader, described_groups, empty_optimizer_state, share, unique_state
+from strategies.shards import (
+    StateReader,
+    TensorSlice,
+    described_groups,
+    empty_optimizer_state,
+    slice_for_rank,
+    unique_state,
+)
 
 
 class World(Protocol):
@@ -61,10 +67,10 @@ class Strategy:
     module: nn.Module
     optimizer: Optimizer
 
-    gradient_mean_over = 1
+    _grad_average_size = 1
     """ranks over which the backend averages gradients; `backward` undoes it, since the contract is a sum"""
 
-    keeps_cast_weights = True
+    _cache_casts = True
     """whether autocast may keep weights in half precision from one use to the next; not where a rank holds parts of them"""
 
     def __init__(self, world: World, options: Options) -> None:
@@ -88,13 +94,13 @@ class Strategy:
         if build_optimizer is None:
             module.requires_grad_(False).eval()
         parts = list(blocks(module))
-        recomputed = activation.chosen(parts, str(self.options.activation_checkpointing))
+        recomputed = activation.select_blocks(parts, str(self.options.activation_checkpointing))
         # Around what is compiled: the other way round, blocks with a BatchNorm would silently run as they are. But a choice
         # of operations has to be compiled in: from around it none can be seen.
         selective = self.options.activation_checkpointing == "selective"
-        inside = activation.selectively if selective else None
+        inside = activation.checkpointed_forward if selective else None
         if self.options.compile:
-            compilation.compile_parts(parts or [module], self.options.compile, inside)
+            compile.compile_parts(parts or [module], self.options.compile, inside)
         if not (self.options.compile and selective):
             activation.checkpoint_blocks(recomputed, selective)
         self.module = module
@@ -106,7 +112,7 @@ class Strategy:
     def build(self, build_model: BuildModel) -> nn.Module:
         """The model with its initial weights, the same under every strategy."""
         module = build_model()
-        initialise(module, self.options.seed)
+        initialize(module, self.options.seed)
         return module
 
     def shard(self, module: nn.Module, blocks: Blocks) -> nn.Module:  # noqa: ARG002
@@ -119,7 +125,9 @@ class Strategy:
         fuse(self.optimizer, self.module)
         self.groups = described_groups(self.optimizer, self.module)
         optimized = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
-        if forgotten := [n for n, p in self.module.named_parameters() if p.requires_grad and id(p) not in optimized]:
+        if forgotten := [
+            n for n, p in self.module.named_parameters() if p.requires_grad and id(p) not in optimized
+        ]:
             # nobody would zero their gradients, and clipping would count them
             raise ValueError(
                 f"trainable but not in the optimizer: {listed(forgotten)}; "
@@ -132,21 +140,21 @@ class Strategy:
 
     # one step ---------------------------------------------------------------------------------------------------------
 
-    def autocast(self) -> AbstractContextManager[object]:
-        """The compute precision, around each batch of an evaluation; `microbatch` enters it by itself."""
-        compilation.begin(self.options.compile)
-        return precision.autocast(self.options.precision, self.world.device, self.keeps_cast_weights)
+    def inference(self) -> AbstractContextManager[object]:
+        """The compute precision, around each batch of an evaluation; `micro_batch` enters it by itself."""
+        compile.begin(self.options.compile)
+        return precision.autocast(self.options.precision, self.world.device, self._cache_casts)
 
     @contextmanager
-    def microbatch(self, last: bool) -> Iterator[None]:
+    def micro_batch(self, last: bool) -> Iterator[None]:
         """Around forward AND backward of one micro-batch; gradients are reduced over ranks in the `last` of a step only."""
         if not last:
-            compilation.refuse_accumulation(self.options.compile, self.world.device)
-        with self.autocast():
+            compile.refuse_accumulation(self.options.compile, self.world.device)
+        with self.inference():
             yield
 
     @contextmanager
-    def resting(self) -> Iterator[None]:
+    def frozen(self) -> Iterator[None]:
         """Around the micro-batch of another model of the recipe: called, differentiated through, but not trained."""
         for parameter in self.trainable:
             parameter.requires_grad_(False)
@@ -161,7 +169,7 @@ class Strategy:
 
         After the last micro-batch each gradient is the sum over all micro-batches and ranks; the caller never rescales.
         """
-        factor = self.loss_scale.value * self.gradient_mean_over
+        factor = self.loss_scale.value * self._grad_average_size
         with precision.autocast_off(self.options.precision, self.world.device):
             (loss if factor == 1 else loss * factor).backward()  # type: ignore[no-untyped-call]
 
@@ -210,7 +218,7 @@ class Strategy:
 
     # state ------------------------------------------------------------------------------------------------------------
 
-    def state(self) -> dict[str, Range]:
+    def state(self) -> dict[str, TensorSlice]:
         """The ranges that this rank writes; those of all ranks together cover each tensor exactly once.
 
         Names are `model/NAME`, `optimizer/NAME/KEY` and `loss_scale`, the same under every strategy.
@@ -220,8 +228,12 @@ class Strategy:
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor):
                     tensors[f"optimizer/{name}/{key}"] = value
-        tensors["loss_scale"] = torch.tensor([self.loss_scale.value, self.loss_scale.good_steps], dtype=torch.float64)
-        return {name: written for name, tensor in tensors.items() if (written := self.written(tensor)) is not None}
+        tensors["loss_scale"] = torch.tensor(
+            [self.loss_scale.value, self.loss_scale.good_steps], dtype=torch.float64
+        )
+        return {
+            name: written for name, tensor in tensors.items() if (written := self.written(tensor)) is not None
+        }
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of parameters and buffers, whole, by the names that `state` gives them."""
@@ -231,14 +243,14 @@ class Strategy:
         """The shape of the whole of which `tensor` is this rank's part."""
         return tuple(tensor.shape)
 
-    def load_weights(self, saved: Reader) -> None:
+    def load_weights(self, saved: StateReader) -> None:
         """Read this rank's part of the parameters and buffers that `saved` has; the others stay as they are."""
         shapes = saved.shapes
         for name, tensor in unique_state(self.module):
             if f"model/{name}" in shapes:
                 self.fill(tensor, f"model/{name}", saved)
 
-    def load_state(self, saved: Reader) -> None:
+    def load_state(self, saved: StateReader) -> None:
         """Read the ranges that this rank keeps, whatever the strategy and world size of the writer."""
         self.load_weights(saved)
         names = dict(self.module.named_parameters())
@@ -257,12 +269,16 @@ class Strategy:
         """The part of `tensor` that lives on this rank, and where it starts in the flattened whole."""
         return tensor.detach(), 0
 
-    def written(self, tensor: Tensor) -> Range | None:
+    def written(self, tensor: Tensor) -> TensorSlice | None:
         """The range of `tensor` that is this rank's to write, if any."""
-        start, stop = share(tensor.numel(), self.world.rank, self.world.world_size)
-        return Range(tensor.detach().reshape(-1)[start:stop], start, tuple(tensor.shape)) if stop > start else None
+        start, stop = slice_for_rank(tensor.numel(), self.world.rank, self.world.world_size)
+        return (
+            TensorSlice(tensor.detach().reshape(-1)[start:stop], start, tuple(tensor.shape))
+            if stop > start
+            else None
+        )
 
-    def fill(self, tensor: Tensor, name: str, saved: Reader) -> None:
+    def fill(self, tensor: Tensor, name: str, saved: StateReader) -> None:
         """Read this rank's part of `tensor` from `saved`."""
         part, start = self.local(tensor)
         if not part.is_contiguous():
@@ -275,7 +291,11 @@ class Strategy:
 
     def export(self) -> dict[str, Tensor]:
         """All of the model, whole, on the host, with plain names; on rank zero (elsewhere empty). All ranks call it."""
-        return {name: self.whole(tensor) for name, tensor in unique_state(self.module)} if self.world.rank == 0 else {}
+        return (
+            {name: self.whole(tensor) for name, tensor in unique_state(self.module)}
+            if self.world.rank == 0
+            else {}
+        )
 
     def whole(self, tensor: Tensor) -> Tensor:
         """The full tensor on the host."""

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from strategies.options import GRAPHED
+from strategies.options import CUDA_GRAPH_MODES
 
-VARIANTS = 64
+RECOMPILE_LIMIT = 64
 """compilations of one `forward` before it runs uncompiled; torch's 8 are used up by the blocks of a ResNet before it evaluates"""
 
 
@@ -23,7 +23,7 @@ def compile_parts(parts: list[nn.Module], mode: bool | str, around: Callable[...
     """
     from torch._dynamo import config  # takes seconds to import
 
-    config.recompile_limit = max(config.recompile_limit, VARIANTS)
+    config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)
     alike = len({(type(part), *(tuple(p.shape) for p in part.parameters())) for part in parts}) == 1
     # torch takes a size that differs from one call to the next for one that varies. Between parts of different sizes nothing
     # does, and code for any size is slow to compile and to run.
@@ -44,7 +44,7 @@ def begin(mode: bool | str) -> None:
     Left alone, torch starts anew at each block outside of training, and overwrites the block's input
     (https://github.com/pytorch/pytorch/issues/152887).
     """
-    if mode in GRAPHED:
+    if mode in CUDA_GRAPH_MODES:
         torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
 
 
@@ -53,7 +53,7 @@ def refuse_accumulation(mode: bool | str, device: str) -> None:
 
     An error or, in some versions, wrong gradients (https://github.com/pytorch/pytorch/issues/169545).
     """
-    if mode in GRAPHED and torch.device(device).type == "cuda":
+    if mode in CUDA_GRAPH_MODES and torch.device(device).type == "cuda":
         raise ValueError(
             f"compile={mode} does not go with gradient accumulation: CUDA graphs overwrite the gradients; use compile=default, "
             "or set micro_batch_size so that each rank takes its share of a batch at once"

@@ -26,7 +26,7 @@ class DDP(Strategy):
 
     def __init__(self, world: World, options: Options) -> None:
         super().__init__(world, options)
-        self.gradient_mean_over = world.world_size
+        self._grad_average_size = world.world_size
         self.reducing: DistributedDataParallel | None = None
         self.unused: list[str] = []
         chosen = options.ddp
@@ -36,7 +36,9 @@ class DDP(Strategy):
                 "in the first step; drop one of the two keys"
             )
         if chosen.bucket_mb < 1:
-            raise ValueError(f"ddp.bucket_mb={chosen.bucket_mb}: a bucket holds at least 1 MB; the default is 25")
+            raise ValueError(
+                f"ddp.bucket_mb={chosen.bucket_mb}: a bucket holds at least 1 MB; the default is 25"
+            )
 
     def shard(self, module: nn.Module, blocks: Blocks) -> nn.Module:
         """Wrap the module, if anything in it is trained."""
@@ -59,7 +61,7 @@ class DDP(Strategy):
         return model
 
     @contextmanager
-    def microbatch(self, last: bool) -> Iterator[None]:
+    def micro_batch(self, last: bool) -> Iterator[None]:
         """Around forward AND backward: it is forward that arms the reducer, which then takes the next backward for its own."""
         if self.options.ddp.static_graph and not last:
             # torch 2.14: an assertion fails in the first step under no_sync; without it the second step is wrong
@@ -68,13 +70,13 @@ class DDP(Strategy):
                 "drop the key, or set micro_batch_size so that each rank takes its share of a batch at once"
             )
         self.reducing = self.model if last and isinstance(self.model, DistributedDataParallel) else None
-        with nullcontext() if last else self._around_reducer(), super().microbatch(last):
+        with nullcontext() if last else self._around_reducer(), super().micro_batch(last):
             yield
 
     @contextmanager
-    def resting(self) -> Iterator[None]:
+    def frozen(self) -> Iterator[None]:
         """As in the base class; the backward that an armed reducer waits for never comes."""
-        with super().resting(), self._around_reducer():
+        with super().frozen(), self._around_reducer():
             yield
 
     def backward(self, loss: Tensor) -> None:
@@ -102,7 +104,9 @@ class DDP(Strategy):
         """
         try:
             model.reducer._check_reducer_finalized()
-        except RuntimeError as error:  # how DDP puts it; it has no other way to ask which parameters are missing
+        except (
+            RuntimeError
+        ) as error:  # how DDP puts it; it has no other way to ask which parameters are missing
             found = re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
             if found is None:
                 raise

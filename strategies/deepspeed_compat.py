@@ -28,11 +28,15 @@ def _is_error(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR
 
 
-def prepared_deepspeed(device: torch.device) -> Any:
+def load_deepspeed(device: torch.device) -> Any:
     """The package, told what it would look up or guess by itself."""
     deepspeed = import_deepspeed()
-    if device.type == "cpu" and deepspeed.accelerator.get_accelerator().device_name() != "cpu":  # there is a GPU
-        deepspeed.accelerator.set_accelerator(import_module("deepspeed.accelerator.cpu_accelerator").CPU_Accelerator())
+    if (
+        device.type == "cpu" and deepspeed.accelerator.get_accelerator().device_name() != "cpu"
+    ):  # there is a GPU
+        deepspeed.accelerator.set_accelerator(
+            import_module("deepspeed.accelerator.cpu_accelerator").CPU_Accelerator()
+        )
     # it would clone the world group, and keep the clone when that world is gone
     deepspeed.utils.groups._WORLD_GROUP = distributed.group.WORLD
     # a C++ kernel for inference on CPUs, never called in training: it wants a compiler and half a minute to build

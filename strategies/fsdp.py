@@ -18,10 +18,10 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from strategies.base import Blocks, BuildModel, BuildOptimizer, Strategy, World
-from strategies.init_weights import build_without_weights, initialise, materialise
+from strategies.init_weights import build_without_weights, initialize, materialize
 from strategies.norm import squared_norm
 from strategies.options import Options
-from strategies.shards import Range, Reader, share, unique_state
+from strategies.shards import StateReader, TensorSlice, slice_for_rank, unique_state
 
 
 class FSDP(Strategy):
@@ -30,7 +30,7 @@ class FSDP(Strategy):
     Scalar parameters, which cannot be sharded, are held whole; their gradients are reduced in `step`.
     """
 
-    keeps_cast_weights = False
+    _cache_casts = False
 
     def __init__(self, world: World, options: Options) -> None:
         super().__init__(world, options)
@@ -52,11 +52,15 @@ class FSDP(Strategy):
         # None: reshard after forward, but not the root, which backward needs first
         reshard = False if self.options.fsdp.shard == "grad" else None
         for part in [*separate_blocks(module, blocks(module)), module]:
-            if undrawn := materialise(part):
-                initialise(module, self.options.seed, undrawn)
+            if undrawn := materialize(part):
+                initialize(module, self.options.seed, undrawn)
             scalars = {parameter for parameter in part.parameters() if parameter.ndim == 0}
             unit = fully_shard(
-                part, mesh=self.mesh, reshard_after_forward=reshard, offload_policy=offload, ignored_params=scalars
+                part,
+                mesh=self.mesh,
+                reshard_after_forward=reshard,
+                offload_policy=offload,
+                ignored_params=scalars,
             )
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)  # else a factor of one goes through NCCL's PreMulSum
@@ -76,16 +80,16 @@ class FSDP(Strategy):
     # one step ---------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def microbatch(self, last: bool) -> Iterator[None]:
+    def micro_batch(self, last: bool) -> Iterator[None]:
         """Gradients stay whole on this rank until the last micro-batch, unless `fsdp.sync_every_micro_batch`."""
         self._reduce(last or self.options.fsdp.sync_every_micro_batch)
         for unit in self.units if self.options.fsdp.shard == "grad" else ():
             unit.set_reshard_after_backward(last, recurse=False)
-        with super().microbatch(last):
+        with super().micro_batch(last):
             yield
 
     @contextmanager
-    def resting(self) -> Iterator[None]:
+    def frozen(self) -> Iterator[None]:
         """As in the base class.
 
         What autograd sees are the gathered parameters, and they take up `requires_grad` when they are gathered. So none may
@@ -94,7 +98,7 @@ class FSDP(Strategy):
         """
         self.reshard()
         self._reduce(False)
-        with super().resting():
+        with super().frozen():
             try:
                 yield
             finally:
@@ -152,12 +156,12 @@ class FSDP(Strategy):
         for unit in self.units:
             unit.reshard()
 
-    def state(self) -> dict[str, Range]:
+    def state(self) -> dict[str, TensorSlice]:
         """As in the base class."""
         self.reshard()
         return super().state()
 
-    def load_weights(self, saved: Reader) -> None:
+    def load_weights(self, saved: StateReader) -> None:
         """As in the base class."""
         self.reshard()  # else the next forward pass would still use the old values of what is gathered
         super().load_weights(saved)
@@ -170,14 +174,20 @@ class FSDP(Strategy):
         rows, width = tensor.shape[0], tensor.shape[1:].numel()
         return local_part(tensor), min(-(-rows // shards) * index, rows) * width
 
-    def written(self, tensor: Tensor) -> Range | None:
+    def written(self, tensor: Tensor) -> TensorSlice | None:
         """Copies of a shard (under hybrid) share the writing."""
         if not isinstance(tensor, DTensor):
             return super().written(tensor)
         part, offset = self.local(tensor)
-        copies, copy = (self.mesh["replicate"].size(), self.mesh.get_local_rank("replicate")) if self.hybrid else (1, 0)
-        start, stop = share(part.numel(), copy, copies)
-        return Range(part.reshape(-1)[start:stop], offset + start, tuple(tensor.shape)) if stop > start else None
+        copies, copy = (
+            (self.mesh["replicate"].size(), self.mesh.get_local_rank("replicate")) if self.hybrid else (1, 0)
+        )
+        start, stop = slice_for_rank(part.numel(), copy, copies)
+        return (
+            TensorSlice(part.reshape(-1)[start:stop], offset + start, tuple(tensor.shape))
+            if stop > start
+            else None
+        )
 
     def export(self) -> dict[str, Tensor]:
         """As in the base class; gathers one tensor at a time."""
@@ -196,7 +206,11 @@ class FSDP(Strategy):
         shard, _ = self.local(tensor)
         # an offloaded shard has to be where the network is
         moved = DTensor.from_local(
-            shard.to(self.world.device), tensor.device_mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride()
+            shard.to(self.world.device),
+            tensor.device_mesh,
+            tensor.placements,
+            shape=tensor.shape,
+            stride=tensor.stride(),
         )
         return moved.full_tensor()
 
@@ -205,7 +219,9 @@ def check_options(world: World, options: Options) -> None:
     """Raise ValueError for options that contradict each other or have no effect."""
     chosen = options.fsdp
     if chosen.cpu_offload and torch.device(world.device).type == "cpu":
-        raise ValueError("fsdp.cpu_offload=true has no effect without a GPU: everything is in host memory; drop the key")
+        raise ValueError(
+            "fsdp.cpu_offload=true has no effect without a GPU: everything is in host memory; drop the key"
+        )
     if chosen.shard != "hybrid":
         if chosen.shard_size is not None:
             raise ValueError(
@@ -253,7 +269,8 @@ def separate_blocks(module: nn.Module, blocks: Iterable[nn.Module]) -> list[nn.M
     return [
         part
         for part in reversed(list(module.modules()))
-        if part in chosen and all(name.startswith(prefixes[part]) for p in part.parameters() for name in names[p])
+        if part in chosen
+        and all(name.startswith(prefixes[part]) for p in part.parameters() for name in names[p])
     ]
 
 

@@ -21,12 +21,16 @@ def fuse(optimizer: Optimizer, module: nn.Module) -> bool:
     left_open = all(group.get(key) is None for group in groups for key in ("fused", "foreach")) and not any(
         group.get("differentiable") for group in groups
     )
-    dense = not any(getattr(part, "sparse", False) for part in module.modules())  # embeddings with sparse gradients
+    dense = not any(
+        getattr(part, "sparse", False) for part in module.modules()
+    )  # embeddings with sparse gradients
     parameters = [parameter for group in groups for parameter in group["params"]]
     plain = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
     # "Operator aten._fused_sgd_.default does not have a sharding strategy registered" (torch 2.14). Only a DTensor has a mesh; to
     # import its class for the question would make each start half a second longer.
-    sharded = type(optimizer) is torch.optim.SGD and any(hasattr(parameter, "device_mesh") for parameter in parameters)
+    sharded = type(optimizer) is torch.optim.SGD and any(
+        hasattr(parameter, "device_mesh") for parameter in parameters
+    )
     if type(optimizer) not in KINDS or not (left_open and dense and plain) or sharded:
         return False
     optimizer.defaults["fused"] = True

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 
-def initialise(model: nn.Module, seed: int, modules: Collection[nn.Module] | None = None) -> None:
+def initialize(model: nn.Module, seed: int, modules: Collection[nn.Module] | None = None) -> None:
     """Draw the weights of `model`, or those of some of its `modules`; nothing for a model without `init_weights`."""
     if not offers_init_weights(model):
         return
@@ -42,12 +42,14 @@ def build_without_weights(build_model: Callable[[], nn.Module]) -> nn.Module | N
     try:
         with torch.random.fork_rng(devices=[]), _parameters_on_meta():
             model = build_model()
-    except Exception:  # say, it reads a value of a parameter: if anything is wrong with it, the build on the host will say
+    except (
+        Exception
+    ):  # say, it reads a value of a parameter: if anything is wrong with it, the build on the host will say
         return None
     return model if offers_init_weights(model) and not any(b.is_meta for b in model.buffers()) else None
 
 
-def materialise(module: nn.Module) -> set[nn.Module]:
+def materialize(module: nn.Module) -> set[nn.Module]:
     """Give the parameters of `module` on the meta device memory on the host; returns the modules that have to draw them."""
     made: dict[int, nn.Parameter] = {}  # ties stay ties
     undrawn: set[nn.Module] = set()
@@ -69,7 +71,9 @@ def _parameters_on_meta() -> Iterator[None]:
     `torch.device("meta")` would take the buffers along, and every tensor that a constructor computes with.
     """
     register = nn.Module.register_parameter
-    moved: dict[int, tuple[Tensor, nn.Parameter]] = {}  # holds the original, else its id could be given to another
+    moved: dict[
+        int, tuple[Tensor, nn.Parameter]
+    ] = {}  # holds the original, else its id could be given to another
 
     def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
         if param is not None and not param.is_meta:

@@ -40,5 +40,7 @@ def rows(tensor: Tensor) -> list[Tensor]:
     """The norms of the rows into which `tensor` is cut, and the elements that are left."""
     flat = tensor.reshape(-1)
     end = flat.numel() // ROW * ROW
-    norms = torch.linalg.vector_norm(flat[:end].view(-1, ROW), dim=1, dtype=torch.promote_types(flat.dtype, torch.float32))
+    norms = torch.linalg.vector_norm(
+        flat[:end].view(-1, ROW), dim=1, dtype=torch.promote_types(flat.dtype, torch.float32)
+    )
     return [norms, flat[end:]]

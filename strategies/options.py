@@ -8,7 +8,7 @@ from typing import Literal
 
 StrategyName = Literal["single", "ddp", "fsdp", "zero1", "zero2", "zero3"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
-GRAPHED = ("reduce-overhead", "max-autotune")
+CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 """modes of `compile` that replay CUDA graphs"""
 
 

@@ -23,7 +23,9 @@ def autocast(precision: str, device: str, cache: bool = True) -> AbstractContext
 
 def autocast_off(precision: str, device: str) -> AbstractContextManager[object]:
     """For a backward pass inside `autocast`: it runs in the dtypes that forward chose, and must not be cast again."""
-    return torch.autocast(torch.device(device).type, enabled=False) if precision in AUTOCAST else nullcontext()
+    return (
+        torch.autocast(torch.device(device).type, enabled=False) if precision in AUTOCAST else nullcontext()
+    )
 
 
 def set_matmul_precision(precision: str) -> None:
@@ -34,7 +36,12 @@ def set_matmul_precision(precision: str) -> None:
 
 def contract(precision: str, compress: str = "none") -> str:
     """The contract in one line, for the banner and under the table of `parity`; `compress` as in `ddp.compress`."""
-    compute = {"fp32": "fp32", "tf32": "tf32", "bf16": "bf16 autocast", "fp16": "fp16 autocast, dynamic loss scale"}
+    compute = {
+        "fp32": "fp32",
+        "tf32": "tf32",
+        "bf16": "bf16 autocast",
+        "fp16": "fp16 autocast, dynamic loss scale",
+    }
     reduce = "fp32" if compress == "none" else compress
     return f"parameters fp32, compute {compute[precision]}, reduce {reduce}, optimizer fp32, buffers fp32"
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 
-class Range(NamedTuple):
+class TensorSlice(NamedTuple):
     """What one rank writes of one tensor."""
 
     values: Tensor
@@ -25,7 +25,7 @@ class Range(NamedTuple):
     """shape of the whole"""
 
 
-class Reader(Protocol):
+class StateReader(Protocol):
     """Saved tensors, read by ranges (`launch.checkpoint` reads them from a checkpoint)."""
 
     @property
@@ -83,17 +83,21 @@ def plain(value: Any) -> Any:
     return value if isinstance(value, (bool, int, float, str, type(None))) else repr(value)
 
 
-def share(numel: int, rank: int, world_size: int) -> tuple[int, int]:
+def slice_for_rank(numel: int, rank: int, world_size: int) -> tuple[int, int]:
     """The [start, stop) of a tensor that all ranks hold whole which `rank` writes."""
     return numel * rank // world_size, numel * (rank + 1) // world_size
 
 
-def empty_optimizer_state(optimizer: Optimizer, parameter: Tensor, key: str, shape: tuple[int, ...]) -> Tensor:
+def empty_optimizer_state(
+    optimizer: Optimizer, parameter: Tensor, key: str, shape: tuple[int, ...]
+) -> Tensor:
     """A tensor to load the saved `optimizer.state[parameter][key]` into: like the parameter, or a step counter.
 
     Fused and capturable optimizers want their step counters on the device, the others on the host.
     """
-    if shape == tuple(parameter.shape) and (shape or key != "step"):  # a scalar parameter has the shape of a counter
+    if shape == tuple(parameter.shape) and (
+        shape or key != "step"
+    ):  # a scalar parameter has the shape of a counter
         return torch.empty_like(parameter, requires_grad=False)
     group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
     on_device = group.get("fused") or group.get("capturable")

@@ -18,15 +18,15 @@ from torch.optim import Optimizer
 
 from strategies import precision
 from strategies.base import BuildOptimizer, Strategy, World
-from strategies.deepspeed_compat import at_least_1d, free_gathered_weights, import_deepspeed, prepared_deepspeed
+from strategies.deepspeed_compat import at_least_1d, free_gathered_weights, import_deepspeed, load_deepspeed
 from strategies.options import Options
-from strategies.shards import Range, Reader, unique_state
+from strategies.shards import StateReader, TensorSlice, unique_state
 
 # they look at the shape of each parameter; to an elementwise optimizer a flat partition is as good
 SHAPED_OPTIMIZERS = ("Adafactor", "Muon", "LBFGS", "SparseAdam")
 
 
-class Piece(NamedTuple):
+class Fragment(NamedTuple):
     """Where this rank keeps its part of one parameter."""
 
     flat: Tensor
@@ -44,9 +44,9 @@ class Piece(NamedTuple):
         """The part in `flat`, or in a tensor that runs beside it: its gradient, a moment."""
         return flat.detach().narrow(0, self.offset, self.numel)
 
-    def range(self, flat: Tensor) -> Range | None:
+    def range(self, flat: Tensor) -> TensorSlice | None:
         """The part as it is saved, if there is any."""
-        return Range(self.of(flat), self.start, self.shape) if self.numel else None
+        return TensorSlice(self.of(flat), self.start, self.shape) if self.numel else None
 
 
 class Zero(Strategy):
@@ -63,12 +63,14 @@ class Zero(Strategy):
         super().__init__(world, options)
         self.device = torch.device(world.device)
         self.stage = int(options.strategy.removeprefix("zero"))
-        self.gradient_mean_over = world.world_size
-        self.keeps_cast_weights = self.stage < 3
-        self.pieces: dict[int, Piece] = {}
+        self._grad_average_size = world.world_size
+        self._cache_casts = self.stage < 3
+        self.pieces: dict[int, Fragment] = {}
         self.verdict = 0.0
         if options.zero.cpu_offload and self.device.type == "cpu":
-            raise ValueError("zero.cpu_offload=true has no effect without a GPU: all is in host memory; drop the key")
+            raise ValueError(
+                "zero.cpu_offload=true has no effect without a GPU: all is in host memory; drop the key"
+            )
         if self.stage == 3 and options.compile and options.activation_checkpointing == "selective":
             raise ValueError(
                 "compile with activation_checkpointing=selective needs blocks that compile as a whole, and zero3 gathers weights "
@@ -120,11 +122,15 @@ class Zero(Strategy):
             )
         for group in optimizer.param_groups:  # a group that is all frozen would be an IndexError
             group["params"] = [p for p in group["params"] if p.requires_grad]
-        deepspeed = prepared_deepspeed(self.device)
+        deepspeed = load_deepspeed(self.device)
         with at_least_1d(self.module):
-            self.engine, *_ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=self.config())
+            self.engine, *_ = deepspeed.initialize(
+                model=self.module, optimizer=optimizer, config=self.config()
+            )
         self.model, self.optimizer = self.engine, self.engine.optimizer
-        if self.optimizer.optimizer is not optimizer:  # it rebuilds Adagrad, as one group with the default settings
+        if (
+            self.optimizer.optimizer is not optimizer
+        ):  # it rebuilds Adagrad, as one group with the default settings
             optimizer.state = self.optimizer.optimizer.state
             self.optimizer.optimizer = optimizer
             self.optimizer._link_all_hp_params()
@@ -140,17 +146,18 @@ class Zero(Strategy):
         else:
             self.optimizer.scaled_global_norm = lambda: self.verdict
             self.optimizer.round_robin_bit16_meta = [  # from these it makes the views that are the parameters
-                [torch.empty_like(p, device="meta") for p in group] for group in self.optimizer.round_robin_bit16_groups
+                [torch.empty_like(p, device="meta") for p in group]
+                for group in self.optimizer.round_robin_bit16_groups
             ]
         self.pieces = {id(parameter): piece for parameter, piece in self.partition()}
 
-    def partition(self) -> Iterator[tuple[nn.Parameter, Piece]]:
+    def partition(self) -> Iterator[tuple[nn.Parameter, Fragment]]:
         """What this rank keeps of each partitioned parameter, as long as the engine lives."""
         zero = self.optimizer
         if self.stage < 3:
             for flat, group in zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True):
                 for parameter in group:
-                    piece = Piece(flat, 0, 0, 0, tuple(parameter.shape))
+                    piece = Fragment(flat, 0, 0, 0, tuple(parameter.shape))
                     if (here := parameter._hp_mapping) is not None:
                         in_flat, whole = here.hp_fragment_address, here.lp_fragment_address
                         piece = piece._replace(offset=in_flat.start, numel=in_flat.numel, start=whole.start)
@@ -164,7 +171,12 @@ class Zero(Strategy):
                 flat = zero.fp32_partitioned_groups_flat[subgroup]
             size = parameter.partition_numel()  # the same on all ranks: the last ones are padded
             start = min(self.world.rank * size, parameter.ds_numel)
-            yield parameter, Piece(flat, offset, min(size, parameter.ds_numel - start), start, tuple(parameter.ds_shape))
+            yield (
+                parameter,
+                Fragment(
+                    flat, offset, min(size, parameter.ds_numel - start), start, tuple(parameter.ds_shape)
+                ),
+            )
 
     def parameter_count(self) -> int:
         """Parameters of the whole model, over all ranks; tied ones count once."""
@@ -173,14 +185,14 @@ class Zero(Strategy):
     # one step ---------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def microbatch(self, last: bool) -> Iterator[None]:
+    def micro_batch(self, last: bool) -> Iterator[None]:
         """ZeRO-1 reduces in the last micro-batch; ZeRO-2 and 3, which keep no whole gradient, in each."""
         self.engine.set_gradient_accumulation_boundary(last)
-        with super().microbatch(last):
+        with super().micro_batch(last):
             yield
 
     @contextmanager
-    def resting(self) -> Iterator[None]:
+    def frozen(self) -> Iterator[None]:
         """As in the base class. Calls go around the engine.
 
         It would take the other model's backward pass for its own, and reduce gradients that it does not have.
@@ -188,7 +200,7 @@ class Zero(Strategy):
         if self.engine is None:
             yield
             return
-        with super().resting():
+        with super().frozen():
             self.engine.forward = self.module.__call__
             try:
                 yield
@@ -198,7 +210,7 @@ class Zero(Strategy):
     def backward(self, loss: Tensor) -> None:
         """As in the base class."""
         with precision.autocast_off(self.options.precision, self.world.device):
-            self.engine.backward(loss * (self.loss_scale.value * self.gradient_mean_over))
+            self.engine.backward(loss * (self.loss_scale.value * self._grad_average_size))
 
     def step(self) -> Tensor:
         """As in the base class."""
@@ -230,7 +242,9 @@ class Zero(Strategy):
     def gradients(self) -> list[Tensor]:
         """This rank's parts of the reduced gradients."""
         if self.options.zero.cpu_offload:
-            return [piece.of(piece.flat.grad) for piece in self.pieces.values() if piece.flat.grad is not None]
+            return [
+                piece.of(piece.flat.grad) for piece in self.pieces.values() if piece.flat.grad is not None
+            ]
         return [part for parts in self.optimizer.averaged_gradients.values() for part in parts or ()]
 
     def squared_grad_norm(self) -> Tensor:
@@ -241,7 +255,7 @@ class Zero(Strategy):
 
     # state ------------------------------------------------------------------------------------------------------------
 
-    def state(self) -> dict[str, Range]:
+    def state(self) -> dict[str, TensorSlice]:
         """As in the base class. A scalar of the optimizer (Adam's step) stands for each parameter of its partition."""
         ranges = super().state()
         for name, parameter in self.module.named_parameters():
@@ -259,13 +273,13 @@ class Zero(Strategy):
         piece = self.pieces.get(id(tensor))
         return piece.shape if piece else super().whole_shape(tensor)
 
-    def load_weights(self, saved: Reader) -> None:
+    def load_weights(self, saved: StateReader) -> None:
         """Read this rank's partitions; DeepSpeed's own collective then brings the whole parameters up to date."""
         super().load_weights(saved)
         if self.engine is not None:
             self.gather()
 
-    def load_state(self, saved: Reader) -> None:
+    def load_state(self, saved: StateReader) -> None:
         """As in the base class; the optimizer's state belongs to flat partitions."""
         self.load_weights(saved)
         self.loss_scale.restore(saved.read("loss_scale", 0, 2))
@@ -279,7 +293,9 @@ class Zero(Strategy):
             if kind == "optimizer" and parameters[name].requires_grad:
                 self.fill_optimizer(self.pieces[id(parameters[name])], key, shape, entry, saved)
 
-    def fill_optimizer(self, piece: Piece, key: str, shape: tuple[int, ...], entry: str, saved: Reader) -> None:
+    def fill_optimizer(
+        self, piece: Fragment, key: str, shape: tuple[int, ...], entry: str, saved: StateReader
+    ) -> None:
         """Read one saved entry of one parameter's optimizer state."""
         state = self.optimizer.state[piece.flat]
         if shape == piece.shape and (shape or key != "step"):  # a scalar parameter has the shape of a counter
@@ -308,12 +324,12 @@ class Zero(Strategy):
         piece = self.pieces.get(id(tensor))
         return (piece.of(piece.flat), piece.start) if piece else super().local(tensor)
 
-    def written(self, tensor: Tensor) -> Range | None:
+    def written(self, tensor: Tensor) -> TensorSlice | None:
         """The range of `tensor` that is this rank's to write, if any."""
         piece = self.pieces.get(id(tensor))
         return piece.range(piece.flat) if piece else super().written(tensor)
 
-    def fill(self, tensor: Tensor, name: str, saved: Reader) -> None:
+    def fill(self, tensor: Tensor, name: str, saved: StateReader) -> None:
         """Read this rank's part of `tensor` from `saved`, if it has any."""
         if self.local(tensor)[0].numel():
             super().fill(tensor, name, saved)

@@ -37,8 +37,19 @@ TIMEOUT = 120.0
 GRACE = 5.0
 """seconds that the other ranks get after a first failure: they may be stuck in a collective with the failed one"""
 IMPORTED = (
-    *("torch", "torch.distributed.fsdp", "torch._dynamo.testing", "functorch.compile", "torchvision", "torchmetrics"),
-    *("deepspeed.runtime.engine", "deepspeed.module_inject.auto_ep_layer", "deepspeed.runtime.zero.muon.original_muon"),
+    *(
+        "torch",
+        "torch.distributed.fsdp",
+        "torch._dynamo.testing",
+        "functorch.compile",
+        "torchvision",
+        "torchmetrics",
+    ),
+    *(
+        "deepspeed.runtime.engine",
+        "deepspeed.module_inject.auto_ep_layer",
+        "deepspeed.runtime.zero.muon.original_muon",
+    ),
 )
 """what is there when a worker starts, if it is installed, DeepSpeed's late imports too; none of it starts a thread"""
 SINGLE = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"), "1")
@@ -66,7 +77,9 @@ class RanksFailed(AssertionError):
         super().__init__("\n".join([f"rank {rank} failed first:", first.rstrip(), *last_lines]))
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[Any]:
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT
+) -> list[Any]:
     """The results of `function(world, *args)` on ranks 0 to `world_size` - 1, by value.
 
     `function` is a module-level function; arguments and results must pickle. Raises RanksFailed.
@@ -138,8 +151,12 @@ class Pool:
         # without it a script that forgot to shut down would wait at its exit for workers that wait for it
         atexit.register(shut_down)
 
-    def run(self, world_size: int, function: Callable[..., Any], args: tuple[Any, ...], timeout: float) -> list[Any]:
-        started = [self.workers.setdefault(rank, Worker()) for rank in range(world_size) if rank not in self.workers]
+    def run(
+        self, world_size: int, function: Callable[..., Any], args: tuple[Any, ...], timeout: float
+    ) -> list[Any]:
+        started = [
+            self.workers.setdefault(rank, Worker()) for rank in range(world_size) if rank not in self.workers
+        ]
         for worker in started:  # together; and what a busy machine takes for that must not count as a hang
             assert worker.connection.poll(TIMEOUT), "a worker does not start"
             worker.connection.recv()
@@ -172,7 +189,10 @@ class Pool:
                 try:
                     failed_at, answer = connection.recv() if ready else (math.inf, "")
                 except (EOFError, ConnectionResetError):
-                    failed_at, answer = -math.inf, f"the process died, exit code {self.workers.pop(rank).end(GRACE)}"
+                    failed_at, answer = (
+                        -math.inf,
+                        f"the process died, exit code {self.workers.pop(rank).end(GRACE)}",
+                    )
                 if not ready:
                     self.workers.pop(rank).end(0.0)
                     answer = f"no answer since {since}: the rank hangs"
@@ -181,7 +201,9 @@ class Pool:
                 else:
                     errors[rank] = failed_at, answer
                     deadline = min(deadline, time.monotonic() + GRACE)
-        return results, {rank: answer for rank, (_, answer) in sorted(errors.items(), key=lambda error: error[1][0])}
+        return results, {
+            rank: answer for rank, (_, answer) in sorted(errors.items(), key=lambda error: error[1][0])
+        }
 
     def close(self) -> None:
         atexit.unregister(shut_down)
@@ -210,11 +232,15 @@ def _work(connection: Connection) -> None:
             with _process_group(rank, world_size, store):
                 try:
                     function, args = pickle.loads(payload)
-                    world = World(rank=rank, local_rank=rank, world_size=world_size, local_world_size=world_size)
+                    world = World(
+                        rank=rank, local_rank=rank, world_size=world_size, local_world_size=world_size
+                    )
                     # plain pickle sends tensors by value; that of torch.multiprocessing would share their memory
                     answer = pickle.dumps(function(world, *args))
                 except BaseException:
-                    failed_at = time.monotonic()  # before the connections are closed, which the others fail by
+                    failed_at = (
+                        time.monotonic()
+                    )  # before the connections are closed, which the others fail by
                     raise
         except BaseException:
             failed_at, answer = failed_at or time.monotonic(), traceback.format_exc()

@@ -31,7 +31,9 @@ def rows_of(tmp_path: Path, *words: str) -> list[dict[str, Any]]:
     """What the benchmark keeps of a run without a GPU that must succeed."""
     command = [sys.executable, "tests/benchmarks/gpu.py", f"json={tmp_path / 'rows.json'}", *words]
     places = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TMPDIR": str(tmp_path)}
-    ended = subprocess.run(command, cwd=ROOT, env=places, capture_output=True, text=True, timeout=900, check=False)
+    ended = subprocess.run(
+        command, cwd=ROOT, env=places, capture_output=True, text=True, timeout=900, check=False
+    )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     rows: list[dict[str, Any]] = json.loads((tmp_path / "rows.json").read_text())["rows"]
     return rows
@@ -55,7 +57,10 @@ def test_each_row_comes_through_a_rehearsal(tmp_path: Path) -> None:
         assert set(row) == {"section", "row", "aim", "losses", "note"}, "a figure of a CPU"
         lowest = row["section"] in LADDERS and row["row"] == next(iter(LADDERS[row["section"]]))
         if (row["section"] in LADDERS and not lowest) or (row["section"] == "loop" and not absent):
-            assert row["losses"] <= SAME[row["row"].partition(",")[0] if row["section"] == "loop" else row["section"]]
+            assert (
+                row["losses"]
+                <= SAME[row["row"].partition(",")[0] if row["section"] == "loop" else row["section"]]
+            )
 
 
 def test_attention_by_hand_is_attention() -> None:

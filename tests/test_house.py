@@ -62,7 +62,10 @@ def test_imports_flow_one_way(folder: str) -> None:
 def test_nothing_is_pickled() -> None:
     """A torch file is read without its pickles (weights_only), and written only where a user asks to have his weights so."""
     wrong = {
-        f"{name_of(path)} imports {m}" for path in files(*PACKAGES) for m in imported(path) if m.partition(".")[0] in PICKLERS
+        f"{name_of(path)} imports {m}"
+        for path in files(*PACKAGES)
+        for m in imported(path)
+        if m.partition(".")[0] in PICKLERS
     }
     for path in files(*PACKAGES):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -70,9 +73,17 @@ def test_nothing_is_pickled() -> None:
                 asked = {word.arg: ast.unparse(word.value) for word in node.keywords}
                 if asked.get("weights_only") != "True":
                     wrong.add(f"{name_of(path)}:{node.lineno} torch.load without weights_only=True")
-            elif isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.save" and name_of(path) != EXPORT:
+            elif (
+                isinstance(node, ast.Attribute)
+                and ast.unparse(node) == "torch.save"
+                and name_of(path) != EXPORT
+            ):
                 wrong.add(f"{name_of(path)}:{node.lineno} torch.save")
-        wrong |= {f"{name_of(path)} imports {module}" for module in imported(path) if module in ("torch.save", "torch.load")}
+        wrong |= {
+            f"{name_of(path)} imports {module}"
+            for module in imported(path)
+            if module in ("torch.save", "torch.load")
+        }
     assert not wrong
 
 
@@ -85,7 +96,9 @@ def test_the_top_level_holds_what_was_agreed() -> None:
 
 
 def test_files_are_short() -> None:
-    lengths = {name_of(path): len(path.read_text().splitlines()) for path in files(*PACKAGES, "slurm", "tests")}
+    lengths = {
+        name_of(path): len(path.read_text().splitlines()) for path in files(*PACKAGES, "slurm", "tests")
+    }
     recipes = {name: lines for name, lines in lengths.items() if Path(name).parent == Path("recipes")}
     assert recipes, "the test sees nothing"
     assert not {name: lines for name, lines in recipes.items() if lines > RECIPE_LINES}
@@ -94,7 +107,17 @@ def test_files_are_short() -> None:
 
 def test_start_up_imports_nothing_heavy() -> None:
     """What `run.py` and the recipes import as modules, and so on, is read before a wrong key is answered."""
-    heavy = {"torch", "torchvision", "torchmetrics", "deepspeed", "accelerate", "numpy", "sklearn", "safetensors", "pydantic"}
+    heavy = {
+        "torch",
+        "torchvision",
+        "torchmetrics",
+        "deepspeed",
+        "accelerate",
+        "numpy",
+        "sklearn",
+        "safetensors",
+        "pydantic",
+    }
     waiting = [ROOT / "launch" / "run.py", *(ROOT / "recipes").glob("*.py")]
     seen, wrong = set(waiting), set()
     while waiting:
@@ -103,7 +126,9 @@ def test_start_up_imports_nothing_heavy() -> None:
             if module.partition(".")[0] in heavy:
                 wrong.add(f"{name_of(path)} imports {module}")
             inside = ROOT.joinpath(*module.split("."))
-            found = {file for file in (inside.with_suffix(".py"), inside / "__init__.py") if file.is_file()} - seen
+            found = {
+                file for file in (inside.with_suffix(".py"), inside / "__init__.py") if file.is_file()
+            } - seen
             waiting += found
             seen |= found
     assert ROOT / "launch" / "cli" / "resolve.py" in seen, "the test sees nothing"

@@ -64,7 +64,9 @@ def test_every_run_runs(folder: Path) -> None:
     """In the order of the page: one continues another."""
     known: set[str] = set()
     for words in runs():
-        ranks = next((int(word.partition("=")[2]) for word in words if word.startswith("--nproc_per_node")), 0)
+        ranks = next(
+            (int(word.partition("=")[2]) for word in words if word.startswith("--nproc_per_node")), 0
+        )
         said = words[words.index("launch/run.py") + 1 :]
         recipe = next(word.partition("=")[2] for word in said if word.startswith("recipe="))
         run_dir = next((word for word in said if word.startswith("run_dir=")), "")
@@ -99,7 +101,13 @@ def test_every_look_into_checkpoints_works(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_the_recipe_passes_parity(folder: Path) -> None:
-    parity = [sys.executable, str(ROOT / "launch" / "commands" / "parity.py"), "recipe=./mine.py", "strategies=ddp", "compare=2"]
+    parity = [
+        sys.executable,
+        str(ROOT / "launch" / "commands" / "parity.py"),
+        "recipe=./mine.py",
+        "strategies=ddp",
+        "compare=2",
+    ]
     ended = subprocess.run(parity, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
@@ -142,11 +150,17 @@ def test_the_weights_load_in_three_lines(folder: Path) -> None:
 
 def test_the_keys_of_the_table_exist() -> None:
     table = README[README.index("| key |") : README.index("## What is promised")]
-    named = {name for row in re.findall(r"^\| .*", table, re.M) for name in re.findall(r"`([\w.*]+)`", row.split("|")[1])}
+    named = {
+        name
+        for row in re.findall(r"^\| .*", table, re.M)
+        for name in re.findall(r"`([\w.*]+)`", row.split("|")[1])
+    }
     keys = {key.name for key in keys_of(Config)}
     recipes = {"model.*", "data.*", "optim.*", "schedule.*"}
     assert len(named) > 15
-    assert not {n for n in named - recipes if n not in keys and not any(key.startswith(n.rstrip("*")) for key in keys)}
+    assert not {
+        n for n in named - recipes if n not in keys and not any(key.startswith(n.rstrip("*")) for key in keys)
+    }
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])

@@ -58,8 +58,10 @@ class Difference:
         return not (self.optimizers or self.tensors or self.apart)
 
 
-def compare(first: Checkpoint, second: Checkpoint, told: Callable[[int], object] = lambda _: None) -> Difference:
-    """Compare all; `told` hears of each number of bytes compared. Raises Damaged if a file cannot be read."""
+def compare(
+    first: Checkpoint, second: Checkpoint, on_progress: Callable[[int], object] = lambda _: None
+) -> Difference:
+    """Compare all; `on_progress` hears of each number of bytes compared. Raises Damaged if a file cannot be read."""
     old, new = first.manifest, second.manifest
     found = Difference(
         config=changes(dict(flatten(old.config)), dict(flatten(new.config))),
@@ -67,7 +69,7 @@ def compare(first: Checkpoint, second: Checkpoint, told: Callable[[int], object]
         tensors=changes(kinds(old), kinds(new)),
     )
     for name in shared(old, new):
-        apart = compare_tensor(first, second, name, told)
+        apart = compare_tensor(first, second, name, on_progress)
         if apart.differ:
             found.apart.append(apart)
         else:
@@ -104,14 +106,16 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
     return [change for change in pairs if change.old != change.new]
 
 
-def compare_tensor(first: Checkpoint, second: Checkpoint, name: str, told: Callable[[int], object]) -> Apart:
+def compare_tensor(
+    first: Checkpoint, second: Checkpoint, name: str, on_progress: Callable[[int], object]
+) -> Apart:
     """How far the two of a name lie apart."""
     numel = first.manifest.tensors[name].numel
     largest, value, count = 0.0, 0.0, 0
     for start in range(0, numel, CHUNK):
         stop = min(start + CHUNK, numel)
         old, new = first.read(name, start, stop), second.read(name, start, stop)
-        told(old.nbytes)
+        on_progress(old.nbytes)
         differ = (old != new) & ~(old.isnan() & new.isnan())
         value = max(value, finite(old), finite(new))
         if differ.any():

@@ -10,7 +10,7 @@ from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, get_type_hints
 
-from launch.checkpoint.directory import committed
+from launch.checkpoint.directory import list_checkpoints
 from launch.checkpoint.manifest import NAME
 from launch.cli.config import build, check_known, keys_of
 
@@ -64,10 +64,12 @@ def find(path: Path) -> Path:
     """The checkpoint that `path` means: itself or, of a run, the newest. Raises ValueError if there is none."""
     if (path / NAME).is_file():
         return path
-    if found := committed(path):
+    if found := list_checkpoints(path):
         return found[-1]
-    if others := committed(path.parent.parent):
-        raise ValueError(f"{path} is not there, or no longer; the run has {', '.join(folder.name for folder in others)}")
+    if others := list_checkpoints(path.parent.parent):
+        raise ValueError(
+            f"{path} is not there, or no longer; the run has {', '.join(folder.name for folder in others)}"
+        )
     raise ValueError(
         f"{path} is neither a checkpoint nor a run that has one; give runs/NAME/TIME or .../checkpoints/step-NNNNNNNN"
     )
@@ -81,7 +83,9 @@ def unless_removed(folder: Path) -> Iterator[Path]:
     except (OSError, ValueError):
         if folder.exists():
             raise
-        raise Removed(f"{folder} has just been removed: its run goes on, and keeps the newest; try again") from None
+        raise Removed(
+            f"{folder} has just been removed: its run goes on, and keeps the newest; try again"
+        ) from None
 
 
 @contextmanager
@@ -105,7 +109,12 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     made = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for name in columns:
         numbers = name.startswith(">")
-        made.add_column(name.lstrip(">"), justify="right" if numbers else "left", no_wrap=name != columns[-1], overflow="fold")
+        made.add_column(
+            name.lstrip(">"),
+            justify="right" if numbers else "left",
+            no_wrap=name != columns[-1],
+            overflow="fold",
+        )
     for row in rows:
         made.add_row(*row)
     screen = Console(markup=False, highlight=False)
@@ -118,10 +127,23 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 def progress(words: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar of bytes while the block lasts, on a terminal; what it yields hears of each number of bytes done."""
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(words, total=total)
         yield lambda count: bar.advance(task, count)

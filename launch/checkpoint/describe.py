@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from rich.filesize import decimal
 
-from launch.checkpoint.directory import DAMAGED, committed, shelf
+from launch.checkpoint.directory import DAMAGED, checkpoints_dir, list_checkpoints
 from launch.checkpoint.manifest import Manifest, TensorEntry
 from launch.checkpoint.tensor_file import SIZES
 from launch.cli.config import flatten, show
@@ -30,15 +30,15 @@ class Row(NamedTuple):
 
 def rows(run_dir: Path) -> Iterator[Row]:
     """The checkpoints of a run, oldest first, then those that were set aside."""
-    found = {folder: examine(folder) for folder in committed(run_dir)}
+    found = {folder: examine(folder) for folder in list_checkpoints(run_dir)}
     best = best_of(manifest for manifest, _ in found.values())
     for folder, (manifest, problem) in found.items():
         notes = [problem] if problem else []
         if manifest and manifest.step == best:
             notes.append("best")
-        told = (when(manifest), decimal(manifest.size), writer(manifest)) if manifest else ("", "", "")
-        yield Row(folder.name, *told, "damaged" if problem else "complete", ", ".join(notes))
-    for folder in sorted(shelf(run_dir).glob(f"step-*{DAMAGED}")):
+        on_progress = (when(manifest), decimal(manifest.size), writer(manifest)) if manifest else ("", "", "")
+        yield Row(folder.name, *on_progress, "damaged" if problem else "complete", ", ".join(notes))
+    for folder in sorted(checkpoints_dir(run_dir).glob(f"step-*{DAMAGED}")):
         yield Row(folder.name, files="damaged", notes="set aside by its run")
 
 
@@ -53,7 +53,9 @@ def examine(folder: Path) -> tuple[Manifest | None, str]:
     try:
         manifest = Manifest.read(folder)
     except (ValueError, OSError) as error:
-        return None, str(error).replace(f"{folder}/", "") if folder.exists() else "removed just now: the run goes on"
+        return None, str(error).replace(
+            f"{folder}/", ""
+        ) if folder.exists() else "removed just now: the run goes on"
     return manifest, manifest.problem(folder)
 
 
@@ -62,8 +64,13 @@ def facts(folder: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
     problem = manifest.problem(folder)
     sizes = sorted(file.size for file in manifest.files)
     progress = {name: value for name, value in manifest.progress.items() if name != "step"}
-    others = {name: value for name, value in manifest.writer.items() if name not in ("strategy", "world_size")}
-    yield "step", f"{manifest.step:,} ({manifest.samples:,} samples, of a training set of {manifest.train_samples:,})"
+    others = {
+        name: value for name, value in manifest.writer.items() if name not in ("strategy", "world_size")
+    }
+    yield (
+        "step",
+        f"{manifest.step:,} ({manifest.samples:,} samples, of a training set of {manifest.train_samples:,})",
+    )
     yield "saved", when(manifest)
     yield "by", writer(manifest) + (f" ({words(others)})" if others else "")
     yield "with", words(manifest.versions)
@@ -89,7 +96,14 @@ def parts(manifest: Manifest) -> Iterator[tuple[str, ...]]:
     def kind(name: str) -> tuple[str, str]:
         model, _, rest = name.partition("/")
         what, _, inner = rest.partition("/")
-        return model, f"optimizer {inner.rpartition('/')[2]}" if what == "optimizer" else "weights" if what == "model" else what
+        return (
+            model,
+            f"optimizer {inner.rpartition('/')[2]}"
+            if what == "optimizer"
+            else "weights"
+            if what == "model"
+            else what,
+        )
 
     for (model, what), names in groupby(sorted(manifest.tensors, key=kind), key=kind):
         entries = [manifest.tensors[name] for name in names]
@@ -116,7 +130,9 @@ def when(manifest: Manifest) -> str:
 
 def writer(manifest: Manifest) -> str:
     """Who wrote it."""
-    return f"{manifest.writer.get('strategy', '?')} x {manifest.writer.get('world_size', len(manifest.files))}"
+    return (
+        f"{manifest.writer.get('strategy', '?')} x {manifest.writer.get('world_size', len(manifest.files))}"
+    )
 
 
 def words(values: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ from zipfile import ZipFile, ZipInfo
 from launch.checkpoint.manifest import Manifest
 from launch.checkpoint.reader import Checkpoint
 from launch.checkpoint.tensor_file import SIZES, layout
-from launch.runtime.files import make_room, sync, write_hashed
+from launch.runtime.files import check_free_space, sync, write_hashed
 
 FORMATS = (".safetensors", ".pt", ".pth")
 PRECISIONS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
@@ -32,7 +32,7 @@ ALIGNMENT = 64
 OFFSETS = (".format_version", ".storage_alignment")
 """records by which torch computes where values begin, instead of looking; it knows its own writer only"""
 
-Told = Callable[[int], object]
+OnProgress = Callable[[int], object]
 """hears of each number of bytes written"""
 
 
@@ -64,7 +64,7 @@ def export_weights(
     models: Sequence[str] | None = None,
     dtype: str | None = None,
     shard_bytes: int = SHARD,
-    told: Told = lambda _: None,
+    on_progress: OnProgress = lambda _: None,
 ) -> list[Path]:
     """Write what `weights_of` says to `path`, in the format of its suffix; returns the files, to be read by the last of them.
 
@@ -74,13 +74,13 @@ def export_weights(
     be written.
     """
     weights = weights_of(checkpoint.manifest, models, dtype)
-    make_room(path.parent, sum(weight.size for weight in weights.values()))
+    check_free_space(path.parent, sum(weight.size for weight in weights.values()))
     write = write_safetensors if path.suffix == ".safetensors" else write_torch
     shards = in_shards(weights, shard_bytes)
     with all_or_none(path) as folder:
         files = [folder / name for name in shard_names(path, len(shards))]
         for file, shard in zip(files, shards, strict=True):
-            write(file, shard, lambda weight: stream(checkpoint, weight, told))
+            write(file, shard, lambda weight: stream(checkpoint, weight, on_progress))
             sync(file)
         if len(shards) > 1:
             files.append(folder / index_name(path))
@@ -89,7 +89,9 @@ def export_weights(
         return [path.with_name(file.name) for file in files]
 
 
-def weights_of(manifest: Manifest, models: Sequence[str] | None = None, dtype: str | None = None) -> dict[str, Weight]:
+def weights_of(
+    manifest: Manifest, models: Sequence[str] | None = None, dtype: str | None = None
+) -> dict[str, Weight]:
     """The weights of `models` (default: all) under plain names, MODEL.PARAMETER if that is several models.
 
     `dtype` (fp32, bf16 or fp16) is for floating-point ones; the others stay as they are. Raises ValueError for an unknown model.
@@ -97,7 +99,9 @@ def weights_of(manifest: Manifest, models: Sequence[str] | None = None, dtype: s
     there = list(dict.fromkeys(name.partition("/")[0] for name in manifest.tensors))
     chosen = there if models is None else list(models)
     if unknown := [name for name in chosen if name not in there]:
-        raise ValueError(f"model={unknown[0]} is not in the checkpoint of step {manifest.step}, which holds {', '.join(there)}")
+        raise ValueError(
+            f"model={unknown[0]} is not in the checkpoint of step {manifest.step}, which holds {', '.join(there)}"
+        )
     found = {}
     for source, entry in manifest.tensors.items():
         model, _, rest = source.partition("/")
@@ -108,7 +112,10 @@ def weights_of(manifest: Manifest, models: Sequence[str] | None = None, dtype: s
         floating = entry.dtype.startswith(("F", "BF"))
         aliases = [prefix + alias for alias, saved in manifest.tied.get(model, {}).items() if saved == name]
         found[prefix + name] = Weight(
-            source, PRECISIONS[dtype] if dtype and floating else entry.dtype, tuple(entry.shape), tuple(aliases)
+            source,
+            PRECISIONS[dtype] if dtype and floating else entry.dtype,
+            tuple(entry.shape),
+            tuple(aliases),
         )
     return found
 
@@ -118,23 +125,25 @@ def files_with(manifest: Manifest, weights: Iterable[Weight]) -> list[int]:
     return sorted({file for weight in weights for file in manifest.tensors[weight.source].files})
 
 
-def stream(checkpoint: Checkpoint, weight: Weight, told: Told) -> Iterator[memoryview]:
+def stream(checkpoint: Checkpoint, weight: Weight, on_progress: OnProgress) -> Iterator[memoryview]:
     """The bytes of `weight`, converted, in chunks."""
     same = weight.dtype == checkpoint.manifest.tensors[weight.source].dtype
     for chunk in checkpoint.chunks(weight.source, CHUNK) if same else converted(checkpoint, weight):
         yield chunk
-        told(len(chunk))
+        on_progress(len(chunk))
 
 
 def converted(checkpoint: Checkpoint, weight: Weight) -> Iterator[memoryview]:
     """The bytes of `weight` in another type than they were saved in; each chunk is valid until the next."""
     import torch
 
-    from launch.checkpoint.tensors import DTYPES, room
+    from launch.checkpoint.tensors import DTYPES, empty_tensor
 
     entry = checkpoint.manifest.tensors[weight.source]
     step = CHUNK // max(SIZES[weight.dtype], SIZES[entry.dtype])
-    values, content = room(weight.dtype, min(step, entry.numel))  # a new one for each chunk would scatter the heap
+    values, content = empty_tensor(
+        weight.dtype, min(step, entry.numel)
+    )  # a new one for each chunk would scatter the heap
     for chunk in checkpoint.chunks(weight.source, step * SIZES[entry.dtype]):
         saved = torch.frombuffer(chunk, dtype=DTYPES[entry.dtype])
         values[: len(saved)].copy_(saved)
@@ -159,7 +168,11 @@ def in_shards(weights: Mapping[str, Weight], most: int) -> list[dict[str, Weight
 
 def shard_names(path: Path, count: int) -> list[str]:
     """The names of `count` files instead of `path`."""
-    return [path.name] if count == 1 else [f"{path.stem}-{n:05d}-of-{count:05d}{path.suffix}" for n in range(1, count + 1)]
+    return (
+        [path.name]
+        if count == 1
+        else [f"{path.stem}-{n:05d}-of-{count:05d}{path.suffix}" for n in range(1, count + 1)]
+    )
 
 
 def index_name(path: Path) -> str:
@@ -183,7 +196,10 @@ def exported(path: Path) -> list[Path]:
     shard = re.compile(re.escape(path.stem) + r"-\d{5}-of-\d{5}" + re.escape(path.suffix))
     shards = path.parent.glob(f"{glob.escape(path.stem)}-*-of-*")
     known = (path, path.with_name(index_name(path)))
-    return [*(file for file in known if file.exists()), *sorted(file for file in shards if shard.fullmatch(file.name))]
+    return [
+        *(file for file in known if file.exists()),
+        *sorted(file for file in shards if shard.fullmatch(file.name)),
+    ]
 
 
 @contextmanager
@@ -232,10 +248,15 @@ def write_torch(path: Path, weights: Mapping[str, Weight], bytes_of: Stream) -> 
 
     from launch.checkpoint.tensors import DTYPES
 
-    empty = {name: torch.empty(weight.shape, dtype=DTYPES[weight.dtype]) for name, weight in weights.items()}  # never touched
+    empty = {
+        name: torch.empty(weight.shape, dtype=DTYPES[weight.dtype]) for name, weight in weights.items()
+    }  # never touched
     outline = path.with_suffix(".outline")
     with torch.serialization.skip_data():
-        torch.save({further: empty[name] for name, weight in weights.items() for further in (name, *weight.aliases)}, outline)
+        torch.save(
+            {further: empty[name] for name, weight in weights.items() for further in (name, *weight.aliases)},
+            outline,
+        )
     in_order = list(weights.values())  # torch numbers the tensors as it meets them
     with ZipFile(outline) as holes, path.open("wb") as file, ZipFile(file, "w") as archive:
         for hole in holes.infolist():
@@ -257,7 +278,9 @@ def write_torch(path: Path, weights: Mapping[str, Weight], bytes_of: Stream) -> 
 def aligned(name: str, start: int) -> ZipInfo:
     """A record, to be written from byte `start` on, whose content is aligned: it can be mapped into memory."""
     record = ZipInfo(name)
-    before = 30 + len(name.encode()) + 20 + 4  # the fixed part, the name, the sizes in 64 bits, the head of the filling
+    before = (
+        30 + len(name.encode()) + 20 + 4
+    )  # the fixed part, the name, the sizes in 64 bits, the head of the filling
     filling = -(start + before) % ALIGNMENT
     record.extra = b"FB" + filling.to_bytes(2, "little") + bytes(filling)  # torch's own tag for it
     return record

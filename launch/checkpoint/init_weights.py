@@ -18,19 +18,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from launch.checkpoint.directory import committed
+from launch.checkpoint.directory import list_checkpoints
 from launch.checkpoint.manifest import NAME
-from launch.checkpoint.name_matching import Shape, best_matching
+from launch.checkpoint.name_matching import Shape, match_names
 from launch.checkpoint.reader import Checkpoint
-from launch.checkpoint.tensor_file import RangeFile
-from launch.runtime.collectives import first_problem, from_rank_zero
+from launch.checkpoint.tensor_file import TensorFile
+from launch.runtime.collectives import broadcast_object, first_error
 from launch.runtime.world import World
-from launch.state.run import Job
+from launch.state.run import Run
 from strategies.base import listed
 from strategies.shards import tied_names
 
 INDEX = ".safetensors.index.json"
-NESTED = (*("state_dict", "model_state_dict", "model", "module", "params"), *("ema", "model_ema", "ema_state_dict", "params_ema"))
+NESTED = (
+    *("state_dict", "model_state_dict", "model", "module", "params"),
+    *("ema", "model_ema", "ema_state_dict", "params_ema"),
+)
 """where training scripts put the weights in what they save, in the order in which we look: the trained ones before an average"""
 
 
@@ -52,7 +55,7 @@ class Target(NamedTuple):
 
 
 class Weights:
-    """What was found for one model (a `strategies.shards.Reader`)."""
+    """What was found for one model (a `strategies.shards.StateReader`)."""
 
     def __init__(self, parts: Mapping[str, Part]) -> None:
         self.parts = parts
@@ -63,35 +66,40 @@ class Weights:
         return self.parts[name].read(start, stop)
 
 
-def initialise(job: Job, path: str) -> str:
-    """Load the weights in `path` into the models of `job`; says in words what was loaded. All ranks call it.
+def load_initial_weights(run: Run, path: str) -> str:
+    """Load the weights in `path` into the models of `run`; says in words what was loaded. All ranks call it.
 
     Raises ValueError, on all ranks, if it cannot be read, or does not fit the models and `init_partial` is not set.
     """
     # newest is what rank zero says: another run may be saving there
-    where = Path(from_rank_zero(str(located(Path(path))) if job.world.rank == 0 else ""))
+    where = Path(broadcast_object(str(located(Path(path))) if run.world.rank == 0 else ""))
     source, found, problem = str(where), "", ""
     plan: dict[Target, Part] = {}
     with ExitStack() as stack:
         try:
-            parts, inside = opened(where, job, stack)
+            parts, inside = opened(where, run, stack)
             source += inside
-            plan, found = fitted(parts, targets_of(job), job.config.init_partial)
+            plan, found = fitted(parts, targets_of(run), run.config.init_partial)
         except (ValueError, OSError) as error:
             problem = f"init={source}: {error}"
-        if first := first_problem(problem):
+        if first := first_error(problem):
             raise ValueError(problem or first)
-        for model, strategy in job.strategies.items():
-            strategy.load_weights(Weights({target.name: part for target, part in plan.items() if target.model == model}))
+        for model, strategy in run.strategies.items():
+            strategy.load_weights(
+                Weights({target.name: part for target, part in plan.items() if target.model == model})
+            )
     return f"weights from {source} ({found})"
 
 
-def targets_of(job: Job) -> dict[str, Target]:
+def targets_of(run: Run) -> dict[str, Target]:
     """The tensors of the run as `model.safetensors` names them; tied ones under each of their names, the first one first."""
     targets: dict[str, Target] = {}
-    for model, strategy in job.strategies.items():
-        prefix = f"{model}." if len(job.strategies) > 1 else ""
-        own = {name.removeprefix("model/"): Target(model, name, shape) for name, shape in strategy.shapes().items()}
+    for model, strategy in run.strategies.items():
+        prefix = f"{model}." if len(run.strategies) > 1 else ""
+        own = {
+            name.removeprefix("model/"): Target(model, name, shape)
+            for name, shape in strategy.shapes().items()
+        }
         own |= {name: own[first] for name, first in tied_names(strategy.module).items()}
         targets |= {prefix + name: target for name, target in own.items()}
     return targets
@@ -104,26 +112,28 @@ def located(path: Path) -> Path:
     """The checkpoint or file that is meant by a folder; any other path as it is."""
     if (path / NAME).is_file() or not path.is_dir():
         return path
-    if checkpoints := committed(path):
+    if checkpoints := list_checkpoints(path):
         return checkpoints[-1]
     whole = path / "model.safetensors"
     found = list(path.glob(f"*{INDEX}")) or ([whole] if whole.is_file() else list(path.glob("*.safetensors")))
     return found[0] if len(found) == 1 else path
 
 
-def opened(path: Path, job: Job, stack: ExitStack) -> tuple[dict[str, Part], str]:
+def opened(path: Path, run: Run, stack: ExitStack) -> tuple[dict[str, Part], str]:
     """What lies in `path`, by name, open as long as `stack` is; and where inside, in words. Raises ValueError or OSError."""
     if (path / NAME).is_file():
-        return from_checkpoint(stack.enter_context(Checkpoint(path)), job.world), ""
+        return from_checkpoint(stack.enter_context(Checkpoint(path)), run.world), ""
     if path.is_dir():
-        raise ValueError(f"a folder without checkpoint; it should hold one *{INDEX} or one *.safetensors, or name the file")
+        raise ValueError(
+            f"a folder without checkpoint; it should hold one *{INDEX} or one *.safetensors, or name the file"
+        )
     if not path.exists():
         raise ValueError("there is no such file")
     if path.name.endswith(INDEX):
         return from_index(path, stack), ""
     if path.suffix == ".safetensors":
         return from_file(path, stack), ""
-    return from_torch(path, list(job.strategies))
+    return from_torch(path, list(run.strategies))
 
 
 def from_checkpoint(checkpoint: Checkpoint, world: World) -> dict[str, Part]:
@@ -137,14 +147,16 @@ def from_checkpoint(checkpoint: Checkpoint, world: World) -> dict[str, Part]:
         for name, shape in reader.shapes.items():
             if name.startswith("model/"):
                 parts[prefix + name.removeprefix("model/")] = Part(shape, partial(reader.read, name))
-        for name, first in checkpoint.manifest.tied.get(model, {}).items():  # for a model that ties them no longer
+        for name, first in checkpoint.manifest.tied.get(
+            model, {}
+        ).items():  # for a model that ties them no longer
             parts[prefix + name] = parts[prefix + first]
     return parts
 
 
 def from_file(path: Path, stack: ExitStack) -> dict[str, Part]:
     """A safetensors file."""
-    file = stack.enter_context(RangeFile(path))
+    file = stack.enter_context(TensorFile(path))
     return {name: Part(stored.shape, partial(file.read, name)) for name, stored in file.tensors.items()}
 
 
@@ -171,7 +183,9 @@ def from_torch(path: Path, models: list[str]) -> tuple[dict[str, Part], str]:
     except Exception as error:  # a file that is not torch's can raise anything
         unsafe = re.search(r"GLOBAL (\S+)|(TorchScript)", str(error))
         if unsafe is None:
-            raise ValueError(f"neither a safetensors nor a whole torch file ({type(error).__name__})") from None
+            raise ValueError(
+                f"neither a safetensors nor a whole torch file ({type(error).__name__})"
+            ) from None
         raise ValueError(
             f"it holds {unsafe[1] or unsafe[2]}, not weights alone, and to load that could run any code; "
             "where you trust the file, write another with torch.save(model.state_dict(), PATH)"
@@ -187,16 +201,24 @@ def elements(tensor: Tensor, start: int, stop: int) -> Tensor:
 
 def state_dict_in(found: Any, models: list[str]) -> tuple[dict[str, Tensor], str]:
     """The weights in what a training script saved, and in words where they were. Raises ValueError if that is not clear."""
-    inner = {key: held for key, value in found.items() if (held := tensors_in(value))} if isinstance(found, Mapping) else {}
+    inner = (
+        {key: held for key, value in found.items() if (held := tensors_in(value))}
+        if isinstance(found, Mapping)
+        else {}
+    )
     if not inner:  # beside a nested one, tensors at the top are the best score, a random state
         if held := tensors_in(found):
             return held, ""
         raise ValueError("no state_dict in it, nor one level down")
-    if len(models) > 1 and (named := [model for model in models if model in inner]):
-        return {f"{m}.{name}": t for m in named for name, t in inner[m].items()}, f"[{', '.join(named)}]"
+    if len(models) > 1 and (list_named := [model for model in models if model in inner]):
+        return {
+            f"{m}.{name}": t for m in list_named for name, t in inner[m].items()
+        }, f"[{', '.join(list_named)}]"
     key = next((key for key in NESTED if key in inner), None)
     if key is None and len(inner) > 1:
-        raise ValueError(f"several state_dicts in it ({listed(list(map(str, inner)))}); save the one that is meant by itself")
+        raise ValueError(
+            f"several state_dicts in it ({listed(list(map(str, inner)))}); save the one that is meant by itself"
+        )
     key = next(iter(inner)) if key is None else key
     return inner[key], f"[{key}]"
 
@@ -210,9 +232,13 @@ def tensors_in(found: Any) -> dict[str, Tensor]:
 # which is which ----------------------------------------------------------------------------------------------------------
 
 
-def fitted(parts: Mapping[str, Part], targets: dict[str, Target], partly: bool) -> tuple[dict[Target, Part], str]:
+def fitted(
+    parts: Mapping[str, Part], targets: dict[str, Target], partly: bool
+) -> tuple[dict[Target, Part], str]:
     """What each tensor of the run is loaded from, and in words how many are. Raises ValueError if it does not fit."""
-    match, rival = best_matching({n: p.shape for n, p in parts.items()}, {n: t.shape for n, t in targets.items()})
+    match, rival = match_names(
+        {n: p.shape for n, p in parts.items()}, {n: t.shape for n, t in targets.items()}
+    )
     plan: dict[Target, Part] = {}
     other: dict[Target, str] = {}
     for name, target in targets.items():
@@ -223,7 +249,9 @@ def fitted(parts: Mapping[str, Part], targets: dict[str, Target], partly: bool) 
                 other[target] = f"{name} {sizes(target.shape)}, in the file {sizes(parts[source].shape)}"
     first = {target: name for name, target in reversed(targets.items())}  # a tied tensor by its first name
     shapes = [words for target, words in other.items() if target not in plan]
-    missing = [n for n in targets if first[t := targets[n]] == n and not (t in plan or t in other or needless(n, t))]
+    missing = [
+        n for n in targets if first[t := targets[n]] == n and not (t in plan or t in other or needless(n, t))
+    ]
     used = {id(parts[source]) for source in match.pairs.values()}
     unused = [name for name, part in parts.items() if id(part) not in used]
     found = f"{len(plan)} of {len(plan) + len(shapes) + len(missing)} tensors{match.prefix and f', {match.prefix}'}"
@@ -235,9 +263,13 @@ def fitted(parts: Mapping[str, Part], targets: dict[str, Target], partly: bool) 
     if not plan:
         raise ValueError(f"nothing in it fits the model; {'; '.join(differences)}")
     if differences and not partly:
-        raise ValueError(f"it fits {found}; {'; '.join(differences)}. If that is meant, say init_partial=true")
+        raise ValueError(
+            f"it fits {found}; {'; '.join(differences)}. If that is meant, say init_partial=true"
+        )
     if rival and differences:
-        raise ValueError(f"it fits in two ways, {match.prefix} and {rival}; save it with the names of the model")
+        raise ValueError(
+            f"it fits in two ways, {match.prefix} and {rival}; save it with the names of the model"
+        )
     return plan, "; ".join([found, *differences])
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.checkpoint.tensor_file import SIZES
-from launch.runtime.files import digest, write_text_whole
+from launch.runtime.files import digest, write_text_atomically
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -23,7 +23,7 @@ RANK_FILE = re.compile(r"rank-\d{5,}\.safetensors")
 HEAD, TAIL = '{{"digest": "{}", "manifest": ', "}\n"
 
 
-class Damaged(ValueError):
+class DamagedCheckpoint(ValueError):
     """A checkpoint that is not what was saved; the message names the file."""
 
 
@@ -69,7 +69,7 @@ class Manifest:
     time: float
     """seconds since the epoch, when it was taken"""
     progress: dict[str, Any]
-    """`launch.state.run.Progress.state()`"""
+    """`launch.state.run.TrainState.state()`"""
     config: dict[str, Any]
     """every key of the run, as resolved"""
     train_samples: int
@@ -113,7 +113,9 @@ class Manifest:
                 raise ValueError(f"{name} has the unknown type {entry.dtype}")
             if min(entry.shape, default=0) < 0 or entry.cuts[:1] != [0] or entry.cuts[-1] != entry.numel:
                 raise ValueError(f"{name} is not covered from 0 to its last element")
-            if len(entry.files) != len(entry.cuts) - 1 or any(first >= second for first, second in pairwise(entry.cuts)):
+            if len(entry.files) != len(entry.cuts) - 1 or any(
+                first >= second for first, second in pairwise(entry.cuts)
+            ):
                 raise ValueError(f"the parts of {name} are not in order")
             if entry.files and not (min(entry.files) >= 0 and max(entry.files) < len(self.files)):
                 raise ValueError(f"{name} lies in a file that is not listed")
@@ -124,7 +126,7 @@ class Manifest:
         """Write it into the folder of its checkpoint."""
         self.check()
         body = json.dumps(asdict(self))
-        write_text_whole(folder / NAME, f"{HEAD.format(digest(body.encode()))}{body}{TAIL}")
+        write_text_atomically(folder / NAME, f"{HEAD.format(digest(body.encode()))}{body}{TAIL}")
 
     @staticmethod
     def read(folder: Path) -> Manifest:
@@ -139,15 +141,15 @@ class Manifest:
         start = len(HEAD.format("0" * 32))
         body = content[start : -len(TAIL)]
         if content != HEAD.format(digest(body)).encode() + body + TAIL.encode():
-            raise Damaged(f"{path} is damaged: its digest does not agree")
+            raise DamagedCheckpoint(f"{path} is damaged: its digest does not agree")
         try:
             found: Manifest = adapter().validate_json(body)
             found.check()
         except ValidationError as error:
             first = error.errors()[0]
-            raise Damaged(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+            raise DamagedCheckpoint(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
         except ValueError as error:
-            raise Damaged(f"{path}: {error}") from None
+            raise DamagedCheckpoint(f"{path}: {error}") from None
         return found
 
 

@@ -23,7 +23,7 @@ class Matching(NamedTuple):
     """what was removed, in words"""
 
 
-def best_matching(there: Mapping[str, Shape], here: Mapping[str, Shape]) -> tuple[Matching, str]:
+def match_names(there: Mapping[str, Shape], here: Mapping[str, Shape]) -> tuple[Matching, str]:
     """The matching of names with the most tensors of equal shape, and the prefix of another that is as good, if there is.
 
     Tried are the names as they are, then without wrappers, then both with one prefix less on either side.
@@ -34,7 +34,11 @@ def best_matching(there: Mapping[str, Shape], here: Mapping[str, Shape]) -> tupl
 
     tried = list(matchings(there, here))
     best = max(tried, key=worth)  # the first of equals
-    rivals = (m.prefix for m in tried if m.prefix != best.prefix and m.pairs != best.pairs and worth(m) == worth(best))
+    rivals = (
+        m.prefix
+        for m in tried
+        if m.prefix != best.prefix and m.pairs != best.pairs and worth(m) == worth(best)
+    )
     return best, next(rivals, "") if best.prefix else ""
 
 
@@ -44,9 +48,13 @@ def matchings(there: Iterable[str], here: Iterable[str]) -> Iterator[Matching]:
         yield Matching(pairs(keyed(there, clean), keyed(here, clean)))
     for clean in (str, unwrapped):
         for prefix in prefixes(keyed(there, clean), keyed(here, clean)):
-            yield Matching(pairs(keyed(there, clean, prefix), keyed(here, clean)), f"its names without {prefix!r}")
+            yield Matching(
+                pairs(keyed(there, clean, prefix), keyed(here, clean)), f"its names without {prefix!r}"
+            )
         for prefix in prefixes(keyed(here, clean), keyed(there, clean)):
-            yield Matching(pairs(keyed(there, clean), keyed(here, clean, prefix)), f"its names put under {prefix!r}")
+            yield Matching(
+                pairs(keyed(there, clean), keyed(here, clean, prefix)), f"its names put under {prefix!r}"
+            )
 
 
 def unwrapped(name: str) -> str:
@@ -70,5 +78,10 @@ def pairs(there: Mapping[str, str], here: Mapping[str, str]) -> dict[str, str]:
 
 def prefixes(longer: Iterable[str], shorter: Mapping[str, str]) -> list[str]:
     """First segments without which most of the longer names are shorter ones."""
-    votes = Counter(name[: dot.end()] for name in longer for dot in re.finditer(r"\.", name) if name[dot.end() :] in shorter)
+    votes = Counter(
+        name[: dot.end()]
+        for name in longer
+        for dot in re.finditer(r"\.", name)
+        if name[dot.end() :] in shorter
+    )
     return [prefix for prefix, _ in votes.most_common(PREFIXES)]

@@ -10,9 +10,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from launch.checkpoint.directory import NO_STEP, step_of
-from launch.checkpoint.manifest import NAME, Damaged, Manifest, TensorEntry
+from launch.checkpoint.manifest import NAME, DamagedCheckpoint, Manifest, TensorEntry
 from launch.checkpoint.tensor_file import SIZES
-from launch.runtime.files import Reading, digest_of
+from launch.runtime.files import RandomAccessFile, digest_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,21 +22,23 @@ OPEN_FILES = 128
 
 
 class Checkpoint:
-    """An open checkpoint. As long as it is open, no run on this machine removes it (`shelf.prune`)."""
+    """An open checkpoint. As long as it is open, no run on this machine removes it (`checkpoints_dir.prune`)."""
 
     def __init__(self, folder: Path) -> None:
         """Raises ValueError if `folder` is no checkpoint, Damaged if its manifest is not what was written."""
         self.folder = folder
-        self.open: dict[int, Reading] = {}
+        self.open: dict[int, RandomAccessFile] = {}
         try:
-            self.held = Reading(folder / NAME)
+            self.held = RandomAccessFile(folder / NAME)
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError(f"{folder} is not a checkpoint: it has no {NAME}") from None
         try:
             self.held.hold()
-            self.manifest = Manifest.read(folder)  # once it is held: what is being removed has no name any more
+            self.manifest = Manifest.read(
+                folder
+            )  # once it is held: what is being removed has no name any more
             if step_of(folder) not in (NO_STEP, self.manifest.step):
-                raise Damaged(f"{folder / NAME} is that of step {self.manifest.step}")
+                raise DamagedCheckpoint(f"{folder / NAME} is that of step {self.manifest.step}")
         except BaseException:
             self.held.close()
             raise
@@ -44,21 +46,25 @@ class Checkpoint:
     def verify_sizes(self) -> None:
         """Raises Damaged for the first file that is missing or has another size. Reads no file."""
         if problem := self.manifest.problem(self.folder):
-            raise Damaged(f"{self.folder / problem}")
+            raise DamagedCheckpoint(f"{self.folder / problem}")
 
-    def verify(self, indices: Iterable[int] | None = None, told: Callable[[int], object] = lambda _: None) -> None:
+    def verify(
+        self, indices: Iterable[int] | None = None, on_progress: Callable[[int], object] = lambda _: None
+    ) -> None:
         """Raises Damaged for the first of the files `indices` (default: all) whose digest does not agree. Reads them whole.
 
-        `told` hears of each number of bytes read.
+        `on_progress` hears of each number of bytes read.
         """
         for index in range(len(self.manifest.files)) if indices is None else indices:
             file = self.manifest.files[index]
             try:
-                agrees = digest_of(self.folder / file.name, told) == file.digest
+                agrees = digest_of(self.folder / file.name, on_progress) == file.digest
             except OSError as error:
-                raise Damaged(f"{self.folder / file.name} cannot be read ({error.strerror})") from None
+                raise DamagedCheckpoint(
+                    f"{self.folder / file.name} cannot be read ({error.strerror})"
+                ) from None
             if not agrees:
-                raise Damaged(f"{self.folder / file.name} is damaged: its digest does not agree")
+                raise DamagedCheckpoint(f"{self.folder / file.name} is damaged: its digest does not agree")
 
     @property
     def models(self) -> list[str]:
@@ -74,9 +80,9 @@ class Checkpoint:
 
         Raises ValueError if there is no such tensor, Damaged if a file ends too early.
         """
-        from launch.checkpoint.tensors import room
+        from launch.checkpoint.tensors import empty_tensor
 
-        values, content = room(self._entry(name).dtype, max(stop - start, 0))
+        values, content = empty_tensor(self._entry(name).dtype, max(stop - start, 0))
         self._fill(content, name, start, stop)
         return values
 
@@ -110,7 +116,11 @@ class Checkpoint:
         index = bisect.bisect_right(entry.cuts, start) - 1
         while start < stop:
             high = min(entry.cuts[index + 1], stop)
-            yield entry.files[index], entry.offsets[index] + (start - entry.cuts[index]) * SIZES[entry.dtype], high - start
+            yield (
+                entry.files[index],
+                entry.offsets[index] + (start - entry.cuts[index]) * SIZES[entry.dtype],
+                high - start,
+            )
             start, index = high, index + 1
 
     @contextmanager
@@ -118,13 +128,13 @@ class Checkpoint:
         try:
             yield
         except (OSError, ValueError) as error:
-            raise Damaged(f"{self.folder / self.manifest.files[file].name}: {error}") from None
+            raise DamagedCheckpoint(f"{self.folder / self.manifest.files[file].name}: {error}") from None
 
-    def _file(self, index: int) -> Reading:
+    def _file(self, index: int) -> RandomAccessFile:
         if index not in self.open:
             while len(self.open) >= OPEN_FILES:
                 self.open.pop(next(iter(self.open))).close()
-            self.open[index] = Reading(self.folder / self.manifest.files[index].name)
+            self.open[index] = RandomAccessFile(self.folder / self.manifest.files[index].name)
         return self.open[index]
 
     def close(self) -> None:
@@ -136,12 +146,14 @@ class Checkpoint:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
 class ModelState:
-    """The tensors of one model in a checkpoint (a `strategies.shards.Reader`)."""
+    """The tensors of one model in a checkpoint (a `strategies.shards.StateReader`)."""
 
     def __init__(self, checkpoint: Checkpoint, prefix: str) -> None:
         self.checkpoint, self.prefix = checkpoint, prefix

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from launch.checkpoint.directory import committed, named, set_aside, shelf, step_of
+from launch.checkpoint.directory import checkpoints_dir, list_checkpoints, list_named, quarantine, step_of
 from launch.checkpoint.manifest import NAME, Manifest
 from launch.checkpoint.reader import Checkpoint
 from launch.cli.config import flatten, nested
-from launch.runtime.collectives import barrier, first_problem, from_rank_zero
-from launch.runtime.restarts import former_lives
-from launch.state.run import Job
+from launch.runtime.collectives import barrier, broadcast_object, first_error
+from launch.runtime.restarts import restart_count
+from launch.state.run import Run
 
 MAY_CHANGE = {
     *("config", "run_dir", "resume", "init", "init_partial", "debug", "workers"),
@@ -25,40 +25,40 @@ MAY_CHANGE = {
 """keys, and groups of keys, that do not change what is computed, or only how far"""
 
 
-def resume(job: Job, run_dir: Path) -> Path | None:
-    """Continue `job` from the checkpoint that `resume` asks for. Returns its folder; None if there is none to continue from.
+def resume(run: Run, run_dir: Path) -> Path | None:
+    """Continue `run` from the checkpoint that `resume` asks for. Returns its folder; None if there is none to continue from.
 
     All ranks call it. Raises ValueError if what is there is damaged or belongs to another run.
     """
-    checkpoint = find(job, run_dir)
+    checkpoint = find(run, run_dir)
     if checkpoint is None:
         return None
     with checkpoint:
-        refuse_changes(job, checkpoint)
-        for name, strategy in job.strategies.items():
+        refuse_changes(run, checkpoint)
+        for name, strategy in run.strategies.items():
             strategy.load_state(checkpoint.of(name))
-        job.progress.load_state(checkpoint.manifest.progress)
+        run.progress.load_state(checkpoint.manifest.progress)
     return checkpoint.folder
 
 
 # which one ---------------------------------------------------------------------------------------------------------------
 
 
-def find(job: Job, run_dir: Path) -> Checkpoint | None:
+def find(run: Run, run_dir: Path) -> Checkpoint | None:
     """The newest checkpoint that verifies, open on all ranks; damaged ones are told of, and set aside if they are the run's."""
-    own = shelf(run_dir)
+    own = checkpoints_dir(run_dir)
     # what rank zero sees: another node may see a shared folder a little later
     candidates, problem = [], ""
-    if job.world.rank == 0:
+    if run.world.rank == 0:
         try:
-            candidates = [str(path) for path in asked_for(job.config.resume, run_dir)]
+            candidates = [str(path) for path in asked_for(run.config.resume, run_dir)]
         except ValueError as error:
             problem = str(error)
-    if problem := first_problem(problem):
+    if problem := first_error(problem):
         raise ValueError(problem)
-    candidates = from_rank_zero(candidates)
+    candidates = broadcast_object(candidates)
     for index, folder in enumerate(map(Path, candidates)):
-        checkpoint, problem = opened(folder, job)
+        checkpoint, problem = opened(folder, run)
         if checkpoint is not None:
             return checkpoint
         if index + 1 == len(candidates):
@@ -66,26 +66,28 @@ def find(job: Job, run_dir: Path) -> Checkpoint | None:
                 f"{problem}; no whole checkpoint is left to continue from. To start afresh, say another run_dir= "
                 "(nothing in this one was touched)"
             )
-        if job.world.rank == 0:
+        if run.world.rank == 0:
             print(f"rankzero: {problem}; going back to {candidates[index + 1]}", file=sys.stderr, flush=True)
             if folder.parent == own:
-                set_aside(folder)
+                quarantine(folder)
     barrier()
     return None
 
 
 def asked_for(wanted: str, run_dir: Path) -> list[Path]:
     """The checkpoints that may be taken, the best first. A life after the first goes on from the run's own, if it has any."""
-    if wanted == "auto" or (former_lives(os.environ) and committed(run_dir)):
-        return named(run_dir)[::-1]  # one without a manifest has lost it: it is told of, not passed over
+    if wanted == "auto" or (restart_count(os.environ) and list_checkpoints(run_dir)):
+        return list_named(run_dir)[::-1]  # one without a manifest has lost it: it is told of, not passed over
     if wanted == "none":
         return []
     path = Path(wanted)
-    found = [path] if (path / NAME).is_file() else committed(path)[::-1]
+    found = [path] if (path / NAME).is_file() else list_checkpoints(path)[::-1]
     if not found:
-        raise ValueError(f"resume={wanted} is not a checkpoint: it has no {NAME}, and no checkpoints/step-*/ with one")
-    newer = [other for other in committed(run_dir) if step_of(other) > step_of(found[0])]
-    if newer and found[0].resolve().parent == shelf(run_dir).resolve():
+        raise ValueError(
+            f"resume={wanted} is not a checkpoint: it has no {NAME}, and no checkpoints/step-*/ with one"
+        )
+    newer = [other for other in list_checkpoints(run_dir) if step_of(other) > step_of(found[0])]
+    if newer and found[0].resolve().parent == checkpoints_dir(run_dir).resolve():
         raise ValueError(
             f"resume={wanted} is not the newest of its run: going back in run_dir={run_dir} would mix two runs; "
             f"choose another run_dir, or remove {newer[0]} and what follows it"
@@ -93,7 +95,7 @@ def asked_for(wanted: str, run_dir: Path) -> list[Path]:
     return found
 
 
-def opened(folder: Path, job: Job) -> tuple[Checkpoint | None, str]:
+def opened(folder: Path, run: Run) -> tuple[Checkpoint | None, str]:
     """The checkpoint in `folder`, if all ranks find it whole; else what the first rank found wrong.
 
     Each rank hashes its share of the files, so that each file is read once, whatever the world size.
@@ -102,11 +104,11 @@ def opened(folder: Path, job: Job) -> tuple[Checkpoint | None, str]:
     try:
         checkpoint = Checkpoint(folder)
         checkpoint.verify_sizes()
-        mine = range(job.world.rank, len(checkpoint.manifest.files), job.world.world_size)
-        checkpoint.verify(mine, job.place.still_there)
+        mine = range(run.world.rank, len(checkpoint.manifest.files), run.world.world_size)
+        checkpoint.verify(mine, run.phase.tick)
     except ValueError as error:
         problem = str(error)
-    problem = first_problem(problem)
+    problem = first_error(problem)
     if problem and checkpoint is not None:
         checkpoint.close()
     return (None if problem else checkpoint), problem
@@ -115,14 +117,14 @@ def opened(folder: Path, job: Job) -> tuple[Checkpoint | None, str]:
 # whether it may ----------------------------------------------------------------------------------------------------------
 
 
-def refuse_changes(job: Job, checkpoint: Checkpoint) -> None:
+def refuse_changes(run: Run, checkpoint: Checkpoint) -> None:
     """Raise ValueError with what has changed since the checkpoint, if the curve would not continue."""
     manifest, folder = checkpoint.manifest, checkpoint.folder
-    if manifest.config["recipe"] != job.config.recipe:
+    if manifest.config["recipe"] != run.config.recipe:
         raise ValueError(
-            f"{folder} belongs to recipe={manifest.config['recipe']}, not {job.config.recipe}; choose another run_dir"
+            f"{folder} belongs to recipe={manifest.config['recipe']}, not {run.config.recipe}; choose another run_dir"
         )
-    changes = [*changed_keys(manifest, job), *changed_code(checkpoint, job)]
+    changes = [*changed_keys(manifest, run), *changed_code(checkpoint, run)]
     if changes:
         shown = "; ".join(changes[:8]) + (f"; and {len(changes) - 8} more" if len(changes) > 8 else "")
         raise ValueError(
@@ -131,22 +133,26 @@ def refuse_changes(job: Job, checkpoint: Checkpoint) -> None:
         )
 
 
-def changed_keys(manifest: Manifest, job: Job) -> Iterator[str]:
+def changed_keys(manifest: Manifest, run: Run) -> Iterator[str]:
     """The keys of the command line that are not what they were. A key that one of the two does not know is passed over."""
-    allowed = MAY_CHANGE | set(job.recipe.may_change)
-    before, now = dict(flatten(manifest.config)), dict(flatten(nested(job.config) | nested(job.recipe)))
+    allowed = MAY_CHANGE | set(run.recipe.resume_may_change)
+    before, now = dict(flatten(manifest.config)), dict(flatten(nested(run.config) | nested(run.recipe)))
     for name in now:
         if name in before and before[name] != now[name] and not {name, name.partition(".")[0]} & allowed:
             yield f"{name}={before[name]}, now {now[name]}"
-    if manifest.train_samples != len(job.splits.train):
-        yield f"{manifest.train_samples:,} training samples, now {len(job.splits.train):,}"
+    if manifest.train_samples != len(run.splits.train):
+        yield f"{manifest.train_samples:,} training samples, now {len(run.splits.train):,}"
 
 
-def changed_code(checkpoint: Checkpoint, job: Job) -> Iterator[str]:
+def changed_code(checkpoint: Checkpoint, run: Run) -> Iterator[str]:
     """What is different in the models and optimizers that the recipe builds."""
     saved = set(checkpoint.models)
-    for model, strategy in job.strategies.items():
-        before = {n: s for n, s in checkpoint.of(model).shapes.items() if n.startswith("model/")} if model in saved else {}
+    for model, strategy in run.strategies.items():
+        before = (
+            {n: s for n, s in checkpoint.of(model).shapes.items() if n.startswith("model/")}
+            if model in saved
+            else {}
+        )
         now = {name: shape for name, shape in strategy.shapes().items() if 0 not in shape}
         for name in sorted(before.keys() | now.keys()):
             if before.get(name) != now.get(name):

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from launch.checkpoint.tensor_file import Kind, Stored, layout
 from launch.checkpoint.tensors import DTYPES, NAMES
-from strategies.shards import Range
+from strategies.shards import TensorSlice
 
 
-def kinds(ranges: Mapping[str, Range]) -> dict[str, Kind]:
+def kinds(ranges: Mapping[str, TensorSlice]) -> dict[str, Kind]:
     """What a file of `ranges` holds."""
     return {name: (NAMES[part.values.dtype], tuple(part.values.shape)) for name, part in ranges.items()}
 
@@ -27,7 +27,7 @@ class Snapshot:
         self.pinned = device != "cpu"
         self.buffer = torch.empty(0, dtype=torch.uint8)
         self.tensors: dict[str, Kind] = {}
-        self.ranges: dict[str, Range] = {}
+        self.ranges: dict[str, TensorSlice] = {}
         self.header = b""
         self.placed: dict[str, Stored] = {}
         self.size = 0
@@ -43,7 +43,7 @@ class Snapshot:
             self.buffer = torch.empty(0, dtype=torch.uint8)  # the old one goes before the new one comes
             self.buffer = torch.empty(self.size, dtype=torch.uint8, pin_memory=self.pinned).fill_(1)
 
-    def take(self, ranges: Mapping[str, Range]) -> None:
+    def take(self, ranges: Mapping[str, TensorSlice]) -> None:
         """Copy `ranges`. From a GPU the copies are only queued: ahead of the next step, which must not change what they read."""
         self.reserve(kinds(ranges))
         for name, part in ranges.items():
@@ -69,6 +69,12 @@ class Snapshot:
     def table(self) -> dict[str, list[object]]:
         """What the manifest has to know of each tensor: [dtype, shape of the whole, first element, elements, byte offset]."""
         return {
-            name: [stored.dtype, self.ranges[name].shape, self.ranges[name].start, stored.numel, len(self.header) + stored.offset]
+            name: [
+                stored.dtype,
+                self.ranges[name].shape,
+                self.ranges[name].start,
+                stored.numel,
+                len(self.header) + stored.offset,
+            ]
             for name, stored in self.placed.items()
         }

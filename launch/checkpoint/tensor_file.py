@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from launch.runtime.files import Reading
+from launch.runtime.files import RandomAccessFile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +34,7 @@ class Stored(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
     offset: int
-    """bytes from the start of the data (`layout`) or of the file (`RangeFile`)"""
+    """bytes from the start of the data (`layout`) or of the file (`TensorFile`)"""
 
     @property
     def numel(self) -> int:
@@ -51,7 +51,9 @@ Kind = tuple[str, tuple[int, ...]]
 """dtype and shape of a tensor, as a safetensors file names them"""
 
 
-def layout(tensors: Mapping[str, Kind], metadata: Mapping[str, str] | None = None) -> tuple[bytes, dict[str, Stored], int]:
+def layout(
+    tensors: Mapping[str, Kind], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, Stored], int]:
     """The beginning of a file that holds `tensors`, where each lies in the data, and the size of the data.
 
     Wide types first, so that each tensor is aligned to its own.
@@ -71,12 +73,12 @@ def layout(tensors: Mapping[str, Kind], metadata: Mapping[str, str] | None = Non
     return len(text).to_bytes(8, "little") + text, placed, size
 
 
-class RangeFile:
+class TensorFile:
     """An open safetensors file. `tensors` says what is in it."""
 
     def __init__(self, path: Path) -> None:
         """Raises OSError, or ValueError if it is no safetensors file."""
-        self.file = Reading(path)
+        self.file = RandomAccessFile(path)
         try:
             self.tensors = self._header()
         except (ValueError, KeyError, TypeError) as error:
@@ -105,11 +107,11 @@ class RangeFile:
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of the flattened tensor `name`, 1-D, on the host, in memory of their own."""
-        from launch.checkpoint.tensors import room
+        from launch.checkpoint.tensors import empty_tensor
 
         stored = self.tensors[name]
         assert 0 <= start <= stop <= stored.numel
-        values, content = room(stored.dtype, stop - start)
+        values, content = empty_tensor(stored.dtype, stop - start)
         self.file.into(content, stored.offset + start * SIZES[stored.dtype])
         return values
 
@@ -120,5 +122,7 @@ class RangeFile:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()

@@ -26,7 +26,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 assert {name: dtype.itemsize for name, dtype in DTYPES.items()} == SIZES
 
 
-def room(dtype: str, numel: int) -> tuple[Tensor, memoryview]:
+def empty_tensor(dtype: str, numel: int) -> tuple[Tensor, memoryview]:
     """A tensor of `numel` elements, not yet written to, and its bytes: files are read straight into them."""
     values = torch.empty(numel, dtype=DTYPES[dtype])
     return values, values.view(torch.uint8).numpy().data

@@ -216,8 +216,16 @@ def check_known(said: Mapping[str, Any], known: Mapping[str, Key], where: str) -
         group = [key for key in known if key.startswith(name + ".")]
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
         # a right word under the wrong group, or without one: `lr` for optim.lr
-        near += [key for key in known if key.rpartition(".")[2] == name.rpartition(".")[2] and key not in near]
-        hint = f"it is a group: {', '.join(group)}" if group else f"did you mean {' or '.join(near[:3])}?" if near else ""
+        near += [
+            key for key in known if key.rpartition(".")[2] == name.rpartition(".")[2] and key not in near
+        ]
+        hint = (
+            f"it is a group: {', '.join(group)}"
+            if group
+            else f"did you mean {' or '.join(near[:3])}?"
+            if near
+            else ""
+        )
         raise ValueError(f"{name} is not a key of {where}; {hint or '`--help` lists the keys'}")
 
 
@@ -242,11 +250,15 @@ def build(owner: type, said: Mapping[str, Any]) -> Any:
     except ValidationError as error:
         first = error.errors()[0]
         where = [str(part) for part in first["loc"]]
-        name = next((dotted for n in range(len(where), 0, -1) if (dotted := ".".join(where[:n])) in known), "")
+        name = next(
+            (dotted for n in range(len(where), 0, -1) if (dotted := ".".join(where[:n])) in known), ""
+        )
         if not name:  # raised by the dataclass itself
             raise ValueError(str(first["msg"]).removeprefix("Value error, ")) from None
         key = known[name]
-        raise ValueError(f"{name}={said[name]} is not {key.type_name} (default: {show(key.default)})") from None
+        raise ValueError(
+            f"{name}={said[name]} is not {key.type_name} (default: {show(key.default)})"
+        ) from None
 
 
 def show(value: Any) -> str:
@@ -273,17 +285,17 @@ def plain(value: Any) -> Any:
     return [plain(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
-PATIENCE = 5.0
+RANK_ZERO_GRACE_S = 5.0
 """seconds that other ranks leave to rank zero to speak: it ends then, and the launcher ends them"""
 
 
-def stop_for(error: Exception, rank: int, leave: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
+def exit_with_mistake(error: Exception, rank: int, leave: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
     """One line for a user's mistake, from rank zero, and exit code 2.
 
     The first rank to end makes the launcher end the others: these wait, else rank zero might be ended before it spoke. A rank
     that is still there after that has made a mistake that rank zero has not (no data on its node), and speaks itself.
     """
     if rank > 0:
-        time.sleep(PATIENCE)
+        time.sleep(RANK_ZERO_GRACE_S)
     print(f"rankzero: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     leave(2)

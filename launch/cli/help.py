@@ -44,7 +44,9 @@ def table(keys: list[Key], width: int) -> list[str]:
     lines: list[str] = []
     documentation: dict[type, dict[str, str]] = {}
     for key in keys:
-        words = documentation.setdefault(key.owner, docstrings(key.owner)).get(key.name.rpartition(".")[2], "")
+        words = documentation.setdefault(key.owner, docstrings(key.owner)).get(
+            key.name.rpartition(".")[2], ""
+        )
         head = f"  {assignment(key):{left}}  {key.type_name:{middle}}  "
         body = textwrap.wrap(words, max(width - len(indent), 30)) or [""]
         if len(head) > len(indent):

@@ -17,7 +17,7 @@ from launch.watchdog.fault_injection import parse as parse_chaos
 from launch.watchdog.stop import seconds
 from recipes import RECIPES
 from recipes.base import Recipe
-from strategies.options import GRAPHED, DDPOptions, FSDPOptions, ZeroOptions
+from strategies.options import CUDA_GRAPH_MODES, DDPOptions, FSDPOptions, ZeroOptions
 
 DEBUG = {"workers": 0, "log.every": 1}
 """what `debug` sets unless the command line says otherwise: data errors in this process, each step on the screen"""
@@ -41,14 +41,18 @@ def resolve(words: Sequence[str], world: World, extra: Sequence[str] = ()) -> Se
     file = read_file(line["config"]) if "config" in line else {}
     name = line.get("recipe", file.get("recipe"))
     if not name:
-        raise ValueError(f"recipe= is missing; built in are {', '.join(RECIPES)}, or name a file (recipe=./mine.py)")
+        raise ValueError(
+            f"recipe= is missing; built in are {', '.join(RECIPES)}, or name a file (recipe=./mine.py)"
+        )
     run_keys = {key.name: key for key in keys_of(Config)}
     # a key without a dot can only be the run's or a flat field of the recipe: the recipe is imported to know
     owner = find_recipe(str(name))
     recipe_keys = {key.name: key for key in keys_of(owner)}
     known = recipe_keys | run_keys
     if clash := sorted(recipe_keys.keys() & run_keys.keys()):
-        raise ValueError(f"{owner.__name__}.{clash[0]} of recipe {name} is also a key of every run; give the field another name")
+        raise ValueError(
+            f"{owner.__name__}.{clash[0]} of recipe {name} is also a key of every run; give the field another name"
+        )
     check_known(file, known, f"recipe {name}, in {line.get('config')}")
     check_known(line, known, f"recipe {name}")
     check_known(owner.defaults, run_keys, f"a run, in {owner.__name__}.defaults")
@@ -80,7 +84,9 @@ def find_recipe(name: str) -> type[Recipe]:
     else:
         near = difflib.get_close_matches(path, RECIPES, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(f"recipe={name} is unknown; {hint}built in are {', '.join(RECIPES)}, or name a file (./mine.py)")
+        raise ValueError(
+            f"recipe={name} is unknown; {hint}built in are {', '.join(RECIPES)}, or name a file (./mine.py)"
+        )
     found = {
         item.__name__: item
         for item in vars(module).values()
@@ -91,7 +97,11 @@ def find_recipe(name: str) -> type[Recipe]:
     if len(found) != 1:
         raise ValueError(
             f"recipe={name} must hold one recipe, it has {', '.join(found) or 'none'}; "
-            + (f"say which: recipe={path}:{next(iter(found))}" if found else "derive a dataclass from recipes.base.Recipe")
+            + (
+                f"say which: recipe={path}:{next(iter(found))}"
+                if found
+                else "derive a dataclass from recipes.base.Recipe"
+            )
         )
     return next(iter(found.values()))
 
@@ -115,8 +125,24 @@ def import_file(path: Path) -> Any:
 
 
 POSITIVE = (
-    *("epochs", "steps", "batch_size", "micro_batch_size", "clip_norm", "clip_value", "start_timeout", "hang_timeout"),
-    *("checkpoint.every", "checkpoint.every_minutes", "checkpoint.keep", "eval.every", "eval.patience", "log.every"),
+    *(
+        "epochs",
+        "steps",
+        "batch_size",
+        "micro_batch_size",
+        "clip_norm",
+        "clip_value",
+        "start_timeout",
+        "hang_timeout",
+    ),
+    *(
+        "checkpoint.every",
+        "checkpoint.every_minutes",
+        "checkpoint.keep",
+        "eval.every",
+        "eval.patience",
+        "log.every",
+    ),
 )
 
 
@@ -135,21 +161,25 @@ def check(config: Config, recipe: Recipe, world: World) -> None:
         if value is not None and value < 0:
             raise ValueError(f"{name}={value} must be 0 or more")
     check_strategy(config, world)
-    many = accumulation(config, world)
+    many = accumulation_steps(config, world)
     if many > 1 and config.ddp.static_graph:
         raise ValueError(
             f"ddp.static_graph=true does not go with {many} micro-batches a step: DDP would reduce wrong gradients; "
             "drop it, or raise micro_batch_size until each rank takes its share at once"
         )
-    if config.micro_batch_size == "auto" and (config.ddp.static_graph or config.compile in GRAPHED):
+    if config.micro_batch_size == "auto" and (config.ddp.static_graph or config.compile in CUDA_GRAPH_MODES):
         once = "ddp.static_graph=true" if config.ddp.static_graph else f"compile={config.compile}"
-        raise ValueError(f"micro_batch_size=auto may lead to accumulation, and {once} does not go with it; drop one of the two")
+        raise ValueError(
+            f"micro_batch_size=auto may lead to accumulation, and {once} does not go with it; drop one of the two"
+        )
     if config.clip_norm is not None and config.clip_value is not None:
         raise ValueError("clip_norm and clip_value are both set; clip by one of them")
     if config.epochs is None and config.steps is None:
         raise ValueError("say how long to train: epochs=N or steps=N")
     if config.epochs is not None and config.steps is not None:
-        raise ValueError(f"epochs={config.epochs} and steps={config.steps} are both set; say how long to train by one of them")
+        raise ValueError(
+            f"epochs={config.epochs} and steps={config.steps} are both set; say how long to train by one of them"
+        )
     factory = next(item.default_factory for item in fields(recipe) if item.name == "schedule")
     recipe.schedule.check(factory() if factory is not MISSING else None)
     recipe.check()
@@ -166,13 +196,17 @@ def check_strategy(config: Config, world: World) -> None:
     """The strategy must fit the world, be installed, and own the options that were given for it."""
     strategy = config.strategy
     if strategy == "single" and world.world_size > 1:
-        raise ValueError(f"strategy=single on {world.world_size} ranks; use strategy=ddp, or start one process")
+        raise ValueError(
+            f"strategy=single on {world.world_size} ranks; use strategy=ddp, or start one process"
+        )
     if config.debug and world.world_size > 1:
         raise ValueError(f"debug=true is one process, not {world.world_size}; start it with plain python")
     if config.debug < 0:
         raise ValueError(f"debug={config.debug} must be true, false or a number of steps")
     if strategy.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
-        raise ValueError(f"strategy={strategy} needs deepspeed, which is not installed: pip install deepspeed")
+        raise ValueError(
+            f"strategy={strategy} needs deepspeed, which is not installed: pip install deepspeed"
+        )
     options = {
         "ddp": (config.ddp, DDPOptions(), strategy == "ddp"),
         "fsdp": (config.fsdp, FSDPOptions(), strategy == "fsdp"),
@@ -187,7 +221,7 @@ def check_strategy(config: Config, world: World) -> None:
             )
 
 
-def accumulation(config: Config, world: World) -> int:
+def accumulation_steps(config: Config, world: World) -> int:
     """Micro-batches per rank and step, so that batch_size = micro_batch_size x accumulation x ranks (ValueError if not)."""
     batch, ranks, given = config.batch_size, world.world_size, config.given_micro_batch_size
     micro = given or max(batch // ranks, 1)
@@ -199,4 +233,6 @@ def accumulation(config: Config, world: World) -> int:
     sizes = " or ".join(f"batch_size={size}" for size in (below, above) if size > 0)
     fits = [m for m in range(1, batch // ranks + 1) if batch % (m * ranks) == 0]
     nearest = f" or micro_batch_size={min(fits, key=lambda m: abs(m - micro))}" if fits and given else ""
-    raise ValueError(f"batch_size={batch} cannot be cut into {parts} over {ranks} rank(s); nearest: {sizes}{nearest}")
+    raise ValueError(
+        f"batch_size={batch} cannot be cut into {parts} over {ranks} rank(s); nearest: {sizes}{nearest}"
+    )

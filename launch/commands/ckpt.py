@@ -34,11 +34,10 @@ except ModuleNotFoundError as missing:
 
 from rich.filesize import decimal
 
-from launch.checkpoint import console
-from launch.checkpoint import directory as shelf
+from launch.checkpoint import console, directory
 from launch.checkpoint.console import find, opened, progress
-from launch.checkpoint.manifest import NAME, Damaged, Manifest
-from launch.cli.config import flatten, show, stop_for
+from launch.checkpoint.manifest import NAME, DamagedCheckpoint, Manifest
+from launch.cli.config import exit_with_mistake, flatten, show
 
 TOP = 20
 """tensors that `diff` shows"""
@@ -56,11 +55,11 @@ def main(words: list[str]) -> int:
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (Damaged, OSError) as error:  # no mistake of the user's
+    except (DamagedCheckpoint, OSError) as error:  # no mistake of the user's
         print(f"rankzero: {error}", file=sys.stderr)
         return 1
     except ValueError as error:
-        stop_for(error, 0)
+        exit_with_mistake(error, 0)
     except KeyboardInterrupt:
         print("rankzero: interrupted", file=sys.stderr)
         return 130
@@ -71,8 +70,10 @@ def main(words: list[str]) -> int:
 
 def list_checkpoints(run: Path) -> int:
     """The checkpoints of a run."""
-    if not shelf.shelf(run).is_dir():
-        raise ValueError(f"{run} is not a run: it has no checkpoints/; give the folder above it, such as runs/NAME/TIME")
+    if not directory.checkpoints_dir(run).is_dir():
+        raise ValueError(
+            f"{run} is not a run: it has no checkpoints/; give the folder above it, such as runs/NAME/TIME"
+        )
     rows = list(describe.rows(run))
     if rows:
         console.table(("checkpoint", "saved", ">size", "written by", "files", "notes"), rows)
@@ -89,7 +90,9 @@ def inspect(path: Path) -> int:
     print(folder)
     for name, value in facts:
         print(f"  {name:<10}{value}")
-    console.table(("", ">tensors", ">elements", ">size", "type", ">pieces each"), list(describe.parts(manifest)))
+    console.table(
+        ("", ">tensors", ">elements", ">size", "type", ">pieces each"), list(describe.parts(manifest))
+    )
     print("configuration")
     for key, value in flatten(manifest.config):
         print(f"  {key}={show(value)}")
@@ -101,7 +104,7 @@ def verify(path: Path) -> int:
     if (path / NAME).is_file():
         return verify_one(path)
     codes = []
-    for folder in shelf.committed(path) or [find(path)]:
+    for folder in directory.list_checkpoints(path) or [find(path)]:
         try:
             codes.append(verify_one(folder))
         except console.Removed as error:
@@ -113,15 +116,15 @@ def verify_one(folder: Path) -> int:
     """The exit code for one checkpoint; names each file that is damaged."""
     problems = []
     try:
-        with opened(folder) as checkpoint, progress(folder.name, checkpoint.manifest.size) as told:
+        with opened(folder) as checkpoint, progress(folder.name, checkpoint.manifest.size) as on_progress:
             for index in range(len(checkpoint.manifest.files)):
                 try:
-                    checkpoint.verify([index], told)
-                except Damaged as error:
+                    checkpoint.verify([index], on_progress)
+                except DamagedCheckpoint as error:
                     if not folder.exists():
                         raise
                     problems.append(str(error))
-    except Damaged as error:  # its manifest
+    except DamagedCheckpoint as error:  # its manifest
         problems.append(str(error))
     for problem in problems:
         print(problem)
@@ -136,12 +139,18 @@ def diff(a: Path, b: Path, *, all: bool = False) -> int:
     from launch.checkpoint.compare import compare, shared
 
     with opened(a) as first, opened(b) as second:
-        size = sum(describe.size(first.manifest.tensors[name]) for name in shared(first.manifest, second.manifest))
-        with progress("comparing", size) as told:
-            found = compare(first, second, told)
+        size = sum(
+            describe.size(first.manifest.tensors[name]) for name in shared(first.manifest, second.manifest)
+        )
+        with progress("comparing", size) as on_progress:
+            found = compare(first, second, on_progress)
         for letter, side in (("A", first), ("B", second)):
             print(f"{letter}  {side.folder}  step {side.manifest.step}, {describe.writer(side.manifest)}")
-    for what, changes in (("configuration", found.config), ("optimizers", found.optimizers), ("tensors", found.tensors)):
+    for what, changes in (
+        ("configuration", found.config),
+        ("optimizers", found.optimizers),
+        ("tensors", found.tensors),
+    ):
         if changes:
             print(f"\n{what}: {len(changes)} differ")
         for name, old, new in changes if all else changes[:TOP]:
@@ -175,14 +184,28 @@ def export(
     with opened(path) as checkpoint:
         models = [model] if model else checkpoint.models
         weights = weights_of(checkpoint.manifest, models, dtype)
-        needed, size = files_with(checkpoint.manifest, weights.values()), sum(weight.size for weight in weights.values())
-        with progress("verifying", sum(checkpoint.manifest.files[index].size for index in needed)) as told:
-            checkpoint.verify(needed, told)
-        with progress("writing", size) as told:
-            files = export_weights(checkpoint, target, models=models, dtype=dtype, shard_bytes=int(shard_gb * 1e9), told=told)
+        needed, size = (
+            files_with(checkpoint.manifest, weights.values()),
+            sum(weight.size for weight in weights.values()),
+        )
+        with progress(
+            "verifying", sum(checkpoint.manifest.files[index].size for index in needed)
+        ) as on_progress:
+            checkpoint.verify(needed, on_progress)
+        with progress("writing", size) as on_progress:
+            files = export_weights(
+                checkpoint,
+                target,
+                models=models,
+                dtype=dtype,
+                shard_bytes=int(shard_gb * 1e9),
+                on_progress=on_progress,
+            )
     tensors, names = describe.counted(len(weights), "tensor"), ", ".join(map(str, files))
     print(f"{tensors} of step {checkpoint.manifest.step}, {decimal(size)}, in {names}")
-    print(f"load with: {how_to_load(files[-1], 'model' if len(models) == 1 else 'torch.nn.ModuleDict(models)')}")
+    print(
+        f"load with: {how_to_load(files[-1], 'model' if len(models) == 1 else 'torch.nn.ModuleDict(models)')}"
+    )
     return 0
 
 
@@ -190,20 +213,30 @@ def prune(run: Path, *, keep: int) -> int:
     """Remove old checkpoints."""
     if keep < 1:
         raise ValueError(f"keep={keep} must be at least 1: a run cannot go on without a checkpoint")
-    if not (folders := shelf.committed(run)):
+    if not (folders := directory.list_checkpoints(run)):
         raise ValueError(f"{run} is not a run that has checkpoints; give the folder above its checkpoints/")
     new = folders[-keep:]
     examined = [describe.examine(folder) for folder in new]
     if all(problem for _, problem in examined):
-        raise ValueError(f"keep={keep} would keep nothing that is whole ({examined[-1][1]}); `list` says what is: keep more")
+        raise ValueError(
+            f"keep={keep} would keep nothing that is whole ({examined[-1][1]}); `list` says what is: keep more"
+        )
     manifest = next(manifest for manifest, problem in reversed(examined) if manifest and not problem)
     best = manifest.progress.get("best_step") if manifest.config.get("checkpoint", {}).get("best") else None
     try:
-        removed = shelf.prune(run, keep, best)
+        removed = directory.prune(run, keep, best)
     except FileNotFoundError:
-        raise console.Removed(f"the run removes checkpoints of {run} itself at this moment; try again") from None
+        raise console.Removed(
+            f"the run removes checkpoints of {run} itself at this moment; try again"
+        ) from None
     for folder in folders:
-        why = "" if folder in new else ", the best" if shelf.step_of(folder) == best else ", a process reads it"
+        why = (
+            ""
+            if folder in new
+            else ", the best"
+            if directory.step_of(folder) == best
+            else ", a process reads it"
+        )
         print(f"removed {folder}" if folder in removed or not folder.exists() else f"kept    {folder}{why}")
     return 0
 
@@ -217,11 +250,15 @@ def new_file(to: str) -> Path:
 
     path = Path(to)
     if path.suffix not in FORMATS:
-        raise ValueError(f"to={to} must name a file to write that ends in {', '.join(FORMATS)}, such as to=weights.safetensors")
+        raise ValueError(
+            f"to={to} must name a file to write that ends in {', '.join(FORMATS)}, such as to=weights.safetensors"
+        )
     if not path.parent.is_dir():
         raise ValueError(f"to={to}: there is no folder {path.parent}")
     if there := exported(path):
-        raise ValueError(f"to={to}: {there[0]} is there already, and is not overwritten; remove it or choose another name")
+        raise ValueError(
+            f"to={to}: {there[0]} is there already, and is not overwritten; remove it or choose another name"
+        )
     return path
 
 

@@ -28,16 +28,24 @@ from typing import NoReturn
 if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     del sys.path[0]
 try:
-    from launch.diagnostics import run_all as steps
+    from launch.diagnostics import run_all
 except ModuleNotFoundError as missing:
     sys.exit(f"rankzero is not installed here ({missing}): pip install -e .")
 
-from launch.cli.config import PATIENCE, build, check_known, keys_of, parse, read_line, stop_for
+from launch.cli.config import (
+    RANK_ZERO_GRACE_S,
+    build,
+    check_known,
+    exit_with_mistake,
+    keys_of,
+    parse,
+    read_line,
+)
 from launch.diagnostics.exchange import join
 from launch.diagnostics.report import Finding, Report, nodes_of
 from launch.diagnostics.table import show
 from launch.diagnostics.temp_files import remove_all
-from launch.runtime.store import NotMet, meeting_point
+from launch.runtime.store import UnreachableError, rendezvous_endpoint
 from launch.runtime.world import World, find_world
 
 QUIET = {
@@ -64,37 +72,43 @@ def main(words: list[str]) -> int:
     os.environ.update(QUIET)
     try:
         world = find_world(environment)
-        own, point = read(words), meeting_point(world, environment)
+        own, point = read(words), rendezvous_endpoint(world, environment)
     except ValueError as error:
-        stop_for(error, world.rank)
+        exit_with_mistake(error, world.rank)
     folder = Path(own.run_dir)
-    report = steps.alone(world, environment, point, folder)
+    report = run_all.alone(world, environment, point, folder)
     title = "doctor: this machine (a SLURM job: srun --ntasks-per-node=1 python launch/commands/doctor.py)"
     if point is None:
-        found = steps.verdict([report], {}, world, environment, "")
+        found = run_all.verdict([report], {}, world, environment, "")
         return show(title, found, [report.host], time.monotonic() - start)
     try:
         meeting = join(world, environment, point, own.timeout)
         said = meeting.gather("report", report.to_json(), own.timeout)
         reports = [Report.of_json(content) for content in said.values()]
-        plan = meeting.tell("plan", steps.plan(reports, folder) if reports else None, 3 * own.timeout)
+        plan = meeting.tell("plan", run_all.plan(reports, folder) if reports else None, 3 * own.timeout)
         if world.rank not in plan["ranks"]:
-            raise NotMet(
+            raise UnreachableError(
                 f"it came too late, after rank zero had waited for {own.timeout:g} s; timeout={3 * own.timeout:g} waits longer"
             )
         meeting.ranks = plan["ranks"]
-        results = meeting.gather("results", steps.together(meeting, plan, report, point), steps.LATER)
+        results = meeting.gather("results", run_all.together(meeting, plan, report, point), run_all.LATER)
         code = 0
         if world.rank == 0:
-            found = steps.verdict(reports, results, world, environment, plan["folder"])
+            found = run_all.verdict(reports, results, world, environment, plan["folder"])
             nodes = list(nodes_of(reports))
             title = f"doctor: {len(nodes)} node(s), {len(reports)} rank(s), started by {world.launcher}"
             code = show(title, found, nodes, time.monotonic() - start)
             sys.stdout.flush()
-        code = int(meeting.tell("code", code, 2 * steps.patience(plan)))
+        code = int(meeting.tell("code", code, 2 * run_all.patience(plan)))
         meeting.leave()
         return code
-    except (NotMet, TimeoutError, RuntimeError, ImportError, OSError) as error:  # no store any more, or a broken torch
+    except (
+        UnreachableError,
+        TimeoutError,
+        RuntimeError,
+        ImportError,
+        OSError,
+    ) as error:  # no store any more, or a broken torch
         return not_met(error, report, world, environment, start)
 
 
@@ -103,20 +117,24 @@ def not_met(error: Exception, report: Report, world: World, environment: dict[st
     if isinstance(error, RuntimeError):
         if not type(error).__name__.startswith("Dist"):  # ours, not that of torch's store
             raise error
-        error = NotMet("the store of the launcher or of rank zero has gone; see what they say")
+        error = UnreachableError("the store of the launcher or of rank zero has gone; see what they say")
     why, _, fix = str(error).partition("; ")
     if world.rank == 0:
         report.findings = [finding for finding in report.findings if finding.check != "port"]
         report.findings.append(Finding(check="port", status="fail", found=why, fix=fix))
         show(
             "doctor: rank zero, without the others",
-            steps.verdict([report], {}, world, environment, ""),
+            run_all.verdict([report], {}, world, environment, ""),
             [report.host],
             time.monotonic() - start,
         )
         return 1
-    print(f"rankzero: rank {world.rank} on {report.host}: {why}{'; ' if fix else ''}{fix}", file=sys.stderr, flush=True)
-    time.sleep(PATIENCE)
+    print(
+        f"rankzero: rank {world.rank} on {report.host}: {why}{'; ' if fix else ''}{fix}",
+        file=sys.stderr,
+        flush=True,
+    )
+    time.sleep(RANK_ZERO_GRACE_S)
     return 1
 
 

@@ -28,7 +28,7 @@ except ModuleNotFoundError as missing:
     sys.exit(f"rankzero is not installed here ({missing}): pip install -e .")
 
 from launch.cli import help
-from launch.cli.config import read_line, stop_for
+from launch.cli.config import exit_with_mistake, read_line
 from launch.equivalence.common import (
     TOLERANCE,
     choose_strategies,
@@ -57,7 +57,7 @@ class Case:
     """One run to compare."""
 
     strategy: str
-    accumulation: int
+    accumulation_steps: int
     extra: str = ""
     """what is switched on beside, as it stands in the table"""
     words: tuple[str, ...] = ()
@@ -65,13 +65,13 @@ class Case:
     @property
     def name(self) -> str:
         """A file name."""
-        return f"{self.strategy}-{self.accumulation}-{self.extra or 'plain'}".replace(" ", "_")
+        return f"{self.strategy}-{self.accumulation_steps}-{self.extra or 'plain'}".replace(" ", "_")
 
     @property
     def reference(self) -> str:
         """The single process that this case must equal: activation checkpointing must not change it."""
         extra = "clip" if self.extra == "clip" else "plain"
-        return f"single-{self.accumulation}-{extra}"
+        return f"single-{self.accumulation_steps}-{extra}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ def main(words: list[str]) -> int:
         own, words = own_keys(words)
         settings = resolve([*words, "strategy=single"], World())
     except (ValueError, FileNotFoundError) as error:
-        stop_for(error, 0)
+        exit_with_mistake(error, 0)
     cases = plan(settings, words, own)
     with tempfile.TemporaryDirectory(prefix="parity-") as folder:
         traces = run(cases, own, Path(folder))
@@ -135,11 +135,17 @@ def plan(settings: Settings, words: list[str], own: Own) -> list[Case]:
     for strategy in ["single", *own.strategies]:
         mine = for_strategy(words, strategy)
 
-        def case(accumulation: int, extra: str = "", *more: str, strategy: str = strategy, mine: list[str] = mine) -> Case:
-            sizes = (f"batch_size={micro * own.ranks * accumulation}", f"micro_batch_size={micro}")
+        def case(
+            accumulation_steps: int,
+            extra: str = "",
+            *more: str,
+            strategy: str = strategy,
+            mine: list[str] = mine,
+        ) -> Case:
+            sizes = (f"batch_size={micro * own.ranks * accumulation_steps}", f"micro_batch_size={micro}")
             return Case(
                 strategy=strategy,
-                accumulation=accumulation,
+                accumulation_steps=accumulation_steps,
                 extra=extra,
                 words=(*mine, f"strategy={strategy}", *sizes, *more),
             )
@@ -147,7 +153,11 @@ def plan(settings: Settings, words: list[str], own: Own) -> list[Case]:
         cases += [case(1), case(4)]
         if settings.config.clip_norm is None and settings.config.clip_value is None:
             cases.append(case(4, "clip", "clip_norm=0.1"))
-        if strategy != "single" and owner.blocks is not Recipe.blocks and settings.config.activation_checkpointing == "none":
+        if (
+            strategy != "single"
+            and owner.blocks is not Recipe.blocks
+            and settings.config.activation_checkpointing == "none"
+        ):
             cases.append(case(4, "recompute", "activation_checkpointing=true"))
     return cases
 
@@ -157,25 +167,37 @@ def run(cases: list[Case], own: Own, folder: Path) -> dict[str, Trace]:
     from safetensors.torch import load_file
 
     found = environment(own.ranks)
-    python, torchrun = command("equivalence/trajectory.py", 1), command("equivalence/trajectory.py", own.ranks)
+    python, torchrun = (
+        command("equivalence/trajectory.py", 1),
+        command("equivalence/trajectory.py", own.ranks),
+    )
     traces: dict[str, Trace] = {}
     for start, mine in (
         (python, [case for case in cases if case.strategy == "single"]),
         (torchrun, [case for case in cases if case.strategy != "single"]),
     ):
         print(
-            f"running {len(mine)} cases {'as a single process' if start is python else f'on {own.ranks} ranks'} ...", flush=True
+            f"running {len(mine)} cases {'as a single process' if start is python else f'on {own.ranks} ranks'} ...",
+            flush=True,
         )
-        (folder / "cases.json").write_text(json.dumps({"steps": own.steps, "cases": {case.name: case.words for case in mine}}))
+        (folder / "cases.json").write_text(
+            json.dumps({"steps": own.steps, "cases": {case.name: case.words for case in mine}})
+        )
         subprocess.run([*start, str(folder)], env=found, check=False)
-        traces |= {case.name: load_file(path) for case in mine if (path := folder / f"{case.name}.safetensors").exists()}
+        traces |= {
+            case.name: load_file(path)
+            for case in mine
+            if (path := folder / f"{case.name}.safetensors").exists()
+        }
     return traces
 
 
 def compare(case: Case, traces: dict[str, Trace], precision: str) -> Row:
     """The row of one case."""
     if case.name not in traces or case.reference not in traces:
-        return Row(case=case, loss=1, norm=1, weights=1, peers=1, news="did not finish: its error stands above")
+        return Row(
+            case=case, loss=1, norm=1, weights=1, peers=1, news="did not finish: its error stands above"
+        )
     import torch
 
     mine, reference = traces[case.name], traces[case.reference]
@@ -187,7 +209,8 @@ def compare(case: Case, traces: dict[str, Trace], precision: str) -> Row:
     noise, none = without_gradient(reference), torch.tensor(False)
     apart = {
         name: float(
-            ((mine[key] - reference[key]).abs() * ~noise.get(name, none)).max() / reference[key].abs().max().clamp(min=SMALL)
+            ((mine[key] - reference[key]).abs() * ~noise.get(name, none)).max()
+            / reference[key].abs().max().clamp(min=SMALL)
         )
         for key in mine
         if key.startswith("weights/") and (name := key.removeprefix("weights/"))
@@ -195,7 +218,9 @@ def compare(case: Case, traces: dict[str, Trace], precision: str) -> Row:
     found = (loss, norm, max(apart.values()), peers)
     bad = [
         what
-        for what, value, most in zip(("loss", "gradient norm", "weights", "spread"), found, TOLERANCE[precision], strict=True)
+        for what, value, most in zip(
+            ("loss", "gradient norm", "weights", "spread"), found, TOLERANCE[precision], strict=True
+        )
         if not value <= most
     ]
     news = f"{' and '.join(bad)} too far off, {where(mine, reference, noise, precision)}" if bad else ""
@@ -212,7 +237,9 @@ def without_gradient(reference: Trace) -> dict[str, Tensor]:
     noise = {key.removeprefix("noise/"): mask for key, mask in reference.items() if key.startswith("noise/")}
     if any(mask.all() for mask in noise.values()):
         means = [
-            key.removeprefix("weights/") for key in reference if key.startswith("weights/") and key.endswith(".running_mean")
+            key.removeprefix("weights/")
+            for key in reference
+            if key.startswith("weights/") and key.endswith(".running_mean")
         ]
         noise |= {name: torch.ones_like(reference[f"weights/{name}"], dtype=torch.bool) for name in means}
     return noise
@@ -228,15 +255,23 @@ def where(mine: Trace, reference: Trace, noise: Iterable[str], precision: str) -
     import torch
 
     most = TOLERANCE[precision][0]
-    curve = torch.stack([deviation(mine[key], reference[key]) for key in mine if key.startswith(("loss/", "norm/"))]).amax(0)
+    curve = torch.stack(
+        [deviation(mine[key], reference[key]) for key in mine if key.startswith(("loss/", "norm/"))]
+    ).amax(0)
     steps = torch.nonzero(curve > most).flatten().tolist()
     prints = {
         key.removeprefix("print/"): deviation(mine[key], reference[key])
         for key in mine
         if key.startswith("print/") and key.removeprefix("print/") not in noise
     }
-    first = min((int(torch.nonzero(far > most)[0]) for far in prints.values() if (far > most).any()), default=None)
-    since = f"from step {steps[0] + 1} on{growth(curve.tolist(), steps[0], compare=steps[0])}" if steps else "only in the weights"
+    first = min(
+        (int(torch.nonzero(far > most)[0]) for far in prints.values() if (far > most).any()), default=None
+    )
+    since = (
+        f"from step {steps[0] + 1} on{growth(curve.tolist(), steps[0], compare=steps[0])}"
+        if steps
+        else "only in the weights"
+    )
     if first is None:
         return since
     worst = max(prints, key=lambda name: float(prints[name][first]))
@@ -272,13 +307,18 @@ def show(rows: list[Row], traces: dict[str, Trace], settings: Settings, own: Own
     for row in rows:
         numbers = [f"{value:.1e}" for value in (row.loss, row.norm, row.weights, row.peers)]
         verdict = "[red]FAIL" if row.news else "[green]pass"
-        table.add_row(row.case.strategy, str(row.case.accumulation), row.case.extra, *numbers, verdict)
+        table.add_row(row.case.strategy, str(row.case.accumulation_steps), row.case.extra, *numbers, verdict)
     console = Console()
     console.print(table)
     for row in rows:
         if row.news:
-            console.print(f"{row.case.strategy}, accumulation {row.case.accumulation} {row.case.extra}: {row.news}", style="red")
-    for words in sorted({f"{name}{part(mask)}" for trace in traces.values() for name, mask in without_gradient(trace).items()}):
+            console.print(
+                f"{row.case.strategy}, accumulation {row.case.accumulation_steps} {row.case.extra}: {row.news}",
+                style="red",
+            )
+    for words in sorted(
+        {f"{name}{part(mask)}" for trace in traces.values() for name, mask in without_gradient(trace).items()}
+    ):
         console.print(f"left out, its true gradient being zero: {words}", highlight=False)
     console.print(f"{config.precision}: {contract(config.precision)}", highlight=False)
 

@@ -31,7 +31,7 @@ except ModuleNotFoundError as missing:
     sys.exit(f"rankzero is not installed here ({missing}): pip install -e .")
 
 from launch.cli import help
-from launch.cli.config import read_line, stop_for
+from launch.cli.config import exit_with_mistake, read_line
 from launch.equivalence.common import whole_number
 from launch.runtime.world import World, find_world
 
@@ -57,13 +57,17 @@ def main(words: list[str]) -> None:
         if "--help" in words or "-h" in words:
             print(help.page(__doc__ or "", [word for word in words if word not in ("--help", "-h")]))
             return
-        launcher = next((word.removeprefix("launcher=") for word in words if word.startswith("launcher=")), "auto")
+        launcher = next(
+            (word.removeprefix("launcher=") for word in words if word.startswith("launcher=")), "auto"
+        )
         world = find_world(os.environ, launcher)
         settings = resolve(words, world, OWN_KEYS)
         own = own_keys(words, settings, world)
     except (ValueError, FileNotFoundError) as error:
-        stop_for(error, world.rank)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch 2.14 tells each start of its profiler, on each rank
+        exit_with_mistake(error, world.rank)
+    os.environ.setdefault(
+        "KINETO_LOG_LEVEL", "99"
+    )  # torch 2.14 tells each start of its profiler, on each rank
     code = run(settings, own, world)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -76,11 +80,15 @@ def own_keys(words: list[str], settings: Settings, world: World) -> Own:
     if config.debug:
         raise ValueError("debug= has no meaning here: its checks would be what is measured; drop it")
     if config.micro_batch_size == "auto":
-        raise ValueError("micro_batch_size=auto is found by a run that is out of memory; say here what it has found")
+        raise ValueError(
+            "micro_batch_size=auto is found by a run that is out of memory; say here what it has found"
+        )
     steps = whole_number("profile_steps", line.get("profile_steps", "5"), "steps", 1)
     warmup = whole_number("warmup_steps", line.get("warmup_steps", "5"), "steps", 1)
     name = Path(config.recipe.partition(":")[0]).stem
-    default = f"runs/profile/{name}/{time.strftime('%Y%m%d-%H%M%S')}-{config.strategy}-{world.world_size}.json.gz"
+    default = (
+        f"runs/profile/{name}/{time.strftime('%Y%m%d-%H%M%S')}-{config.strategy}-{world.world_size}.json.gz"
+    )
     trace = line.get("trace", default)
     if trace == "null":
         return Own(steps, warmup, None)
@@ -106,45 +114,45 @@ def run(settings: Settings, own: Own, world: World) -> int:
     from launch.profiling.events import operations_of, steps_of
     from launch.profiling.measure import Phases, figures, measured
     from launch.profiling.report import show
-    from launch.runtime.rendezvous import NotAllThere, connected
+    from launch.runtime.rendezvous import RendezvousError, process_group
     from launch.state.run import prepare
     from launch.training.trainer import identity, is_mistake, not_all_there
-    from launch.watchdog import fault_injection as chaos
+    from launch.watchdog import fault_injection
     from launch.watchdog.failure import fail
-    from launch.watchdog.failure_report import block, of_exception
-    from launch.watchdog.watchdog import Watch, end
+    from launch.watchdog.failure_report import from_exception, render
+    from launch.watchdog.watchdog import Watchdog, end
 
-    config, place, watch, ready = settings.config, Phases(), None, False
+    config, phase, watchdog, ready = settings.config, Phases(), None, False
     try:
         asked = f"{identity(settings)} {own.steps} {own.warmup}"
-        with connected(world, config.strategy, config.start_timeout, asked) as world:
-            watch = Watch(world, place, config.hang_timeout)
-            job = prepare(settings, world, place)
+        with process_group(world, config.strategy, config.start_timeout, asked) as world:
+            watchdog = Watchdog(world, phase, config.hang_timeout)
+            run = prepare(settings, world, phase)
             ready = True
-            chaos.prepare(job, Path(os.devnull))  # which has no checkpoint that could be torn
-            profiler, plain = measured(job, place, own.warmup, own.steps)
+            fault_injection.prepare(run, Path(os.devnull))  # which has no checkpoint that could be torn
+            profiler, plain = measured(run, phase, own.warmup, own.steps)
             events = profiler.events()  # type: ignore[no-untyped-call]  # torch has left it so
-            rows = figures(job, events, plain)
+            rows = figures(run, events, plain)
             if world.rank == 0:
-                show(job, rows, operations_of(events, world.device != "cpu"), len(steps_of(events)))
+                show(run, rows, operations_of(events, world.device != "cpu"), len(steps_of(events)))
             code = save(profiler, own.trace) if world.rank == 0 and own.trace else 0
-            watch.close()
+            watchdog.close()
             return code
     except KeyboardInterrupt:
         if world.rank == 0:
             print("rankzero: interrupted", file=sys.stderr)
         os._exit(130)
-    except NotAllThere as error:
+    except RendezvousError as error:
         not_all_there(error, world)
     except Exception as error:
         if not ready and is_mistake(error):
-            if watch is not None:
-                watch.close()
-            stop_for(error, world.rank, os._exit)
-        if watch is None:
-            print(block(of_exception(error, world, place), None), file=sys.stderr)
+            if watchdog is not None:
+                watchdog.close()
+            exit_with_mistake(error, world.rank, os._exit)
+        if watchdog is None:
+            print(render(from_exception(error, world, phase), None), file=sys.stderr)
             end()
-        fail(error, watch)
+        fail(error, watchdog)
 
 
 def save(profiler: profile, trace: Path) -> int:

@@ -41,10 +41,17 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f"rankzero is not installed here ({missing}): pip install -e .")
 
-from launch.checkpoint.directory import folder_of
+from launch.checkpoint.directory import checkpoint_dir
 from launch.cli import help
-from launch.cli.config import read_line, stop_for
-from launch.equivalence.common import TOLERANCE, choose_strategies, environment, for_strategy, whole_number, without
+from launch.cli.config import exit_with_mistake, read_line
+from launch.equivalence.common import (
+    TOLERANCE,
+    choose_strategies,
+    environment,
+    for_strategy,
+    whole_number,
+    without,
+)
 from launch.equivalence.compare_metrics import Row, judge, same_files
 from launch.equivalence.subprocesses import (
     Ended,
@@ -52,8 +59,8 @@ from launch.equivalence.subprocesses import (
     is_saving,
     last_step,
     lines_of,
-    live,
     resumed_at,
+    run_process,
     saved_step,
     step_seconds,
 )
@@ -116,7 +123,7 @@ def main(words: list[str]) -> int:
         existed = base.exists()
         folder = new_folder(base)
     except (ValueError, FileNotFoundError) as error:
-        stop_for(error, 0)
+        exit_with_mistake(error, 0)
     start = time.monotonic()
     try:
         rows = Check(own, words, folder, settings).run()
@@ -154,11 +161,18 @@ def agree(words: Sequence[str], own: Own) -> tuple[Settings, list[str]]:
 
     Raises ValueError or FileNotFoundError in words for the user.
     """
-    sizes = [f"steps={own.steps}", f"checkpoint.every={own.every}", "checkpoint.every_minutes=null", "log.every=1"]
+    sizes = [
+        f"steps={own.steps}",
+        f"checkpoint.every={own.every}",
+        "checkpoint.every_minutes=null",
+        "log.every=1",
+    ]
     words = [f"eval.every={own.steps}", *words, *sizes]
     first = resolve([*for_strategy(words, "single"), "strategy=single"], World())
     if first.config.debug or first.config.resume != "auto":
-        raise ValueError("debug= and resume= have no meaning here: the check starts and resumes by itself; drop them")
+        raise ValueError(
+            "debug= and resume= have no meaning here: the check starts and resumes by itself; drop them"
+        )
     # BatchNorm and dropout see micro-batches: where theirs is not fixed, two numbers of ranks are two different runs
     micro = first.config.given_micro_batch_size or max(first.config.batch_size // max(own.ranks), 1)
     words.append(f"micro_batch_size={micro}")
@@ -174,7 +188,9 @@ def plan(own: Own) -> list[Writer]:
     Without `all`, kills beside and in the middle of a save take turns, and the checkpoint of each strategy is read by the next.
     """
     everywhere = [
-        Layout(name, ranks) for name in own.strategies for ranks in ([1] if name == "single" else [1, *sorted(set(own.ranks))])
+        Layout(name, ranks)
+        for name in own.strategies
+        for ranks in ([1] if name == "single" else [1, *sorted(set(own.ranks))])
     ]
     writers = []
     for turn, name in enumerate(own.strategies):
@@ -182,8 +198,12 @@ def plan(own: Own) -> list[Writer]:
         following = own.strategies[(turn + 1) % len(own.strategies)]
         readers = [reader for reader in everywhere if reader != layout]
         if not own.all:
-            readers = [reader for reader in readers if reader.strategy == following and reader.ranks != layout.ranks]
-            readers = readers or [reader for reader in everywhere if reader.strategy == following and reader != layout]
+            readers = [
+                reader for reader in readers if reader.strategy == following and reader.ranks != layout.ranks
+            ]
+            readers = readers or [
+                reader for reader in everywhere if reader.strategy == following and reader != layout
+            ]
         saving = [False, True] if own.all or len(own.strategies) == 1 else [turn % 2 == 1]
         writers.append(Writer(layout, saving, readers))
     return writers
@@ -195,7 +215,9 @@ def new_folder(base: Path) -> Path:
         base.mkdir(parents=True, exist_ok=True)
         return Path(tempfile.mkdtemp(prefix="resume_check-", dir=base))
     except OSError as error:
-        raise ValueError(f"run_dir={base}: no folder can be made there ({error.strerror}); name another") from None
+        raise ValueError(
+            f"run_dir={base}: no folder can be made there ({error.strerror}); name another"
+        ) from None
 
 
 # doing it ----------------------------------------------------------------------------------------------------------------
@@ -219,20 +241,24 @@ class Check:
         """The rows of one strategy that is killed. What is not needed any more is removed: a state can be large."""
         layout, end = writer.layout, self.done + writer.lives
         whole = self.folder / f"{layout.strategy}-whole"
-        ended = self.live(layout, whole, "without interruption")
+        ended = self.run_process(layout, whole, "without interruption")
         shutil.rmtree(whole / "checkpoints", ignore_errors=True)
         for saving in writer.saving:
             run_dir = self.folder / f"{layout.strategy}-killed{'-saving' * saving}"
             first = Row(writer=layout, reader=layout, saving=saving)
-            rows = [first] + [Row(writer=layout, reader=reader) for reader in writer.readers if saving == writer.saving[0]]
+            rows = [first] + [
+                Row(writer=layout, reader=reader) for reader in writer.readers if saving == writer.saving[0]
+            ]
             problem = (
-                f"the uninterrupted run: {ended.trouble}, its error stands above" if ended.trouble else self.kill(first, run_dir)
+                f"the uninterrupted run: {ended.trouble}, its error stands above"
+                if ended.trouble
+                else self.kill(first, run_dir)
             )
             for row in rows[::-1]:  # the others read before the run itself goes on and drops the checkpoint
                 if problem:
                     row.news.append(problem)
                 elif row is first:
-                    self.take_up(row, run_dir, whole)
+                    self.resume_and_compare(row, run_dir, whole)
                 else:
                     self.read(row, run_dir, whole)
             if not any(row.news for row in rows):
@@ -240,12 +266,12 @@ class Check:
             yield from rows
         self.done = end  # also if some lives were spared
 
-    def live(self, layout: Layout, run_dir: Path, what: str, *more: str, **when: Any) -> Ended:
+    def run_process(self, layout: Layout, run_dir: Path, what: str, *more: str, **when: Any) -> Ended:
         """One life, with its line on the screen; if it died of itself, with its own error."""
         self.done += 1
         print(f"{self.done:>3}/{self.lives}  {f'{layout}, {what}':<58}", end="", flush=True)
         words = [*for_strategy(self.words, layout.strategy), *more]
-        ended = live(words, layout, run_dir=run_dir, environment=self.environment, **when)
+        ended = run_process(words, layout, run_dir=run_dir, environment=self.environment, **when)
         print(f"{ended.seconds:7.1f} s", flush=True)
         if ended.trouble:
             print(f"{ended.trouble}; its last words:", *ended.last_words(), sep="\n    ", flush=True)
@@ -262,8 +288,13 @@ class Check:
             if saving and attempt < ATTEMPTS - 1:
                 what, when = "killed in a save", partial(in_a_save, run_dir, half)
             else:
-                what, when = f"killed after step {aim}", partial(some_time_after, run_dir, half, aim, self.random.random())
-            ended = self.live(row.writer, run_dir, what + f", attempt {attempt + 1}" * (attempt > 0), kill_when=when)
+                what, when = (
+                    f"killed after step {aim}",
+                    partial(some_time_after, run_dir, half, aim, self.random.random()),
+                )
+            ended = self.run_process(
+                row.writer, run_dir, what + f", attempt {attempt + 1}" * (attempt > 0), kill_when=when
+            )
             row.killed, row.resumed, row.saving = last_step(run_dir), saved_step(run_dir), is_saving(run_dir)
             if ended.trouble:
                 return f"before it was killed, {ended.trouble}: its error stands above"
@@ -274,14 +305,16 @@ class Check:
         row.note = "no kill met a save: they are too short here"
         return ""
 
-    def take_up(self, row: Row, run_dir: Path, whole: Path) -> None:
+    def resume_and_compare(self, row: Row, run_dir: Path, whole: Path) -> None:
         """Start the killed run again, and compare it with the whole one, bit by bit."""
-        ended = self.live(row.reader, run_dir, f"resumed from step {row.resumed}")
+        ended = self.run_process(row.reader, run_dir, f"resumed from step {row.resumed}")
         if ended.trouble:
             row.news.append(f"{ended.trouble}: its error stands above")
             return
         if (found := resumed_at(run_dir, ended)) != row.resumed:
-            row.news.append(f"it went on from step {found}, not from the newest checkpoint, of step {row.resumed}")
+            row.news.append(
+                f"it went on from step {found}, not from the newest checkpoint, of step {row.resumed}"
+            )
         judge(row, lines_of(whole), lines_of(run_dir), self.settings.config.precision)
         row.same_weights = same_files(whole, run_dir)
         if not row.same_weights:
@@ -291,8 +324,10 @@ class Check:
         """Start another run from the killed one's checkpoint, and compare it with the whole one, to tolerance."""
         row.resumed = saved_step(killed)
         run_dir = self.folder / f"{row.reader.strategy}-{row.reader.ranks}-from-{row.writer.strategy}"
-        saved = folder_of(killed, row.resumed)
-        ended = self.live(row.reader, run_dir, f"from step {row.resumed} of {row.writer}", f"resume={saved}")
+        saved = checkpoint_dir(killed, row.resumed)
+        ended = self.run_process(
+            row.reader, run_dir, f"from step {row.resumed} of {row.writer}", f"resume={saved}"
+        )
         if ended.trouble:
             row.news.append(f"{ended.trouble}: its error stands above")
             return
@@ -329,18 +364,26 @@ def show(rows: Sequence[Row], settings: Settings, seconds: float) -> None:
         table.add_column(name, no_wrap=True)
     for row in rows:
         killed = f"{row.killed}{', saving' * row.saving}" if row.killed else ""
-        numbers = [str(row.compared), f"{row.off_by:.1e}" if row.off_by else "0"] if row.compared else ["", ""]
+        numbers = (
+            [str(row.compared), f"{row.off_by:.1e}" if row.off_by else "0"] if row.compared else ["", ""]
+        )
         weights = {None: "", True: "same", False: "differ"}[row.same_weights]
         verdict = "[red]FAIL" if row.news else "[green]pass"
-        table.add_row(str(row.writer), str(row.reader), killed, str(row.resumed or ""), *numbers, weights, verdict)
+        table.add_row(
+            str(row.writer), str(row.reader), killed, str(row.resumed or ""), *numbers, weights, verdict
+        )
     console = Console(highlight=False)
     console.print(table)
     for row in rows:
         for words in filter(None, [*row.news, row.note]):
-            console.print(f"{row.writer} -> {row.reader}: {words}", style="red" if row.news else "", soft_wrap=True)
+            console.print(
+                f"{row.writer} -> {row.reader}: {words}", style="red" if row.news else "", soft_wrap=True
+            )
     allowed = TOLERANCE[settings.config.precision][0]
     print("off by: losses and gradient norms, relative; 0 is bit-equal")
-    print(f"required: where the same strategy resumes on as many ranks, 0 and the same bytes of final weights; else {allowed:g}")
+    print(
+        f"required: where the same strategy resumes on as many ranks, 0 and the same bytes of final weights; else {allowed:g}"
+    )
     print(f"{sum(not row.news for row in rows)} of {len(rows)} passed in {seconds:.0f} s")
 
 

@@ -10,41 +10,41 @@ from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 
 from launch.data.loader import tensors_of
-from recipes.parts.data import Resident
+from recipes.parts.data import InMemoryDataset
 from recipes.parts.split import View
 
 SHARE = 0.1
 """of a GPU's free memory that data may take: the model comes after it"""
 
 
-def resident(dataset: Any) -> Resident | None:
+def as_in_memory(dataset: Any) -> InMemoryDataset | None:
     """`dataset` as one that gives whole micro-batches; None if it does not lie in memory."""
-    if isinstance(dataset, Resident):
+    if isinstance(dataset, InMemoryDataset):
         return dataset
     if type(dataset) is TensorDataset:
-        return Tensors(dataset.tensors)
-    if type(dataset) is View and (inner := resident(dataset.dataset)):
+        return TensorData(dataset.tensors)
+    if type(dataset) is View and (inner := as_in_memory(dataset.dataset)):
         order = dataset.permutation(torch.arange(dataset.start, dataset.start + dataset.length).numpy())
-        return Part(inner, torch.from_numpy(order))
-    if type(dataset) is Subset and (inner := resident(dataset.dataset)):
-        return Part(inner, torch.as_tensor(dataset.indices))
+        return IndexedView(inner, torch.from_numpy(order))
+    if type(dataset) is Subset and (inner := as_in_memory(dataset.dataset)):
+        return IndexedView(inner, torch.as_tensor(dataset.indices))
     return None
 
 
-def near(dataset: Resident, device: str) -> Resident:
+def to_device_if_small(dataset: InMemoryDataset, device: str) -> InMemoryDataset:
     """The data set on `device`, if it takes little of its free memory."""
     if device == "cpu" or dataset.nbytes > SHARE * torch.cuda.mem_get_info(device)[0]:
         return dataset
     return dataset.to(device)
 
 
-def lies_on_gpu(dataset: Resident) -> bool:
+def lies_on_gpu(dataset: InMemoryDataset) -> bool:
     """Whether its batches come from the memory of a GPU."""
     first = torch.zeros(1, dtype=torch.int64)
     return any(tensor.is_cuda for tensor in tensors_of(dataset.batch(first, lambda: first)))
 
 
-class Tensors:
+class TensorData:
     """A `TensorDataset`: row i of each tensor."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -61,19 +61,19 @@ class Tensors:
         """Of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
-    def to(self, device: str) -> Tensors:
+    def to(self, device: str) -> TensorData:
         """The same rows in the memory of `device`."""
-        return Tensors([tensor.to(device) for tensor in self.tensors])
+        return TensorData([tensor.to(device) for tensor in self.tensors])
 
     def batch(self, indices: Tensor, seeds: Callable[[], Tensor]) -> list[Tensor]:  # noqa: ARG002  # nothing is drawn
         """The rows at `indices`."""
         return [tensor[indices.to(tensor.device)] for tensor in self.tensors]
 
 
-class Part:
+class IndexedView:
     """The samples of `whole` at `order`, int64 on the host."""
 
-    def __init__(self, whole: Resident, order: Tensor) -> None:
+    def __init__(self, whole: InMemoryDataset, order: Tensor) -> None:
         self.whole, self.order = whole, order
 
     def __len__(self) -> int:
@@ -87,9 +87,9 @@ class Part:
         """Of the whole: its parts share it."""
         return self.whole.nbytes
 
-    def to(self, device: str) -> Part:
+    def to(self, device: str) -> IndexedView:
         """The same samples in the memory of `device`."""
-        return Part(self.whole.to(device), self.order)
+        return IndexedView(self.whole.to(device), self.order)
 
     def batch(self, indices: Tensor, seeds: Callable[[], Tensor]) -> object:
         """The samples at `indices` of this part."""

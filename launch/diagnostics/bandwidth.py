@@ -37,7 +37,9 @@ def neighbours(reports: list[Report]) -> list[list[Pair]]:
     A ring needs two or three rounds, however long it is: a thousand nodes take no longer than three. Not all pairs are measured.
     """
     between = rounds(ring([report.rank for report in leaders_of(reports).values()]))
-    inside = rounds([pair for mine in nodes_of(reports).values() for pair in ring([report.rank for report in mine])])
+    inside = rounds(
+        [pair for mine in nodes_of(reports).values() for pair in ring([report.rank for report in mine])]
+    )
     return between + inside
 
 
@@ -51,7 +53,9 @@ def rounds(pairs: Sequence[Pair]) -> list[list[Pair]]:
     """The pairs, shared out so that those of one round have no rank in common."""
     made: list[list[Pair]] = []
     for pair in pairs:
-        place = next((chosen for chosen in made if not any(rank in pair for other in chosen for rank in other)), None)
+        place = next(
+            (chosen for chosen in made if not any(rank in pair for other in chosen for rank in other)), None
+        )
         if place is None:
             made.append(place := [])
         place.append(pair)
@@ -70,19 +74,28 @@ def measure(
     for turn, pairs in enumerate(plan):
         for pair in pairs:
             if meeting.rank in pair:
-                result = one_pair(meeting, point, f"{token}/{turn}/{pair[0]}-{pair[1]}", pair, device, backend)
+                result = one_pair(
+                    meeting, point, f"{token}/{turn}/{pair[0]}-{pair[1]}", pair, device, backend
+                )
                 results += [{"pair": pair, **result}] if meeting.rank == pair[0] else []
         meeting.wait_for(f"turn/{turn}", meeting.ranks, PAIR[backend] + 2)
     return results
 
 
-def one_pair(meeting: Meeting, point: tuple[str, int], name: str, pair: Pair, device: str, backend: str) -> dict[str, Any]:
+def one_pair(
+    meeting: Meeting, point: tuple[str, int], name: str, pair: Pair, device: str, backend: str
+) -> dict[str, Any]:
     """Bytes a second of both collectives, or a problem."""
     if any(meeting.store.check([f"stuck/{rank}"]) for rank in pair):
         return {"problem": "not measured: one of the two hangs since the pair before"}
     try:
-        return within(PAIR[backend] + 1, lambda: exchange(open_store(point, name), pair.index(meeting.rank), device, backend))
-    except TimeoutError as error:  # its group is still in the hands of the thread that hangs: no other can be made here
+        return within(
+            PAIR[backend] + 1,
+            lambda: exchange(open_store(point, name), pair.index(meeting.rank), device, backend),
+        )
+    except (
+        TimeoutError
+    ) as error:  # its group is still in the hands of the thread that hangs: no other can be made here
         meeting.put(f"stuck/{meeting.rank}", True)
         return {"problem": str(error)}
     except Exception as error:
@@ -101,7 +114,9 @@ def exchange(store: Store, rank: int, device: str, backend: str) -> dict[str, fl
     if backend == "nccl":
         torch.cuda.set_device(device)
     groups = "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo"  # as in a run
-    dist.init_process_group(groups, store=store, rank=rank, world_size=2, timeout=timedelta(seconds=PAIR[backend] - 2))
+    dist.init_process_group(
+        groups, store=store, rank=rank, world_size=2, timeout=timedelta(seconds=PAIR[backend] - 2)
+    )
     try:
 
         def reduce(size: int) -> Callable[[], object]:
@@ -162,12 +177,16 @@ def judge(results: Sequence[Mapping[str, Any]], reports: list[Report]) -> list[F
     return judge_between(between, reports, node_of) + judge_inside(inside, node_of)
 
 
-def judge_between(results: Sequence[Mapping[str, Any]], reports: list[Report], node_of: Mapping[int, str]) -> list[Finding]:
+def judge_between(
+    results: Sequence[Mapping[str, Any]], reports: list[Report], node_of: Mapping[int, str]
+) -> list[Finding]:
     """Each pair of nodes against its link and, where the link does not tell its speed, against the median pair."""
     if not results:
         return []
     leaders = leaders_of(reports)
-    rates = sorted(max(result["all_reduce"], result["all_gather"]) for result in results if "problem" not in result)
+    rates = sorted(
+        max(result["all_reduce"], result["all_gather"]) for result in results if "problem" not in result
+    )
     groups: dict[tuple[Status, str], list[Mapping[str, Any]]] = {}
     for result in results:
         first, second = (leaders[node_of[rank]] for rank in result["pair"])
@@ -177,7 +196,10 @@ def judge_between(results: Sequence[Mapping[str, Any]], reports: list[Report], n
             continue
         # a slow link slows both; gloo's all-gather is slow by itself, a third of its all-reduce where the memory is the limit
         rate = max(result["all_reduce"], result["all_gather"])
-        slow = rate < ENOUGH * min(megabits or rate * 8e-6, most(first)) * 1e6 / 8 or rate < ENOUGH * rates[len(rates) // 2]
+        slow = (
+            rate < ENOUGH * min(megabits or rate * 8e-6, most(first)) * 1e6 / 8
+            or rate < ENOUGH * rates[len(rates) // 2]
+        )
         words = (
             f"the link has {spoken(megabits)}, that is {megabits / 8000:.3g} GB/s"
             if megabits
@@ -190,7 +212,10 @@ def judge_between(results: Sequence[Mapping[str, Any]], reports: list[Report], n
         "fail": "the nodes meet at the master's port, but not at others: see `names`; a firewall must let all ports through "
         "between the nodes",
     }
-    return [finding("bandwidth", status, words, mine, node_of, fixes[status]) for (status, words), mine in groups.items()]
+    return [
+        finding("bandwidth", status, words, mine, node_of, fixes[status])
+        for (status, words), mine in groups.items()
+    ]
 
 
 def judge_inside(results: Sequence[Mapping[str, Any]], node_of: Mapping[int, str]) -> list[Finding]:
@@ -207,18 +232,28 @@ def judge_inside(results: Sequence[Mapping[str, Any]], node_of: Mapping[int, str
 
 
 def finding(
-    check: str, status: Status, words: str, results: Sequence[Mapping[str, Any]], node_of: Mapping[int, str], fix: str
+    check: str,
+    status: Status,
+    words: str,
+    results: Sequence[Mapping[str, Any]],
+    node_of: Mapping[int, str],
+    fix: str,
 ) -> Finding:
     """One row for pairs of which the same holds."""
     nodes = dict.fromkeys(node_of[rank] for result in results for rank in result["pair"])
     inside = check == "within a node"
-    pairs = [" - ".join(f"rank {rank}" if inside else node_of[rank] for rank in result["pair"]) for result in results]
+    pairs = [
+        " - ".join(f"rank {rank}" if inside else node_of[rank] for rank in result["pair"])
+        for result in results
+    ]
     figures = [
         f"{name} {span([result[key] for result in results])}"
         for key, name in (("all_reduce", "all-reduce"), ("all_gather", "all-gather"))
         if status != "fail"
     ]
-    found = f"{listed(pairs, 'pairs')}: {', '.join(figures)}" + (f"{'; ' if figures else ''}{words}" if words else "")
+    found = f"{listed(pairs, 'pairs')}: {', '.join(figures)}" + (
+        f"{'; ' if figures else ''}{words}" if words else ""
+    )
     return Finding(check=check, status=status, found=found, fix=fix, nodes=tuple(nodes))
 
 

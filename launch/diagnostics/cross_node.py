@@ -118,7 +118,11 @@ def shared_folder(meeting: Meeting, leaders: list[int], folder: Path, token: str
     mine = first.with_suffix(".whole")
     problem = ""
     # rank zero removes those of all: one that was killed cannot
-    others = [folder / f".doctor-{token}-{rank}.whole" for rank in leaders if rank != 0] if meeting.rank == 0 else []
+    others = (
+        [folder / f".doctor-{token}-{rank}.whole" for rank in leaders if rank != 0]
+        if meeting.rank == 0
+        else []
+    )
     with scratch(first, mine, *others):
         try:
             first.write_text(str(meeting.rank))
@@ -129,7 +133,9 @@ def shared_folder(meeting: Meeting, leaders: list[int], folder: Path, token: str
         start = time.monotonic()
         missing = [rank for rank in leaders if rank != meeting.rank]
         while missing and time.monotonic() - start < SEEN:
-            missing = [rank for rank in missing if not holds(folder / f".doctor-{token}-{rank}.whole", str(rank))]
+            missing = [
+                rank for rank in missing if not holds(folder / f".doctor-{token}-{rank}.whole", str(rank))
+            ]
             time.sleep(0.02 if missing else 0)
         seconds = time.monotonic() - start
         meeting.wait_for("seen", leaders, SEEN + 1)
@@ -143,7 +149,9 @@ def holds(path: Path, text: str) -> bool:
     return False
 
 
-def one_folder(looked: Mapping[str, Mapping[str, Any]], names: Mapping[int, str], folder: str) -> list[Finding]:
+def one_folder(
+    looked: Mapping[str, Mapping[str, Any]], names: Mapping[int, str], folder: str
+) -> list[Finding]:
     """Whether all nodes see the same folder; `names` are the nodes of the ranks that looked."""
     values: dict[str, tuple[Status, str, str]] = {}
     fix = "checkpoints need one folder for all nodes: run_dir= on a file system that they share (NFS, Lustre), mounted alike"
@@ -156,5 +164,9 @@ def one_folder(looked: Mapping[str, Mapping[str, Any]], names: Mapping[int, str]
         else:
             slowest = max(result["seconds"] for result in looked.values())
             kind = file_system(Path(folder))
-            values[node] = "pass", f"{folder} ({kind}): new files are seen within {max(slowest, 0.01):.2f} s", ""
+            values[node] = (
+                "pass",
+                f"{folder} ({kind}): new files are seen within {max(slowest, 0.01):.2f} s",
+                "",
+            )
     return by_value("shared folder", values)

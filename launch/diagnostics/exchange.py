@@ -35,7 +35,9 @@ class Meeting:
         try:
             self.store.wait([key], timedelta(seconds=max(seconds, 0.01)))
         except dist.DistStoreError:
-            raise TimeoutError(f"no word of the others ({key}) within {seconds:.0f} s; see what rank zero says") from None
+            raise TimeoutError(
+                f"no word of the others ({key}) within {seconds:.0f} s; see what rank zero says"
+            ) from None
         return json.loads(self.store.get(key))
 
     def gather(self, name: str, value: Any, seconds: float) -> dict[int, Any]:

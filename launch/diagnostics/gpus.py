@@ -42,7 +42,9 @@ def ask(*words: str) -> list[list[str]]:
     asked = ["nvidia-smi", *words, "--format=csv,noheader,nounits"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(asked, capture_output=True, text=True, timeout=SMI, check=True)
-        return [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
+        return [
+            [cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if line.strip()
+        ]
     return []
 
 
@@ -73,7 +75,9 @@ def in_use(gpus: list[dict[str, Any]], said: str | None) -> Iterator[Finding]:
     ours = visible(gpus, said)
     if not ours:
         return
-    apps = [(uuid, pid, name) for uuid, pid, name, *_ in ask("--query-compute-apps=gpu_uuid,pid,process_name")]
+    apps = [
+        (uuid, pid, name) for uuid, pid, name, *_ in ask("--query-compute-apps=gpu_uuid,pid,process_name")
+    ]
     free = True
     for gpu in ours:
         others = [(pid, name) for uuid, pid, name in apps if uuid == gpu["uuid"] and not is_ours(pid)]
@@ -81,7 +85,10 @@ def in_use(gpus: list[dict[str, Any]], said: str | None) -> Iterator[Finding]:
         if not others and part < BUSY:
             continue
         free = False
-        who = listed([f"{pid} ({name})" for pid, name in others], "processes") or "processes not seen from here (a container?)"
+        who = (
+            listed([f"{pid} ({name})" for pid, name in others], "processes")
+            or "processes not seen from here (a container?)"
+        )
         fix = (
             f"end them, if they are left-overs of yours: kill {' '.join(pid for pid, _ in others)}"
             if others
@@ -116,11 +123,19 @@ def mapped(reports: list[Report]) -> list[Finding]:
     if len(set(kinds.values())) > 1:
         none = [node for node, words in kinds.items() if words == "none"]
         words = "; ".join(f"{node} {words}" for node, words in list(kinds.items())[:8])
-        fix = f"leave out {listed(none)}" if none else "the slowest GPU sets the pace, the smallest the batch: nodes of one kind"
+        fix = (
+            f"leave out {listed(none)}"
+            if none
+            else "the slowest GPU sets the pace, the smallest the batch: nodes of one kind"
+        )
         found = [finding for finding in found if finding.status != "pass"]
         found.append(
             Finding(
-                check="GPUs", status="fail" if none else "warn", found=f"the nodes differ: {words}", fix=fix, nodes=tuple(kinds)
+                check="GPUs",
+                status="fail" if none else "warn",
+                found=f"the nodes differ: {words}",
+                fix=fix,
+                nodes=tuple(kinds),
             )
         )
     return found
@@ -139,7 +154,9 @@ def of_node(mine: list[Report], gpus: list[dict[str, Any]], kind: str) -> tuple[
     first = mine[0].facts["gpu"]
     if not first["count"] and visible(gpus, first["visible"]):
         built = (
-            f"built for CUDA {first['cuda']}: the driver is too old for it, or broken" if first["cuda"] else "built without CUDA"
+            f"built for CUDA {first['cuda']}: the driver is too old for it, or broken"
+            if first["cuda"]
+            else "built without CUDA"
         )
         return (
             "fail",
@@ -154,8 +171,14 @@ def of_node(mine: list[Report], gpus: list[dict[str, Any]], kind: str) -> tuple[
     for report in mine:
         fact = report.facts["gpu"]
         own, index = visible(gpus, fact["visible"]), int(fact["device"].partition(":")[2] or 0)
-        places.setdefault(f"GPU {own[index]['index']}" if index < len(own) else f"{fact['device']}", []).append(str(report.rank))
+        places.setdefault(
+            f"GPU {own[index]['index']}" if index < len(own) else f"{fact['device']}", []
+        ).append(str(report.rank))
     words = ", ".join(f"rank {' and '.join(ranks)}: {place}" for place, ranks in places.items())
     if any(len(ranks) > 1 for ranks in places.values()):
-        return "fail", words, "one rank a GPU: NCCL refuses two (srun --gpus-per-task=1, or torchrun --nproc_per_node=GPUs)"
+        return (
+            "fail",
+            words,
+            "one rank a GPU: NCCL refuses two (srun --gpus-per-task=1, or torchrun --nproc_per_node=GPUs)",
+        )
     return "pass", f"{kind}; {words}", ""

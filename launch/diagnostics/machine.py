@@ -48,7 +48,9 @@ def shared_memory() -> Iterator[Finding]:
         fix = "`ls -l /dev/shm`: remove what runs that were killed have left there (nccl-*, torch_*)"
         yield Finding(check="shared memory", status="warn", found=found, fix=fix)
     else:
-        yield Finding(check="shared memory", found=f"{decimal(usage.total)}, at least {decimal(SHARED_LEAST)} free")
+        yield Finding(
+            check="shared memory", found=f"{decimal(usage.total)}, at least {decimal(SHARED_LEAST)} free"
+        )
 
 
 def open_files() -> Iterator[Finding]:
@@ -74,10 +76,14 @@ def locked_memory(devices: Path = Path("/sys/class/infiniband")) -> Iterator[Fin
         return
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if soft == resource.RLIM_INFINITY or soft >= LOCKED_LEAST:
-        yield Finding(check="locked memory", found="no limit" if soft == resource.RLIM_INFINITY else decimal(soft))
+        yield Finding(
+            check="locked memory", found="no limit" if soft == resource.RLIM_INFINITY else decimal(soft)
+        )
         return
     fix = "`ulimit -l unlimited`; in docker --ulimit memlock=-1; for SLURM LimitMEMLOCK=infinity of slurmd; NCCL fails otherwise"
-    yield Finding(check="locked memory", status="fail", found=f"{decimal(soft)} may be locked for InfiniBand", fix=fix)
+    yield Finding(
+        check="locked memory", status="fail", found=f"{decimal(soft)} may be locked for InfiniBand", fix=fix
+    )
 
 
 # processors --------------------------------------------------------------------------------------------------------------
@@ -158,7 +164,9 @@ def disk(folder: Path) -> Iterator[Finding]:
     kind = f"{place} ({file_system(place)})"
     figures = f"{decimal(usage.free)} free, {decimal(int(speed))}/s"
     if not same:
-        yield Finding(check="disk", status="fail", found=f"{kind}: what was read is not what was written", fix=other)
+        yield Finding(
+            check="disk", status="fail", found=f"{kind}: what was read is not what was written", fix=other
+        )
     elif usage.free < DISK_LEAST or (entries.f_files > 0 and entries.f_favail < 1000):
         found = f"{kind}: {decimal(usage.free)} and {entries.f_favail:,} files are free"
         yield Finding(check="disk", status="fail", found=found, fix="make room, or choose another run_dir=")
@@ -181,7 +189,9 @@ def extensions(folder: Path, ours: str) -> Iterator[Finding]:
     `folder` is the cache, `ours` the folder of this environment's packages.
     """
     builds, locks = list(folder.glob("*/build.ninja")), list(folder.glob("*/lock"))
-    if waits_for_ever(ours) and (old := [lock for lock in locks if time.time() - lock.lstat().st_mtime > STALE]):
+    if waits_for_ever(ours) and (
+        old := [lock for lock in locks if time.time() - lock.lstat().st_mtime > STALE]
+    ):
         found = f"a compilation that did not end has left {old[0]}: the next one waits for it for ever"
         yield Finding(check="extensions", status="fail", found=found, fix=f"rm {' '.join(map(str, old))}")
     elif foreign := sorted({other for path in builds for other in packages_in(path) if other != ours}):

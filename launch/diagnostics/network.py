@@ -22,7 +22,11 @@ DEFAULT_PORT = 29500
 def facts(environment: Mapping[str, str], master: str | None) -> dict[str, Any]:
     """The interfaces of this node, what its own name stands for, and by which interface it reaches the master."""
     interfaces = {
-        name: [entry.address.partition("%")[0] for entry in entries if entry.family in (socket.AF_INET, socket.AF_INET6)]
+        name: [
+            entry.address.partition("%")[0]
+            for entry in entries
+            if entry.family in (socket.AF_INET, socket.AF_INET6)
+        ]
         for name, entries in psutil.net_if_addrs().items()
     }
     stats = psutil.net_if_stats()
@@ -74,7 +78,12 @@ def free_port(port: int = DEFAULT_PORT) -> Iterator[Finding]:
             probe.bind(("", port))
         except OSError:
             fix = f"torchrun --standalone (one node), or --master_port={port + 1}"
-            yield Finding(check="port", status="warn", found=f"{port}, torchrun's default, is taken{owner_of(port)}", fix=fix)
+            yield Finding(
+                check="port",
+                status="warn",
+                found=f"{port}, torchrun's default, is taken{owner_of(port)}",
+                fix=fix,
+            )
             return
     yield Finding(check="port", found=f"{port}, torchrun's default, is free")
 
@@ -86,8 +95,12 @@ def names(reports: list[Report], several: bool) -> list[Finding]:
     """Whether torch will bind to an address that the other nodes can reach."""
     leaders = leaders_of(reports)
     # nodes that reach the master by loopback are one machine after all (a SLURM for tests)
-    several = several and not (len(leaders) > 1 and all(leader.facts["network"]["route"] == "lo" for leader in leaders.values()))
-    return by_value("names", {node: name(report.facts["network"], several) for node, report in leaders.items()})
+    several = several and not (
+        len(leaders) > 1 and all(leader.facts["network"]["route"] == "lo" for leader in leaders.values())
+    )
+    return by_value(
+        "names", {node: name(report.facts["network"], several) for node, report in leaders.items()}
+    )
 
 
 def name(facts: Mapping[str, Any], several: bool) -> tuple[Status, str, str]:
@@ -110,7 +123,11 @@ def name(facts: Mapping[str, Any], several: bool) -> tuple[Status, str, str]:
     if first is None:
         return "fail", "its own name cannot be resolved there: gloo falls back to loopback", fix + also
     if ipaddress.ip_address(first).is_loopback:
-        return "fail", f"its own name is {first} in its /etc/hosts: the other nodes would connect to themselves", fix + also
+        return (
+            "fail",
+            f"its own name is {first} in its /etc/hosts: the other nodes would connect to themselves",
+            fix + also,
+        )
     uses = next((name for name, addresses in facts["interfaces"].items() if first in addresses), None)
     if uses is None:
         return "fail", f"its own name is {first}, which no interface of it has", fix + also
@@ -124,7 +141,11 @@ def matching(said: str, interfaces: list[str], backend: str) -> list[str]:
     if backend == "gloo":
         return [name for name in interfaces if name in said.split(",")]
     wanted = said.lstrip("^=").split(",")
-    hit = [name for name in interfaces if any(name == word if "=" in said[:2] else name.startswith(word) for word in wanted)]
+    hit = [
+        name
+        for name in interfaces
+        if any(name == word if "=" in said[:2] else name.startswith(word) for word in wanted)
+    ]
     return [name for name in interfaces if name not in hit] if said.startswith("^") else hit
 
 
@@ -139,7 +160,11 @@ def link(reports: list[Report], several: bool) -> list[Finding]:
     if not several:
         return []
     leaders = leaders_of(reports)
-    packets = {node: report.facts["network"]["mtu"] for node, report in leaders.items() if report.facts["network"]["mtu"]}
+    packets = {
+        node: report.facts["network"]["mtu"]
+        for node, report in leaders.items()
+        if report.facts["network"]["mtu"]
+    }
     values: dict[str, tuple[Status, str, str]] = {}
     for node, report in leaders.items():
         facts = report.facts["network"]
@@ -156,7 +181,11 @@ def link(reports: list[Report], several: bool) -> list[Finding]:
     if len(set(outer.values())) > 1:
         words = ", ".join(f"{node} {mtu}" for node, mtu in outer.items())
         fix = "large packets between them may vanish, which looks like a hang: one MTU on all nodes (ip link set DEV mtu N)"
-        found.append(Finding(check="network", status="warn", found=f"the MTU differs: {words}", fix=fix, nodes=tuple(outer)))
+        found.append(
+            Finding(
+                check="network", status="warn", found=f"the MTU differs: {words}", fix=fix, nodes=tuple(outer)
+            )
+        )
     return found
 
 

@@ -95,7 +95,10 @@ def by_value(check: str, values: Mapping[str, tuple[Status, str, str]]) -> list[
     nodes: dict[tuple[Status, str, str], list[str]] = {}
     for node, value in values.items():
         nodes.setdefault(value, []).append(node)
-    return [Finding(check=check, status=s, found=f, fix=x, nodes=tuple(names)) for (s, f, x), names in nodes.items()]
+    return [
+        Finding(check=check, status=s, found=f, fix=x, nodes=tuple(names))
+        for (s, f, x), names in nodes.items()
+    ]
 
 
 # patience ----------------------------------------------------------------------------------------------------------------
@@ -106,9 +109,22 @@ def tried(check: str, seconds: float, function: Callable[[], Iterable[Finding]])
     try:
         return within(seconds, lambda: list(function()))
     except TimeoutError as error:
-        return [Finding(check=check, status="fail", found=str(error), fix=HANGS.get(check, "look at the node: it hangs there"))]
+        return [
+            Finding(
+                check=check,
+                status="fail",
+                found=str(error),
+                fix=HANGS.get(check, "look at the node: it hangs there"),
+            )
+        ]
     except Exception as error:
-        return [Finding(check=check, status="fail", found=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")]
+        return [
+            Finding(
+                check=check,
+                status="fail",
+                found=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
+            )
+        ]
 
 
 HANGS = {

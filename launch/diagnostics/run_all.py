@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from launch.diagnostics import bandwidth, gpus, machine, network, software
-from launch.diagnostics import cross_node as between
+from launch.diagnostics import bandwidth, cross_node, gpus, machine, network, software
 from launch.diagnostics.exchange import Meeting
 from launch.diagnostics.report import Finding, Report, about, findings_of_json, leaders_of, nodes_of, tried
 from launch.runtime.world import World
@@ -52,7 +51,10 @@ def alone(world: World, environment: Mapping[str, str], point: Point, folder: Pa
     check("locked memory", machine.locked_memory)
     check("disk", lambda: machine.disk(folder))
     if "software" in report.facts:
-        packages, cuda = report.facts["software"]["packages"], report.facts["software"]["versions"].get("cuda")
+        packages, cuda = (
+            report.facts["software"]["packages"],
+            report.facts["software"]["versions"].get("cuda"),
+        )
         check("extensions", lambda: machine.extensions(machine.extension_folder(environment, cuda), packages))
     if point is None:
         check("port", network.free_port)
@@ -80,10 +82,12 @@ def plan(reports: list[Report], folder: Path) -> dict[str, Any]:
 def patience(plan: Mapping[str, Any]) -> float:
     """Seconds in which `together` must have ended on all ranks, whatever hangs."""
     turns = len(plan["rounds"]) * (bandwidth.PAIR[plan["backend"]] + 3)
-    return turns + between.CLOCKS + between.SEEN + 3 * between.STEP
+    return turns + cross_node.CLOCKS + cross_node.SEEN + 3 * cross_node.STEP
 
 
-def together(meeting: Meeting, plan: Mapping[str, Any], report: Report, point: tuple[str, int]) -> dict[str, Any]:
+def together(
+    meeting: Meeting, plan: Mapping[str, Any], report: Report, point: tuple[str, int]
+) -> dict[str, Any]:
     """What this rank finds with the others, as JSON's own types. Each part ends by itself and cannot stop the next."""
     results: dict[str, Any] = {"findings": []}
 
@@ -97,8 +101,8 @@ def together(meeting: Meeting, plan: Mapping[str, Any], report: Report, point: t
     device = report.facts["gpu"]["device"] if plan["backend"] == "nccl" else "cpu"
     leaders, folder = plan["leaders"], Path(plan["folder"])
     if len(leaders) > 1 and meeting.rank in leaders:
-        take("clock", lambda: between.clock(meeting, leaders))
-        take("shared folder", lambda: between.shared_folder(meeting, leaders, folder, plan["token"]))
+        take("clock", lambda: cross_node.clock(meeting, leaders))
+        take("shared folder", lambda: cross_node.shared_folder(meeting, leaders, folder, plan["token"]))
     take("bandwidth", lambda: bandwidth.measure(meeting, point, plan["token"], plan["rounds"], device))
     return results
 
@@ -107,19 +111,24 @@ def together(meeting: Meeting, plan: Mapping[str, Any], report: Report, point: t
 
 
 def verdict(
-    reports: list[Report], results: Mapping[int, Mapping[str, Any]], world: World, environment: Mapping[str, str], folder: str
+    reports: list[Report],
+    results: Mapping[int, Mapping[str, Any]],
+    world: World,
+    environment: Mapping[str, str],
+    folder: str,
 ) -> list[Finding]:
     """All findings, of one node or many."""
     leaders = leaders_of(reports)
     names = {report.rank: node for node, mine in nodes_of(reports).items() for report in mine}
     several = len(leaders) > 1 or world.world_size > world.local_world_size
-    found = [between.present(reports, world, environment)] if world.launcher != "python" else []
+    found = [cross_node.present(reports, world, environment)] if world.launcher != "python" else []
     for report in reports:
         own = report.findings + findings_of_json(results.get(report.rank, {}).get("findings", []))
         found += [Finding(**{**finding.__dict__, "nodes": (names[report.rank],)}) for finding in own]
     # a fact that could not be had is a finding already
     know = {
-        name: [report for report in reports if name in report.facts] for name in ("network", "software", "gpu", "gpus", "cpu")
+        name: [report for report in reports if name in report.facts]
+        for name in ("network", "software", "gpu", "gpus", "cpu")
     }
     found += network.names(know["network"], several) + network.link(know["network"], several)
     found += software.same_versions(know["software"]) + software.same_environment(know["software"])
@@ -130,11 +139,20 @@ def verdict(
     if silent:
         fix = "its own lines on the screen may say more; the node is overloaded, or the network drops it"
         words = f"no word any more since the ranks met, from {', '.join(dict.fromkeys(silent))}"
-        found.append(Finding(check="ranks", status="fail", found=words, fix=fix, nodes=tuple(dict.fromkeys(silent))))
+        found.append(
+            Finding(check="ranks", status="fail", found=words, fix=fix, nodes=tuple(dict.fromkeys(silent)))
+        )
     of_leaders = {node: results.get(leader.rank, {}) for node, leader in leaders.items()}
     clocks = {node: tuple(result["clock"]) for node, result in of_leaders.items() if result.get("clock")}
-    found += between.clocks(clocks, next(iter(leaders)))
-    folders = {node: result["shared folder"] for node, result in of_leaders.items() if result.get("shared folder")}
-    found += between.one_folder(folders, names, folder)
-    pairs = [pair for result in results.values() for pair in result.get("bandwidth", []) if not gone & set(pair["pair"])]
+    found += cross_node.clocks(clocks, next(iter(leaders)))
+    folders = {
+        node: result["shared folder"] for node, result in of_leaders.items() if result.get("shared folder")
+    }
+    found += cross_node.one_folder(folders, names, folder)
+    pairs = [
+        pair
+        for result in results.values()
+        for pair in result.get("bandwidth", [])
+        if not gone & set(pair["pair"])
+    ]
     return found + bandwidth.judge(pairs, reports)

@@ -27,16 +27,30 @@ def facts(environment: Mapping[str, str]) -> dict[str, Any]:
 
     built = torch.distributed.is_available() and torch.distributed.is_nccl_available()
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if built else None  # type: ignore[no-untyped-call]
-    found = {**versions(), "code": code_digest(), "nccl": nccl, "cuda": torch.version.cuda, "driver": driver()}
+    found = {
+        **versions(),
+        "code": code_digest(),
+        "nccl": nccl,
+        "cuda": torch.version.cuda,
+        "driver": driver(),
+    }
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     return {
         "versions": {name: version for name, version in found.items() if version},
         "executable": sys.executable,
         "packages": str(Path(torch.__file__).parents[1]),
         "environment": {
-            **{name: value for name, value in environment.items() if MATTERS.match(name) and not BY_PLACE.match(name)},
+            **{
+                name: value
+                for name, value in environment.items()
+                if MATTERS.match(name) and not BY_PLACE.match(name)
+            },
             # not the numbers: a launcher may give each task its own
-            **({"CUDA_VISIBLE_DEVICES": f"{len([part for part in visible.split(',') if part])} device(s)"} if visible else {}),
+            **(
+                {"CUDA_VISIBLE_DEVICES": f"{len([part for part in visible.split(',') if part])} device(s)"}
+                if visible
+                else {}
+            ),
         },
     }
 
@@ -54,12 +68,23 @@ def same_versions(reports: list[Report]) -> list[Finding]:
     leaders = leaders_of(reports)
     have = {node: report.facts["software"]["versions"] for node, report in leaders.items()}
     names = sorted({name for versions in have.values() for name in versions})
-    apart = [different(name, {node: versions.get(name, "none") for node, versions in have.items()}) for name in names]
+    apart = [
+        different(name, {node: versions.get(name, "none") for node, versions in have.items()})
+        for name in names
+    ]
     found = [finding for finding in apart if finding]
     executables = {node: report.facts["software"]["executable"] for node, report in leaders.items()}
     if len(set(executables.values())) > 1 and not found:
         fix = "equal for now; one environment, at one path on all nodes, stays so"
-        found.append(Finding(check="versions", status="warn", found=f"python is {said(executables)}", fix=fix, nodes=tuple(have)))
+        found.append(
+            Finding(
+                check="versions",
+                status="warn",
+                found=f"python is {said(executables)}",
+                fix=fix,
+                nodes=tuple(have),
+            )
+        )
     if not found:
         first = next(iter(have.values()))
         equal = ", ".join(f"{name} {first[name]}" for name in SHOWN if name in first)
@@ -78,7 +103,9 @@ def different(name: str, values: Mapping[str, str]) -> Finding | None:
     if name == "code":
         install = "the same checkout of rankzero (git status; git rev-parse HEAD), best on a shared disk,"
     elif name in ("python", "cuda", "nccl", "driver"):
-        install = {"driver": f"the driver {right}"}.get(name, "the same Python environment (nccl and cuda come with torch)")
+        install = {"driver": f"the driver {right}"}.get(
+            name, "the same Python environment (nccl and cuda come with torch)"
+        )
     status: Status = "fail" if name in MUST else "warn"
     return Finding(
         check="versions",
@@ -102,10 +129,16 @@ def same_environment(reports: list[Report]) -> list[Finding]:
     leaders = leaders_of(reports)
     have = {node: report.facts["software"]["environment"] for node, report in leaders.items()}
     names = sorted({name for variables in have.values() for name in variables})
-    values = {name: {node: variables.get(name, "not set") for node, variables in have.items()} for name in names}
+    values = {
+        name: {node: variables.get(name, "not set") for node, variables in have.items()} for name in names
+    }
     apart = {name: each for name, each in values.items() if len(set(each.values())) > 1}
     if not apart:
-        alike = f"{listed(names, 'variables')}{', alike' if len(have) > 1 else ''}" if names else "no NCCL_*, GLOO_*, ... is set"
+        alike = (
+            f"{listed(names, 'variables')}{', alike' if len(have) > 1 else ''}"
+            if names
+            else "no NCCL_*, GLOO_*, ... is set"
+        )
         return [Finding(check="environment", found=alike, nodes=tuple(have))]
     fix = "export it before the launcher, not in one node's profile; srun passes the variables of the shell on (--export=ALL)"
     return [

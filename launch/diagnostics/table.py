@@ -33,7 +33,9 @@ def rows(findings: Sequence[Finding], nodes: Sequence[str]) -> list[Finding]:
             words = [f"{listed(ordered(who, nodes))}: {found}" for found, who in good.items()]
             more = f"; and {len(words) - NAMED} more" if len(words) > NAMED else ""
             values = {value: who for value, who in values.items() if value[0] != "pass"}
-            values["pass", "; ".join(words[:NAMED]) + more, ""] = [node for who in good.values() for node in who]
+            values["pass", "; ".join(words[:NAMED]) + more, ""] = [
+                node for who in good.values() for node in who
+            ]
         bad_last = sorted(values.items(), key=lambda item: ("pass", "warn", "fail").index(item[0][0]))
         merged += [
             Finding(check=check, status=status, found=found, fix=fix, nodes=tuple(ordered(who, nodes)))
@@ -47,7 +49,9 @@ def ordered(names: Sequence[str], nodes: Sequence[str]) -> list[str]:
     return [node for node in nodes if node in names]
 
 
-def lines(shown: Sequence[Finding], nodes: Sequence[str], width: int) -> Iterator[tuple[Finding | None, bool, str]]:
+def lines(
+    shown: Sequence[Finding], nodes: Sequence[str], width: int
+) -> Iterator[tuple[Finding | None, bool, str]]:
     """The table, line by line: of which finding a line is (None: the header), whether it belongs to the fix, and its text.
 
     Wrapped between words only: a path or command in a fix must be whole, to be copied. Rich would cut it.

@@ -8,13 +8,27 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-TOLERANCE = {"fp32": (1e-5, 1e-5, 1e-4, 1e-6), "tf32": (2e-3, 2e-3, 2e-3, 1e-6), "bf16": (2e-2,) * 4, "fp16": (2e-2,) * 4}
+TOLERANCE = {
+    "fp32": (1e-5, 1e-5, 1e-4, 1e-6),
+    "tf32": (2e-3, 2e-3, 2e-3, 1e-6),
+    "bf16": (2e-2,) * 4,
+    "fp16": (2e-2,) * 4,
+}
 """allowed relative deviation of loss, gradient norm and final weights from the single process, and of loss and gradient norm
 among the strategies; bf16 and fp16 differ where a micro-batch's rounding does, so theirs is that of the format"""
 ROUNDING = 6e-8
 """half a unit in the last place of fp32"""
 PLACES = {
-    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *(
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "GROUP_RANK",
+        "GROUP_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    ),
     *("ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
 }
 """variables by which a launcher places a process: one around the proof must not place what the proof starts"""
@@ -36,7 +50,9 @@ def choose_strategies(line: Mapping[str, str], allowed: Sequence[str], default: 
     if importlib.util.find_spec("deepspeed") is None and any(name.startswith("zero") for name in chosen):
         chosen = [name for name in chosen if not name.startswith("zero")]
         if not chosen:
-            raise ValueError(f"strategies={line['strategies']} needs deepspeed, which is not installed: pip install deepspeed")
+            raise ValueError(
+                f"strategies={line['strategies']} needs deepspeed, which is not installed: pip install deepspeed"
+            )
         print("zero1, zero2 and zero3 are left out: deepspeed is not installed", file=sys.stderr)
     return chosen
 
@@ -56,7 +72,11 @@ def environment(ranks: int) -> dict[str, str]:
     """The environment of a process that a proof starts, on at most `ranks` ranks."""
     import torch
 
-    clean = {name: value for name, value in os.environ.items() if name not in PLACES and not name.startswith("TORCHELASTIC_")}
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in PLACES and not name.startswith("TORCHELASTIC_")
+    }
     # the same number of threads everywhere: sums are cut differently otherwise
     found = {**clean, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     if torch.cuda.device_count() < ranks:
@@ -66,7 +86,9 @@ def environment(ranks: int) -> dict[str, str]:
 
 def command(program: str, ranks: int) -> list[str]:
     """How a user starts a file of `launch/`: under python, or on several ranks under torchrun."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    torchrun = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    )
     return [sys.executable, *torchrun, str(Path(__file__).parents[1] / program)]
 
 

@@ -64,7 +64,11 @@ def wrong_steps(expected: Iterable[int], found: Iterable[int]) -> str:
     missing, extra = sorted(set(wanted) - set(there)), sorted(set(there) - set(wanted))
     repeated = sorted({step for step in there if there.count(step) > 1})
     parts = {"missing": missing, "too many": extra, "made twice": repeated}
-    said = [f"step {', '.join(map(str, steps[:3]))}{' ...' * (len(steps) > 3)} {what}" for what, steps in parts.items() if steps]
+    said = [
+        f"step {', '.join(map(str, steps[:3]))}{' ...' * (len(steps) > 3)} {what}"
+        for what, steps in parts.items()
+        if steps
+    ]
     return "; ".join(said) or "its steps are out of order"
 
 
@@ -72,7 +76,13 @@ def compared(expected: Iterable[Line], found: Iterable[Line], since: int = 0) ->
     """Each number that both runs know of the steps after `since`, in order of steps; those that are equal have `by` 0."""
     theirs, mine = numbers_of(expected), numbers_of(found)
     return [
-        Apart(step=step, name=name, expected=value, found=mine[step, name], by=deviation(mine[step, name], value))
+        Apart(
+            step=step,
+            name=name,
+            expected=value,
+            found=mine[step, name],
+            by=deviation(mine[step, name], value),
+        )
         for (step, name), value in sorted(theirs.items(), key=lambda item: item[0][0])
         if step > since and (step, name) in mine
     ]
@@ -134,7 +144,9 @@ def judge(row: Row, expected: Sequence[Line], found: Sequence[Line], precision: 
         return
     first = bad[0]
     if first.step <= row.resumed:
-        row.news.append(f"{first}, before it was killed: this run does not repeat itself on this machine, resumed or not")
+        row.news.append(
+            f"{first}, before it was killed: this run does not repeat itself on this machine, resumed or not"
+        )
         return
     steps = sorted({number.step for number in curve})
     by_step = [max(number.by for number in curve if number.step == step) for step in steps]
@@ -144,5 +156,8 @@ def judge(row: Row, expected: Sequence[Line], found: Sequence[Line], precision: 
 
 def same_files(whole: Path, other: Path) -> bool:
     """Whether two runs exported the same weights, in as many files."""
-    one, two = ({path.name: digest_of(path) for path in folder.glob("model*.safetensors")} for folder in (whole, other))
+    one, two = (
+        {path.name: digest_of(path) for path in folder.glob("model*.safetensors")}
+        for folder in (whole, other)
+    )
     return bool(one) and one == two

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import psutil
 
-from launch.checkpoint.directory import committed, shelf, step_of
+from launch.checkpoint.directory import checkpoints_dir, list_checkpoints, step_of
 from launch.equivalence.common import command
 
 PATIENCE = 900.0
@@ -58,11 +58,13 @@ class Ended:
     def last_words(self, most: int = 30) -> list[str]:
         """What it said last: from our own verdict on, if there is one."""
         lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-        verdict = next((index for index, line in enumerate(lines) if line.startswith("rankzero: ")), len(lines) - most)
+        verdict = next(
+            (index for index, line in enumerate(lines) if line.startswith("rankzero: ")), len(lines) - most
+        )
         return lines[max(verdict, 0) :][:most]
 
 
-def live(
+def run_process(
     words: Sequence[str],
     layout: Layout,
     *,
@@ -169,14 +171,16 @@ def step_seconds(run_dir: Path) -> float:
 
 def saved_step(run_dir: Path) -> int:
     """The step of the newest committed checkpoint; 0 without one."""
-    return max(map(step_of, committed(run_dir)), default=0)
+    return max(map(step_of, list_checkpoints(run_dir)), default=0)
 
 
 def is_saving(run_dir: Path) -> bool:
     """Whether a checkpoint has been begun and not committed."""
-    return any(shelf(run_dir).glob(".step-*.partial"))
+    return any(checkpoints_dir(run_dir).glob(".step-*.partial"))
 
 
 def resumed_at(run_dir: Path, life: Ended) -> int:
     """The step that a life went on from, by its own lines: those that are newer than itself."""
-    return min((line["step"] for line in lines_of(run_dir) if line.get("time", 0) >= life.began), default=1) - 1
+    return (
+        min((line["step"] for line in lines_of(run_dir) if line.get("time", 0) >= life.began), default=1) - 1
+    )

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from launch.cli.resolve import resolve
-from launch.runtime.rendezvous import connected
+from launch.runtime.rendezvous import process_group
 from launch.runtime.world import World, find_world
-from launch.state.run import Job, prepare
+from launch.state.run import Run, prepare
 from launch.training.loop import set_learning_rate, train_step
 
 NOISE = 1e-7
@@ -29,7 +29,7 @@ def main(folder: Path) -> None:
     """Run the cases, one after the other, in one set of processes: DeepSpeed takes seconds to import."""
     asked: dict[str, Any] = json.loads((folder / "cases.json").read_text())
     world = find_world(os.environ)
-    with connected(world, "single" if world.world_size == 1 else "ddp") as world:
+    with process_group(world, "single" if world.world_size == 1 else "ddp") as world:
         for name, words in asked["cases"].items():
             trace = follow(words, asked["steps"], world)
             if world.rank == 0:
@@ -44,35 +44,39 @@ def follow(words: list[str], steps: int, world: World) -> dict[str, Tensor]:
     `loss/MODEL` and `norm/MODEL` are [steps]; `weights/NAME` the final values; `print/NAME` [steps] a fingerprint of each
     parameter after each step; `noise/NAME` (single only) marks the elements without a true gradient, where there are any.
     """
-    job = prepare(resolve(words, world), world)
-    job.stop_at = steps
-    shares = watch_gradients(job) if world.world_size == 1 else {}
+    run = prepare(resolve(words, world), world)
+    run.stop_at = steps
+    shares = watch_gradients(run) if world.world_size == 1 else {}
     losses: dict[str, list[Tensor]] = {}
     norms: dict[str, list[Tensor]] = {}
     prints: dict[str, list[Tensor]] = {}
-    for batches in job.train_steps():
-        set_learning_rate(job)
-        step_losses, step_norms = train_step(job, batches)
-        job.progress.step += 1
-        for name, loss in job.over_all_ranks(step_losses).items():
+    for batches in run.train_steps():
+        set_learning_rate(run)
+        step_losses, step_norms = train_step(run, batches)
+        run.progress.step += 1
+        for name, loss in run.reduced_losses(step_losses).items():
             losses.setdefault(name, []).append(loss.cpu())
             norms.setdefault(name, []).append(step_norms[name].detach().double().cpu())
-        job.statistics.synchronise(world)
-        for name, tensor in weights(job).items():
+        run.statistics.synchronize(world)
+        for name, tensor in weights(run).items():
             prints.setdefault(name, []).append(fingerprint(tensor))
     trace = {f"loss/{name}": torch.stack(values) for name, values in losses.items()}
     trace |= {f"norm/{name}": torch.stack(values) for name, values in norms.items()}
     trace |= {f"print/{name}": torch.stack(values) for name, values in prints.items()}
-    trace |= {f"weights/{name}": tensor for name, tensor in weights(job).items()}
-    trace |= {f"noise/{name}": noise for name, share in shares.items() if (noise := (share > 0) & (share < NOISE)).any()}
+    trace |= {f"weights/{name}": tensor for name, tensor in weights(run).items()}
+    trace |= {
+        f"noise/{name}": noise
+        for name, share in shares.items()
+        if (noise := (share > 0) & (share < NOISE)).any()
+    }
     return trace
 
 
-def weights(job: Job) -> dict[str, Tensor]:
+def weights(run: Run) -> dict[str, Tensor]:
     """Parameters and statistics of all models by MODEL.NAME; on rank zero. Counters of batches are left out."""
     return {
         f"{model}.{name}": tensor
-        for model, strategy in job.strategies.items()
+        for model, strategy in run.strategies.items()
         for name, tensor in strategy.export().items()
         if tensor.is_floating_point()
     }
@@ -84,22 +88,24 @@ def fingerprint(tensor: Tensor) -> Tensor:
     return torch.dot(flat, torch.arange(1, len(flat) + 1, dtype=torch.float64).cos())
 
 
-def watch_gradients(job: Job) -> dict[str, Tensor]:
+def watch_gradients(run: Run) -> dict[str, Tensor]:
     """For each element of a single process's parameters, the largest share of the gradient norm that it had in any step."""
     shares: dict[str, Tensor] = {}
 
     def look(model: str) -> None:
         gradients = {
             f"{model}.{name}": p.grad.cpu().abs()
-            for name, p in job.strategies[model].module.named_parameters()
+            for name, p in run.strategies[model].module.named_parameters()
             if p.grad is not None
         }
         whole = nn.utils.get_total_norm(gradients.values())
         for name, gradient in gradients.items():
-            shares[name] = torch.maximum(shares[name], gradient / whole) if name in shares else gradient / whole
+            shares[name] = (
+                torch.maximum(shares[name], gradient / whole) if name in shares else gradient / whole
+            )
 
-    for model in job.recipe.losses():
-        job.strategies[model].optimizer.register_step_pre_hook(lambda *_, model=model: look(model))
+    for model in run.recipe.losses():
+        run.strategies[model].optimizer.register_step_pre_hook(lambda *_, model=model: look(model))
     return shares
 
 

@@ -65,7 +65,9 @@ def steps_of(events: Iterable[FunctionEvent]) -> list[FunctionEvent]:
     """The marks of the steps that were recorded, as the host saw them. Raises RuntimeError if there are none."""
     found = [event for event in events if event.name == STEP and event.device_type == DeviceType.CPU]
     if not found:
-        raise RuntimeError("the profiler has recorded no step: are its buffers full? profile_steps=1 needs less")
+        raise RuntimeError(
+            "the profiler has recorded no step: are its buffers full? profile_steps=1 needs less"
+        )
     return found
 
 
@@ -75,10 +77,17 @@ def split_of(events: Sequence[FunctionEvent], gpu: bool) -> Split:
     begin, end = min(step.time_range.start for step in steps), max(step.time_range.end for step in steps)
     thread = steps[0].thread
     kinds = (
-        (event, (kind_of_kernel(event.name) if on_device(event) else None) if gpu else kind_of_operation(event, thread))
+        (
+            event,
+            (kind_of_kernel(event.name) if on_device(event) else None)
+            if gpu
+            else kind_of_operation(event, thread),
+        )
         for event in events
     )
-    return split(((event.time_range.start, event.time_range.end, kind) for event, kind in kinds if kind), begin, end)
+    return split(
+        ((event.time_range.start, event.time_range.end, kind) for event, kind in kinds if kind), begin, end
+    )
 
 
 def phases_of(events: Iterable[FunctionEvent]) -> Mapping[str, float]:
@@ -118,7 +127,10 @@ def by_kernel(events: Sequence[FunctionEvent]) -> Iterator[tuple[str, float]]:
             kind = kind_of_kernel(kernel.name)
             if kind:
                 known[kernel.name] += kernel.duration
-                yield event.name if kind == "computing" and computes(event.name) else kernel.name, kernel.duration
+                yield (
+                    event.name if kind == "computing" and computes(event.name) else kernel.name,
+                    kernel.duration,
+                )
     for event in events:
         if not on_device(event) or kind_of_kernel(event.name) is None:
             continue

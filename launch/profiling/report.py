@@ -13,8 +13,8 @@ from launch.reporting.throughput import SLOW_DATA, Throughput, duration
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from launch.data.loader import Cut
-    from launch.state.run import Job
+    from launch.data.loader import BatchPlan
+    from launch.state.run import Run
 
 EXPOSED, IDLE, COPIES, SLOWED = 0.10, 0.20, 0.05, 0.25
 """shares of a step from which something is worth a word; the last: what the profiler itself may add to it"""
@@ -29,14 +29,14 @@ def mean_of(rows: Sequence[Figures]) -> Figures:
     return Figures(*(sum(column) / len(rows) for column in zip(*rows, strict=True)))
 
 
-def show(job: Job, rows: Sequence[Figures], operations: Sequence[tuple[str, int, float]], steps: int) -> None:
+def show(run: Run, rows: Sequence[Figures], operations: Sequence[tuple[str, int, float]], steps: int) -> None:
     """All of it, but for the trace."""
     from rich.console import Console
 
-    mean, gpu = mean_of(rows), job.world.device != "cpu"
+    mean, gpu = mean_of(rows), run.world.device != "cpu"
     say = Console(highlight=False)
     memory = f"peak memory {max(row.memory for row in rows) / 1e9:,.2f} GB{' on the fullest rank' * (len(rows) > 1)}"
-    for name, text in head(job).items():
+    for name, text in head(run).items():
         say.print(f"{name:<10}{text}")
     say.print(
         f"{'a step':<10}{duration(mean.plain / 1e3)}, under the profiler {duration(mean.step / 1e3)} (means of {steps}); {memory}"
@@ -44,19 +44,19 @@ def show(job: Job, rows: Sequence[Figures], operations: Sequence[tuple[str, int,
     say.print(where(rows, gpu))
     for note in notes(rows, gpu):
         say.print(note)
-    say.print(dearest(operations, mean.step, steps, gpu))
-    for advice in islice(advise(job, rows), MOST_ADVICE):
+    say.print(top_operations(operations, mean.step, steps, gpu))
+    for advice in islice(advise(run, rows), MOST_ADVICE):
         say.print(f"advice: {advice}")
 
 
-def head(job: Job) -> dict[str, str]:
+def head(run: Run) -> dict[str, str]:
     """What was measured."""
-    cut, config = job.cut, job.config
+    batch_plan, config = run.batch_plan, run.config
     return {
-        "recipe": f"{config.recipe}, {way_of(job)}",
-        "strategy": ", ".join([config.strategy, config.precision, *extras(job)]),
-        "device": device_name(job.world.device),
-        "batch": f"{cut.batch_size} = {cut.micro_batch_size} micro x {cut.accumulation} accumulation x {cut.world_size} rank(s)",
+        "recipe": f"{config.recipe}, {way_of(run)}",
+        "strategy": ", ".join([config.strategy, config.precision, *extras(run)]),
+        "device": device_name(run.world.device),
+        "batch": f"{batch_plan.batch_size} = {batch_plan.micro_batch_size} micro x {batch_plan.accumulation_steps} accumulation x {batch_plan.world_size} rank(s)",
     }
 
 
@@ -83,10 +83,18 @@ def where(rows: Sequence[Figures], gpu: bool) -> Table:
         "exposed copies, host and device": [row.exposed_copies for row in rows],
         "idle" if gpu else "outside of operations": [row.idle for row in rows],
     }
-    within = {"all communication": [row.communication for row in rows], "all copies": [row.copies for row in rows]}
+    within = {
+        "all communication": [row.communication for row in rows],
+        "all copies": [row.copies for row in rows],
+    }
     host = {
         f"{'host: ' if gpu else ''}{words}": [getattr(row, name) for row in rows]
-        for name, words in (("data", "data"), ("forward", "forward"), ("backward", "backward"), ("update", "optimizer step"))
+        for name, words in (
+            ("data", "data"),
+            ("forward", "forward"),
+            ("backward", "backward"),
+            ("update", "optimizer step"),
+        )
     }
     whole = sum(row.step for row in rows) / len(rows)
     several = len(rows) > 1
@@ -114,9 +122,11 @@ def notes(rows: Sequence[Figures], gpu: bool) -> Iterator[str]:
         )
 
 
-def dearest(operations: Sequence[tuple[str, int, float]], step: float, steps: int, gpu: bool) -> Table:
+def top_operations(operations: Sequence[tuple[str, int, float]], step: float, steps: int, gpu: bool) -> Table:
     """The operations of rank zero that take most."""
-    table = table_of(f"rank 0: {'kernels by operation' if gpu else 'operations'}", ("calls a step", "ms a step", "share"))
+    table = table_of(
+        f"rank 0: {'kernels by operation' if gpu else 'operations'}", ("calls a step", "ms a step", "share")
+    )
     for name, calls, time in operations[:OPERATIONS]:
         each = time / steps / 1e3
         table.add_row(shortened(name), f"{calls / steps:,.0f}", f"{each:.2f}", f"{each / step:.1%}")
@@ -135,27 +145,29 @@ def shortened(name: str) -> str:
 # advice ------------------------------------------------------------------------------------------------------------------
 
 
-def advise(job: Job, rows: Sequence[Figures]) -> Iterator[str]:
+def advise(run: Run, rows: Sequence[Figures]) -> Iterator[str]:
     """What may help, the most likely first. Only keys that exist, and that are not already set."""
-    mean, gpu = mean_of(rows), job.world.device != "cpu"
+    mean, gpu = mean_of(rows), run.world.device != "cpu"
     if gpu and not mean.computing:
         yield "the profiler saw no kernel on the GPU: KINETO_LOG_LEVEL=0 says why (no access to CUPTI, or another profiler?)"
         return
-    found = [*about_waiting(job, rows), *about_device(job, mean)]
+    found = [*about_waiting(run, rows), *about_device(run, mean)]
     if mean.step > (1 + SLOWED) * mean.plain:
         found.append(
             f"the profiler has made a step {mean.step / mean.plain - 1:.0%} longer: there are many small operations, and their "
             "share is less than it says"
         )
-    faster = "; precision=bf16 or tf32 computes faster" if gpu and job.config.precision == "fp32" else ""
-    yield from found or [f"nothing stands out: {mean.computing / mean.step:.0%} of a step is computing{faster}"]
+    faster = "; precision=bf16 or tf32 computes faster" if gpu and run.config.precision == "fp32" else ""
+    yield from found or [
+        f"nothing stands out: {mean.computing / mean.step:.0%} of a step is computing{faster}"
+    ]
 
 
-def about_waiting(job: Job, rows: Sequence[Figures]) -> Iterator[str]:
+def about_waiting(run: Run, rows: Sequence[Figures]) -> Iterator[str]:
     """For data, for other ranks, for the network."""
-    mean, gpu = mean_of(rows), job.world.device != "cpu"
+    mean, gpu = mean_of(rows), run.world.device != "cpu"
     if mean.data > SLOW_DATA * mean.step and (not gpu or mean.idle > SLOW_DATA * mean.step):
-        yield f"{mean.data / mean.step:.0%} of a step is waiting for data: {Throughput(job).advice()}"
+        yield f"{mean.data / mean.step:.0%} of a step is waiting for data: {Throughput(run).advice()}"
     if mean.exposed <= EXPOSED * mean.step:
         return
     exposed = [row.exposed for row in rows]
@@ -166,35 +178,43 @@ def about_waiting(job: Job, rows: Sequence[Figures]) -> Iterator[str]:
             f"{exposed.index(min(exposed))}: compare its figures above; launch/commands/doctor.py looks at its machine"
         )
     else:
-        yield f"{mean.exposed / mean.step:.0%} of a step is exposed communication: {'; '.join(less_communication(job))}"
+        yield f"{mean.exposed / mean.step:.0%} of a step is exposed communication: {'; '.join(less_communication(run))}"
 
 
-def about_device(job: Job, mean: Figures) -> Iterator[str]:
+def about_device(run: Run, mean: Figures) -> Iterator[str]:
     """For copies, and for the next operation."""
-    fsdp, zero = job.config.fsdp, job.config.zero
+    fsdp, zero = run.config.fsdp, run.config.zero
     if mean.exposed_copies > COPIES * mean.step:
         offload = "fsdp.cpu_offload" if fsdp.cpu_offload else "zero.cpu_offload" if zero.cpu_offload else ""
-        what = f"{offload}=false, if memory allows" if offload else "look for .item(), .cpu() and .to() in the recipe"
+        what = (
+            f"{offload}=false, if memory allows"
+            if offload
+            else "look for .item(), .cpu() and .to() in the recipe"
+        )
         yield f"{mean.exposed_copies / mean.step:.0%} of a step is copying between host and device: {what}"
     if mean.idle > IDLE * mean.step:
-        what = "outside of operations (Python)" if job.world.device == "cpu" else "idle: the GPU waits for the host"
-        yield f"{mean.idle / mean.step:.0%} of a step is {what}: {'; '.join(fuller(job))}"
+        what = (
+            "outside of operations (Python)"
+            if run.world.device == "cpu"
+            else "idle: the GPU waits for the host"
+        )
+        yield f"{mean.idle / mean.step:.0%} of a step is {what}: {'; '.join(fuller(run))}"
 
 
-def less_communication(job: Job) -> Iterator[str]:
+def less_communication(run: Run) -> Iterator[str]:
     """Keys that lessen or hide it."""
-    config, cut, larger = job.config, job.cut, larger_micro_batch(job.cut)
+    config, batch_plan, larger = run.config, run.batch_plan, larger_micro_batch(run.batch_plan)
     if config.strategy == "ddp":
         if config.ddp.compress == "none":
             yield "ddp.compress=bf16 halves it (gradients are rounded)"
         if larger:
             yield f"{larger} leaves a longer backward to hide it behind, if memory allows"
     elif config.strategy == "fsdp":
-        if config.fsdp.sync_every_micro_batch and cut.accumulation > 1:
+        if config.fsdp.sync_every_micro_batch and batch_plan.accumulation_steps > 1:
             yield "fsdp.sync_every_micro_batch=false reduces once a step"
         if config.fsdp.shard == "full":
             yield "fsdp.shard=grad gathers parameters once a step, if memory allows"
-            if job.world.world_size > job.world.local_world_size:
+            if run.world.world_size > run.world.local_world_size:
                 yield "fsdp.shard=hybrid gathers them within a node"
             if larger:
                 yield f"{larger} gathers them for fewer micro-batches"
@@ -203,22 +223,25 @@ def less_communication(job: Job) -> Iterator[str]:
             yield "strategy=zero2 gathers no parameters, if memory allows"
         if larger:
             yield f"{larger} makes fewer micro-batches of a step, if memory allows"
-    yield f"a larger batch_size (now {cut.batch_size}) communicates less often; that changes the training"
+    yield f"a larger batch_size (now {batch_plan.batch_size}) communicates less often; that changes the training"
 
 
-def fuller(job: Job) -> Iterator[str]:
+def fuller(run: Run) -> Iterator[str]:
     """Keys that leave less time between kernels, or operations."""
-    larger = larger_micro_batch(job.cut)
+    larger = larger_micro_batch(run.batch_plan)
     if larger:
         yield f"{larger} makes fewer and larger operations of the same step, if memory allows"
-    if not job.config.compile:
-        graphs = job.world.device != "cpu" and job.cut.accumulation == 1
+    if not run.config.compile:
+        graphs = run.world.device != "cpu" and run.batch_plan.accumulation_steps == 1
         yield f"compile=true{' or compile=reduce-overhead' * graphs} fuses small operations"
     if not larger:
-        yield f"a larger batch_size (now {job.cut.batch_size}) makes larger operations; that changes the training"
+        yield f"a larger batch_size (now {run.batch_plan.batch_size}) makes larger operations; that changes the training"
 
 
-def larger_micro_batch(cut: Cut) -> str:
+def larger_micro_batch(batch_plan: BatchPlan) -> str:
     """The next larger micro-batch that fits the same global batch; empty if there is none."""
-    divisor = next((n for n in range(2, cut.accumulation + 1) if cut.accumulation % n == 0), None)
-    return f"micro_batch_size={cut.micro_batch_size * divisor}" if divisor else ""
+    divisor = next(
+        (n for n in range(2, batch_plan.accumulation_steps + 1) if batch_plan.accumulation_steps % n == 0),
+        None,
+    )
+    return f"micro_batch_size={batch_plan.micro_batch_size * divisor}" if divisor else ""

@@ -29,7 +29,9 @@ def split(ran: Iterable[tuple[float, float, Kind]], begin: float, end: float) ->
     spans: dict[Kind, list[Interval]] = {"computing": [], "communication": [], "copies": []}
     for start, stop, kind in ran:
         spans[kind].append((max(start, begin), min(stop, end)))
-    computing, communication, copies = (union(spans[kind]) for kind in ("computing", "communication", "copies"))
+    computing, communication, copies = (
+        union(spans[kind]) for kind in ("computing", "communication", "copies")
+    )
     working = union([*computing, *communication])
     return Split(
         computing=length(computing),

@@ -15,18 +15,18 @@ import torch
 from rich.filesize import decimal
 from torch import Tensor
 
-from launch.checkpoint.writer import NotSaved, Saved, Saver
-from launch.reporting.console import Screen
+from launch.checkpoint.writer import CheckpointWriter, SaveError, SaveResult
+from launch.reporting.console import Console
 from launch.reporting.throughput import Start, Throughput
-from launch.runtime.collectives import Gathered
-from launch.state.run import Job
+from launch.runtime.collectives import AsyncGather
+from launch.state.run import Run
 from launch.watchdog import nonfinite
-from launch.watchdog.consensus import Agreement
+from launch.watchdog.consensus import Consensus
 from launch.watchdog.stop import StopRequest
 
 
 @dataclass
-class Pending:
+class PendingStep:
     """A step whose numbers are still on the device."""
 
     step: int
@@ -37,111 +37,111 @@ class Pending:
 
 
 @dataclass
-class Asked:
+class InFlight:
     """Steps whose numbers are on their way from the devices of all ranks: each loss of each step, then each norm."""
 
-    steps: list[Pending]
-    numbers: Gathered
+    steps: list[PendingStep]
+    numbers: AsyncGather
 
 
-class Record:
+class Metrics:
     """The record of a run. Every rank has one, rank zero's writes.
 
     Numbers stay on the device until `log.every` steps have come together. Then they are asked for all at once, and read when
     the next step is on its way: each line is exact, and neither a rank nor its device waits for another. A job that is
-    `careful` has already looked at each loss, so it reads at once.
+    `sync_every_step` has already looked at each loss, so it reads at once.
     """
 
     def __init__(
         self,
-        job: Job,
+        run: Run,
         run_dir: Path,
         versions: Mapping[str, str],
-        screen: Screen,
+        console: Console,
         stop: StopRequest | None = None,
         start: Start | None = None,
     ) -> None:
-        self.job, self.run_dir, self.versions, self.screen = job, run_dir, versions, screen
-        self.pending: list[Pending] = []
-        self.asked: Asked | None = None
+        self.run, self.run_dir, self.versions, self.console = run, run_dir, versions, console
+        self.pending: list[PendingStep] = []
+        self.asked: InFlight | None = None
         self.started = self.clock = time.perf_counter()
-        self.first_step = job.progress.step
-        self.throughput, self.start = Throughput(job), start or Start()
+        self.first_step = run.progress.step
+        self.throughput, self.start = Throughput(run), start or Start()
         self.speed, self.uncounted = 0.0, 0
         """samples a second when last looked, and pending steps that do not count for it"""
         self.scores: dict[str, Any] = {}
         self.speeds: list[str] = []
-        self.saver = Saver(job, run_dir, versions)
-        self.saves: list[Saved] = []
+        self.checkpoint_writer = CheckpointWriter(run, run_dir, versions)
+        self.saves: list[SaveResult] = []
         self.slowest_save: float | None = None
         self.slowest_step = 0.0
         self.stop = StopRequest() if stop is None else stop
-        self.agreement = Agreement(job.world, ["save", "stop"])
+        self.consensus = Consensus(run.world, ["save", "stop"])
         self.wanted: set[str] = set()
-        if job.world.rank == 0:
-            forget_after(run_dir / "metrics.jsonl", job.progress.step)
+        if run.world.rank == 0:
+            truncate_after(run_dir / "metrics.jsonl", run.progress.step)
             self.file = (run_dir / "metrics.jsonl").open("a")
 
     def step(self, losses: dict[str, Tensor], norms: dict[str, Tensor], rate: float) -> None:
         """Take note of a step that has been made."""
-        progress = self.job.progress
+        progress = self.run.progress
         first = progress.step == self.first_step + 1
         self.throughput.stepped(first)
-        self.hear()
-        self.pending.append(Pending(progress.step, self.job.epoch, losses, norms, rate))
+        self.finish_gather()
+        self.pending.append(PendingStep(progress.step, self.run.epoch, losses, norms, rate))
         if first:
             self.warmed_up()
-        last = progress.step == self.job.last_step
-        if last or progress.step % self.job.config.log.every == 0:
-            self.ask()
-            if last or self.job.careful:
-                self.hear()
+        last = progress.step == self.run.last_step
+        if last or progress.step % self.run.config.log.every == 0:
+            self.start_gather()
+            if last or self.run.sync_every_step:
+                self.finish_gather()
 
     def warmed_up(self) -> None:
         """The first step of a life has been made: what it took (compiling, first allocations) is no step's time."""
-        if self.job.world.device != "cpu":
+        if self.run.world.device != "cpu":
             torch.cuda.synchronize()
         self.start.reached("first step")
-        self.saver.reserve()
-        self.speed = self.job.cut.batch_size / (time.perf_counter() - self.clock)
+        self.checkpoint_writer.reserve()
+        self.speed = self.run.batch_plan.batch_size / (time.perf_counter() - self.clock)
         self.clock, self.uncounted = time.perf_counter(), 1
 
     def flush(self) -> None:
         """Read the pending steps from the device and write them."""
-        self.hear()
-        self.ask()
-        self.hear()
+        self.finish_gather()
+        self.start_gather()
+        self.finish_gather()
 
-    def ask(self) -> None:
+    def start_gather(self) -> None:
         """Send for the numbers of the pending steps."""
         if not self.pending:
             return
-        names, missing = list(self.pending[0].losses), torch.full((), math.nan, device=self.job.world.device)
+        names, missing = list(self.pending[0].losses), torch.full((), math.nan, device=self.run.world.device)
         losses = torch.stack([step.losses[name] for step in self.pending for name in names])
         norms = torch.stack([step.norms.get(name, missing) for step in self.pending for name in names])
-        self.asked = Asked(self.pending, Gathered(torch.cat([losses, norms.to(losses)])))
+        self.asked = InFlight(self.pending, AsyncGather(torch.cat([losses, norms.to(losses)])))
         self.pending = []
 
-    def hear(self) -> None:
+    def finish_gather(self) -> None:
         """Read the numbers that were sent for, if any, and write their steps."""
         if self.asked is None:
             return
         steps, numbers = self.asked.steps, self.asked.numbers
         self.asked = None
         rows = numbers.get().view(-1, 2, len(steps), len(steps[0].losses))
-        mine = rows[self.job.world.rank]
+        mine = rows[self.run.world.rank]
         # summed up here, rank by rank: what a reduction of several numbers adds first depends on how many there are
-        losses = mine[0] if self.job.careful else rows[:, 0].sum(0)
+        losses = mine[0] if self.run.sync_every_step else rows[:, 0].sum(0)
         self.look_at_speed(numbers.when, len(steps))
         lines = [
             self.line(step, *of_step)
             for step, *of_step in zip(steps, losses.float().tolist(), mine[1].float().tolist(), strict=True)
         ]
         self.write(lines)
-        self.saved(self.saver.finished())
-        self.screen.step(lines[-1], self.job.last_step)
+        self.saved(self.checkpoint_writer.finished())
+        self.console.step(lines[-1], self.run.last_step)
         for line in lines:
-            nonfinite.check_late(self.job, line["step"], line["loss"])
+            nonfinite.check_late(self.run, line["step"], line["loss"])
         gc.collect(1)  # what is young; all of it with each evaluation
 
     def look_at_speed(self, now: float, steps: int) -> None:
@@ -152,22 +152,26 @@ class Record:
         self.stop.measured(self.slowest_step, self.slowest_save)
         if counted:
             self.throughput.logged(seconds, counted)
-            self.speed = counted * self.job.cut.batch_size / seconds
+            self.speed = counted * self.run.batch_plan.batch_size / seconds
 
-    def line(self, step: Pending, losses: list[float], norms: list[float]) -> dict[str, Any]:
+    def line(self, step: PendingStep, losses: list[float], norms: list[float]) -> dict[str, Any]:
         """A line of metrics.jsonl; `losses` and `norms` of each model."""
-        unit = self.job.recipe.unit
+        unit = self.run.recipe.unit
         each = {f"loss/{name}": loss for name, loss in zip(step.losses, losses, strict=True)}
         return {
             "step": step.step,
             "epoch": round(step.epoch, 6),
-            "samples": step.step * self.job.cut.batch_size,
+            "samples": step.step * self.run.batch_plan.batch_size,
             "loss": sum(losses),
             **(each if len(each) > 1 else {}),
             "lr": step.rate,
             "grad_norm": math.hypot(*norms),
             "samples_per_second": round(self.speed, 1),
-            **({} if unit == "samples" else {f"{unit}_per_second": round(self.speed * self.throughput.units, 1)}),
+            **(
+                {}
+                if unit == "samples"
+                else {f"{unit}_per_second": round(self.speed * self.throughput.units, 1)}
+            ),
             "time": round(time.time(), 3),
         }
 
@@ -176,18 +180,18 @@ class Record:
         self.flush()
         line = {f"{split}/{name}": value for name, value in scores.items()}
         self.scores.update(line)
-        self.write([{"step": self.job.progress.step, **line}])
-        self.screen.evaluation(self.job.progress.step, line)
+        self.write([{"step": self.run.progress.step, **line}])
+        self.console.evaluation(self.run.progress.step, line)
         gc.collect()
         self.clock = time.perf_counter()
 
     def agree(self, seldom: bool = True) -> None:
         """After each step, and each batch of an evaluation: what any rank wishes (to save by the clock, to stop), all hear."""
-        rank_zero = self.job.world.rank == 0
-        wishes = {"stop"} if self.stop.wished(rank_zero) else set()
-        if rank_zero and self.saver.overdue:
-            wishes.add("save")
-        self.wanted |= self.agreement.exchange(wishes, seldom)
+        rank_zero = self.run.world.rank == 0
+        requests = {"stop"} if self.stop.wished(rank_zero) else set()
+        if rank_zero and self.checkpoint_writer.overdue:
+            requests.add("save")
+        self.wanted |= self.consensus.exchange(requests, seldom)
 
     def stopping(self) -> bool:
         """Whether the ranks have agreed to stop; each asks at the same places."""
@@ -202,62 +206,69 @@ class Record:
     def checkpoint(self) -> None:
         """Save a checkpoint, behind the training."""
         self.flush()
-        self.job.place.at("save")
-        self.saved(self.saver.save())
-        self.wanted |= self.agreement.close()  # the clock, too, was heard a step ago, and has asked again meanwhile
+        self.run.phase.enter("save")
+        self.saved(self.checkpoint_writer.save())
+        self.wanted |= (
+            self.consensus.close()
+        )  # the clock, too, was heard a step ago, and has asked again meanwhile
         self.wanted.discard("save")
         self.clock = time.perf_counter()
 
-    def saved(self, saved: Saved | None) -> None:
+    def saved(self, saved: SaveResult | None) -> None:
         """Take note of a save that has ended. One that failed is told, and is no reason to lose the training too."""
         if saved is None:
             return
         self.saves.append(saved)
-        self.slowest_save = max(self.slowest_save or 0.0, saved.stall + saved.write)
+        self.slowest_save = max(self.slowest_save or 0.0, saved.blocking_s + saved.write)
         if saved.problem:
-            self.screen.warn(f"{not_saved(saved)} The run goes on, and tries again at the next checkpoint.")
+            self.console.warn(f"{not_saved(saved)} The run goes on, and tries again at the next checkpoint.")
             return
-        times = {"stall": round(saved.stall, 4), "write": round(saved.write, 4), "bytes": saved.size}
+        times = {"stall": round(saved.blocking_s, 4), "write": round(saved.write, 4), "bytes": saved.size}
         self.write([{"step": saved.step, **{f"checkpoint/{name}": value for name, value in times.items()}}])
 
-    def settle(self) -> None:
+    def finish(self) -> None:
         """The end of training: every step is written, the last checkpoint committed. Raises NotSaved if it could not be."""
         self.flush()
-        self.job.place.at("save")
-        self.agreement.close()
-        last = self.saver.wait()
+        self.run.phase.enter("save")
+        self.consensus.close()
+        last = self.checkpoint_writer.wait()
         if last is not None and last.problem:
-            raise NotSaved(not_saved(last))
+            raise SaveError(not_saved(last))
         self.saved(last)
 
-    def sum_up(self) -> None:
+    def summarize(self) -> None:
         """How fast it was, for the summary of a run that has come to its end. All ranks call it."""
-        self.speeds = [*self.throughput.in_words(), *([f"started in {self.start}"] if self.start.parts else [])]
+        self.speeds = [
+            *self.throughput.in_words(),
+            *([f"started in {self.start}"] if self.start.parts else []),
+        ]
 
-    def abandon(self) -> None:
+    def abort(self) -> None:
         """After a failure: write what is known, and leave the save in flight the time to become whole."""
-        if self.job.careful:  # else the numbers of the last steps are still spread over the ranks
+        if self.run.sync_every_step:  # else the numbers of the last steps are still spread over the ranks
             self.flush()
-        self.saver.linger()
+        self.checkpoint_writer.wait_briefly()
 
     def write(self, lines: list[dict[str, Any]]) -> None:
         """Lines of metrics.jsonl. Floats are written with `repr`: two runs can be compared bit by bit."""
-        if self.job.world.rank == 0:
+        if self.run.world.rank == 0:
             self.file.write("".join(json.dumps(line) + "\n" for line in lines))
             self.file.flush()
 
     def close(self) -> None:
         """The closing summary, of a run that has come to its end."""
         self.flush()
-        if self.job.world.rank == 0:
+        if self.run.world.rank == 0:
             self.file.close()
         if self.why_stopped:
             return
         seconds = time.perf_counter() - self.started
-        self.screen.summary(self.job, self.first_step, seconds, self.scores, self.saves, self.run_dir, self.speeds)
+        self.console.summary(
+            self.run, self.first_step, seconds, self.scores, self.saves, self.run_dir, self.speeds
+        )
 
 
-def not_saved(saved: Saved) -> str:
+def not_saved(saved: SaveResult) -> str:
     """Why there is no checkpoint."""
     return (
         f"step {saved.step} was not saved: {saved.problem}. A rank writes about {decimal(saved.size)}; "
@@ -265,7 +276,7 @@ def not_saved(saved: Saved) -> str:
     )
 
 
-def forget_after(metrics: Path, step: int) -> None:
+def truncate_after(metrics: Path, step: int) -> None:
     """Drop the lines of steps that a killed run made after its last checkpoint: they are made again."""
     if not metrics.exists():
         return

@@ -14,7 +14,7 @@ from launch.data.loader import tensors_of
 from launch.runtime.seeding import seed_device
 
 if TYPE_CHECKING:
-    from launch.state.run import Job
+    from launch.state.run import Run
     from recipes.parts.data import Batch
     from strategies.base import Strategy
 
@@ -43,21 +43,23 @@ class Node:
     children: list[Node] = field(default_factory=list)
 
 
-def tables(job: Job, batch: Batch) -> Iterator[str]:
+def tables(run: Run, batch: Batch) -> Iterator[str]:
     """The models, as text. Runs each loss once on `batch`, without gradient."""
     seen: dict[nn.Module, Seen] = {}
-    modules = dict.fromkeys(module for strategy in job.strategies.values() for module in strategy.module.modules())
+    modules = dict.fromkeys(
+        module for strategy in run.strategies.values() for module in strategy.module.modules()
+    )
     handles = [module.register_forward_hook(noting(seen)) for module in modules]
     try:
         with torch.no_grad():
-            for name, loss_function in job.recipe.losses().items():
-                seed_device(job.config.seed, "debug")
-                with job.strategies[name].autocast():
-                    loss_function(job.models, batch)
+            for name, loss_function in run.recipe.losses().items():
+                seed_device(run.config.seed, "debug")
+                with run.strategies[name].inference():
+                    loss_function(run.models, batch)
     finally:
         for handle in handles:
             handle.remove()
-    for name, strategy in job.strategies.items():
+    for name, strategy in run.strategies.items():
         yield ""
         yield from draw(name, tree(name, strategy.module, seen))
         yield f"  {totals(strategy)}"
@@ -80,20 +82,32 @@ def noting(seen: dict[nn.Module, Seen]) -> Callable[[nn.Module, Any, Any], None]
 
 def tree(name: str, root: nn.Module, seen: Mapping[nn.Module, Seen]) -> Node:
     """The modules of `root` as nodes, in the order in which they were registered."""
-    owners = {id(parameter): owner for owner, parameter in root.named_parameters()}  # of a tied one, the first
+    owners = {
+        id(parameter): owner for owner, parameter in root.named_parameters()
+    }  # of a tied one, the first
 
     def node(label: str, path: str, module: nn.Module, usual: int) -> Node:
         held = list({id(p): p for p in module.parameters()}.values())
         tied = path != "" and held and not any(owners[id(p)].startswith(f"{path}.") for p in held)
         frozen = held and not any(p.requires_grad for p in held)
-        count = f"{sum(map(size, held)):,}{' tied' if tied else ''}{' frozen' if frozen else ''}" if held else ""
+        count = (
+            f"{sum(map(size, held)):,}{' tied' if tied else ''}{' frozen' if frozen else ''}" if held else ""
+        )
         note = seen.get(module)
         calls = note.calls if note else usual  # told where it is not that of the whole
         times = f"  ({calls} calls)" if calls != usual else ""
         # a list of modules is a name, not something to call
-        output = f"{note.shapes}{times}" if note else "" if isinstance(module, nn.ModuleList | nn.ModuleDict) else "not called"
+        output = (
+            f"{note.shapes}{times}"
+            if note
+            else ""
+            if isinstance(module, nn.ModuleList | nn.ModuleDict)
+            else "not called"
+        )
         cells = (type(module).__name__, output, note.dtypes if note else "", count)
-        return Node(label, cells, [node(n, f"{path}.{n}".strip("."), c, calls) for n, c in module.named_children()])
+        return Node(
+            label, cells, [node(n, f"{path}.{n}".strip("."), c, calls) for n, c in module.named_children()]
+        )
 
     return node(name, "", root, 1)
 
@@ -112,7 +126,11 @@ def fold(siblings: list[Node]) -> Iterator[Node]:
         while stop < len(siblings) and alike(siblings[stop], first):
             stop += 1
         if stop - start >= ALIKE:
-            yield Node(f"{first.name} to {siblings[stop - 1].name}, {stop - start} alike", first.cells, first.children)
+            yield Node(
+                f"{first.name} to {siblings[stop - 1].name}, {stop - start} alike",
+                first.cells,
+                first.children,
+            )
         else:
             yield from siblings[start:stop]
         start = stop
@@ -142,7 +160,13 @@ def draw(name: str, root: Node) -> list[str]:
     while len(deeper := list(rows(root, depth + 1))) <= TABLE_ROWS and len(deeper) > len(shown):
         shown, depth = deeper, depth + 1
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in (f"model {name}" if name != "model" else "model", "class", "output", "dtype", "parameters"):
+    for heading in (
+        f"model {name}" if name != "model" else "model",
+        "class",
+        "output",
+        "dtype",
+        "parameters",
+    ):
         table.add_column(heading, justify="right" if heading == "parameters" else "left", overflow="fold")
     for row in shown:
         table.add_row(*map(Text, row))

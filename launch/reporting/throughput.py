@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from launch.data.loader import mapped
-from launch.runtime.collectives import gathered
+from launch.data.loader import map_tensors
+from launch.runtime.collectives import all_gather_rows
 from launch.runtime.restarts import BORN
 
 if TYPE_CHECKING:
-    from launch.state.run import Job
+    from launch.state.run import Run
     from recipes.parts.data import Batch
 
 PEAKS = {
@@ -63,8 +63,8 @@ class StepTimes:
 class Throughput:
     """Of the training steps of one life of a run; on a GPU a step's time is the mean over the interval of a log line."""
 
-    def __init__(self, job: Job) -> None:
-        self.job, self.times = job, StepTimes()
+    def __init__(self, run: Run) -> None:
+        self.run, self.times = run, StepTimes()
         self.waited = self.busy = 0.0
         """seconds of waiting for data, and of all steps; without the first"""
         self.began = 0.0
@@ -81,8 +81,10 @@ class Throughput:
             if batches is None:
                 return
             if self.first is None:
-                self.first = mapped(batches[0], lambda tensor: tensor.to("meta"))
-                self.units = float(self.job.recipe.count(batches[0])) / self.job.cut.micro_batch_size
+                self.first = map_tensors(batches[0], lambda tensor: tensor.to("meta"))
+                self.units = (
+                    float(self.run.recipe.num_items(batches[0])) / self.run.batch_plan.micro_batch_size
+                )
             else:
                 self.waited += time.perf_counter() - self.began
             yield batches
@@ -92,35 +94,39 @@ class Throughput:
         seconds = time.perf_counter() - self.began
         if not first:
             self.busy += seconds
-            if self.job.world.device == "cpu":
+            if self.run.world.device == "cpu":
                 self.times.add(seconds)
 
     def logged(self, seconds: float, steps: int) -> None:
         """So many steps came to an end on the device, in so many seconds."""
-        if self.job.world.device != "cpu":
+        if self.run.world.device != "cpu":
             self.times.add(seconds / steps, steps)
 
     def in_words(self) -> Iterator[str]:
         """For the summary. Every rank calls it."""
         usual, tail = self.times.below(0.5), self.times.below(0.99)
-        memory = float(gathered(torch.tensor([peak_memory(self.job.world.device)], dtype=torch.float64)).max())
+        memory = float(
+            all_gather_rows(torch.tensor([peak_memory(self.run.world.device)], dtype=torch.float64)).max()
+        )
         if usual:
             waiting = self.waited / max(self.busy, 1e-9)
             advice = f": {self.advice()}" if waiting > SLOW_DATA else ""
             times = f"step {duration(usual)}, 99 % of them within {duration(tail)}"
             yield f"{times}; {waiting:.1%} of the time waiting for data{advice}"
-        flops = self.flops() if usual and self.job.world.rank == 0 else None
+        flops = self.flops() if usual and self.run.world.rank == 0 else None
         if flops is not None:
-            each = flops * self.job.cut.accumulation / usual
-            peak = peak_flops(self.job.world.device, self.job.config.precision)
+            each = flops * self.run.batch_plan.accumulation_steps / usual
+            peak = peak_flops(self.run.world.device, self.run.config.precision)
             unit, name = (1e12, "TFLOP/s") if each > 1e12 else (1e9, "GFLOP/s")
             share = f", {each / peak:.1%} of what the device can (MFU)" if peak else ""
             yield f"model {each / unit:,.3g} {name} a rank{share}"
-        yield f"peak memory {memory / 1e9:,.2f} GB" + (" on the fullest rank" if self.job.world.world_size > 1 else "")
+        yield f"peak memory {memory / 1e9:,.2f} GB" + (
+            " on the fullest rank" if self.run.world.world_size > 1 else ""
+        )
 
     def advice(self) -> str:
         """What may help when data are waited for."""
-        many = self.job.workers(self.job.splits.train)
+        many = self.run.workers(self.run.splits.train)
         if many:
             return f"workers={2 * many} (now {many} a rank), if there are CPUs left; or data in memory (a TensorDataset)"
         return "its loading takes part in the step; workers=2 takes it out, if there are CPUs left"
@@ -133,7 +139,7 @@ class Throughput:
         """
         from torch.utils.flop_counter import FlopCounterMode
 
-        recipe = self.job.recipe
+        recipe = self.run.recipe
         try:
             with torch.device("meta"), FlopCounterMode(display=False) as counter:
                 models = {name: build() for name, build in recipe.models().items()}
@@ -141,7 +147,9 @@ class Throughput:
                     for other, model in models.items():
                         model.requires_grad_(other == name)
                     loss(models, self.first).backward()  # type: ignore[no-untyped-call]  # torch has left it so
-        except Exception:  # whatever a recipe's code says to tensors without data: no figure is worth the end of a run
+        except (
+            Exception
+        ):  # whatever a recipe's code says to tensors without data: no figure is worth the end of a run
             return None
         return float(counter.get_total_flops())
 
@@ -158,7 +166,9 @@ class Start:
         self.parts[part], self.last = now - self.last, now
 
     def __str__(self) -> str:
-        return f"{self.last:.1f} s: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.parts.items())
+        return f"{self.last:.1f} s: " + ", ".join(
+            f"{name} {seconds:.1f}" for name, seconds in self.parts.items()
+        )
 
 
 def age() -> float:

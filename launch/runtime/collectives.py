@@ -11,17 +11,17 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 
-def several() -> bool:
+def is_distributed() -> bool:
     """Whether there are other ranks."""
     return dist.is_initialized() and dist.get_world_size() > 1
 
 
-def total(value: Tensor) -> Tensor:
+def all_reduce_sum(value: Tensor) -> Tensor:
     """The sum of `value` over all ranks, in place."""
-    return Total(value).get()
+    return AsyncSum(value).get()
 
 
-class Total:
+class AsyncSum:
     """The sum of `value` over all ranks, in place, on its way while other things are done.
 
     On a GPU nobody waits for it anyway, and NCCL does not like several groups to be at work at once.
@@ -29,7 +29,7 @@ class Total:
 
     def __init__(self, value: Tensor) -> None:
         self.value = value
-        self.work = dist.all_reduce(value, async_op=not value.is_cuda) if several() else None
+        self.work = dist.all_reduce(value, async_op=not value.is_cuda) if is_distributed() else None
 
     def get(self) -> Tensor:
         """Wait for it."""
@@ -39,18 +39,20 @@ class Total:
         return self.value
 
 
-def gathered(value: Tensor) -> Tensor:
+def all_gather_rows(value: Tensor) -> Tensor:
     """The 1-D `value` of each rank, as rows on the host; for few numbers."""
-    return Gathered(value).get()
+    return AsyncGather(value).get()
 
 
-class Gathered:
+class AsyncGather:
     """The 1-D `value` of each rank, as rows on the host, on its way while other things are done; for few numbers."""
 
     def __init__(self, value: Tensor) -> None:
         self.rows, self.work, self.copied = value[None], None, None
-        if several():
-            gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.14
+        if is_distributed():
+            gather = (
+                getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+            )  # renamed in torch 2.14
             flat = torch.empty(dist.get_world_size() * len(value), dtype=value.dtype, device=value.device)
             self.work = gather(flat, value, async_op=not value.is_cuda)
             self.rows = flat.view(-1, len(value))
@@ -73,17 +75,17 @@ class Gathered:
         return self.rows
 
 
-def from_rank_zero(value: Any) -> Any:
+def broadcast_object(value: Any) -> Any:
     """Rank zero's `value` on every rank; for small things at the start of a run."""
     box = [value]
-    if several():
+    if is_distributed():
         dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
-def first_problem(problem: str, group: ProcessGroup | None = None) -> str:
+def first_error(problem: str, group: ProcessGroup | None = None) -> str:
     """The words of the first rank that has a problem, on every rank; empty if none has any. At most 1,000 bytes."""
-    if not several():
+    if not is_distributed():
         return problem
     rank, world_size = dist.get_rank(), dist.get_world_size()
     first = torch.tensor(rank if problem else world_size)
@@ -100,5 +102,5 @@ def first_problem(problem: str, group: ProcessGroup | None = None) -> str:
 
 def barrier() -> None:
     """Wait for all ranks."""
-    if several():
+    if is_distributed():
         dist.barrier()

@@ -26,7 +26,7 @@ AT_ONCE = 2**30
 """bytes that the system is asked for at once; it gives at most twice as many"""
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file beside `path`, force it to disk, then rename it to `path`."""
     beside = path.with_name(f".{path.name}.partial")
     write(beside)
@@ -35,16 +35,18 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     sync(path.parent)
 
 
-def write_text_whole(path: Path, text: str) -> None:
-    """`write_whole` of a text."""
-    write_whole(path, lambda beside: beside.write_text(text))
+def write_text_atomically(path: Path, text: str) -> None:
+    """`write_atomically` of a text."""
+    write_atomically(path, lambda beside: beside.write_text(text))
 
 
-Told = Callable[[int], object]
+OnProgress = Callable[[int], object]
 """hears of each number of bytes read or written"""
 
 
-def write_hashed(path: Path, parts: Iterable[bytes | memoryview], told: Told = lambda _: None) -> str:
+def write_hashed(
+    path: Path, parts: Iterable[bytes | memoryview], on_progress: OnProgress = lambda _: None
+) -> str:
     """Write `parts` one after the other and force them to disk; returns the digest of the file.
 
     The file is hashed as it is written, chunk by chunk: the bytes are still in the processor's cache.
@@ -56,20 +58,20 @@ def write_hashed(path: Path, parts: Iterable[bytes | memoryview], told: Told = l
             for start in range(0, len(view), CHUNK):
                 chunk = view[start : start + CHUNK]
                 hash.update(chunk)
-                told(len(chunk))
+                on_progress(len(chunk))
                 while chunk:  # a write may be short, close to a full disk
                     chunk = chunk[file.write(chunk) :]
         os.fsync(file.fileno())
     return hash.hexdigest()
 
 
-def digest_of(path: Path, told: Told = lambda _: None) -> str:
+def digest_of(path: Path, on_progress: OnProgress = lambda _: None) -> str:
     """The digest of a file, read once."""
     hash, buffer = xxh3_128(), memoryview(bytearray(CHUNK))
     with path.open("rb", buffering=0) as file:
         while read := file.readinto(buffer):
             hash.update(buffer[:read])
-            told(read)
+            on_progress(read)
     return hash.hexdigest()
 
 
@@ -78,7 +80,7 @@ def digest(content: bytes | memoryview) -> str:
     return xxh3_128(content).hexdigest()
 
 
-class Reading:
+class RandomAccessFile:
     """An open file, read from any place. Raises OSError."""
 
     def __init__(self, path: Path) -> None:
@@ -109,7 +111,7 @@ def remove_unless_held(folder: Path, file: str) -> bool:
     Whether it was removed: another process may also have been faster.
     """
     try:
-        reading = Reading(folder / file)
+        reading = RandomAccessFile(folder / file)
     except FileNotFoundError:
         return False
     try:
@@ -126,13 +128,15 @@ def remove_unless_held(folder: Path, file: str) -> bool:
     return True
 
 
-def make_room(folder: Path, size: int) -> None:
+def check_free_space(folder: Path, size: int) -> None:
     """Raises OSError, in words, if `size` bytes do not fit into `folder`."""
     from rich.filesize import decimal
 
     free = shutil.disk_usage(folder).free
     if free < size:
-        raise OSError(errno.ENOSPC, f"{decimal(size)} are to be written, {decimal(free)} are free", str(folder))
+        raise OSError(
+            errno.ENOSPC, f"{decimal(size)} are to be written, {decimal(free)} are free", str(folder)
+        )
 
 
 def remove_folder(path: Path) -> None:

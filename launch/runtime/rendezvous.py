@@ -21,8 +21,16 @@ import torch
 import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]  # its stubs forget them
 
-from launch.runtime.restarts import life
-from launch.runtime.store import NotMet, check_own, meeting_point, open_store, reach, spans, wait_for
+from launch.runtime.restarts import attempt_id
+from launch.runtime.store import (
+    UnreachableError,
+    check_own,
+    open_store,
+    reach,
+    rendezvous_endpoint,
+    spans,
+    wait_for,
+)
 from launch.runtime.versions import code_digest, versions
 from launch.runtime.world import World, find_device
 
@@ -40,21 +48,23 @@ REFUSED = {
 """what must be the same on all ranks"""
 
 
-class NotAllThere(Exception):
+class RendezvousError(Exception):
     """The ranks of a run could not come together; the message says who is missing, or who differs."""
 
     known_to_all = False
     """whether rank zero knows of it too, and tells it"""
 
 
-class RollCallFailed(NotAllThere):
+class RollCallError(RendezvousError):
     """What rank zero has found."""
 
     known_to_all = True
 
 
 @contextmanager
-def connected(world: World, strategy: str = "ddp", start_timeout: float = 60.0, identity: str = "") -> Iterator[World]:
+def process_group(
+    world: World, strategy: str = "ddp", start_timeout: float = 60.0, identity: str = ""
+) -> Iterator[World]:
     """The world with its device and store and, unless `strategy` is single, a process group for as long as the context lasts.
 
     `identity` is what this rank was asked to do, as text that must be the same on all. Raises ValueError if a node has fewer GPUs
@@ -64,7 +74,9 @@ def connected(world: World, strategy: str = "ddp", start_timeout: float = 60.0, 
     cuda = world.device.startswith("cuda")
     if cuda:
         torch.cuda.set_device(world.device)
-        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # NCCL's flight recorder, for the verdict on a hang
+        os.environ.setdefault(
+            "TORCH_FR_BUFFER_SIZE", "2000"
+        )  # NCCL's flight recorder, for the verdict on a hang
     if world.world_size == 1:
         world = replace(world, store=HashStore())
     else:
@@ -93,7 +105,7 @@ def meet(world: World, timeout: float, again: bool = False) -> Store:
 
     Raises NotAllThere if it cannot be reached within `timeout` seconds.
     """
-    point = meeting_point(world, os.environ)
+    point = rendezvous_endpoint(world, os.environ)
     assert point is not None
     serves = not again and world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
@@ -102,9 +114,9 @@ def meet(world: World, timeout: float, again: bool = False) -> Store:
         else:
             reach(*point, timeout)
         # neither a restarted run nor one that a host has joined must find the notes of its former life
-        return open_store(point, f"rankzero/{life(os.environ)}-{world.world_size}", serves, timeout)
-    except NotMet as error:
-        raise NotAllThere(f"rank {world.rank} did not meet the others: {error}") from None
+        return open_store(point, f"rankzero/{attempt_id(os.environ)}-{world.world_size}", serves, timeout)
+    except UnreachableError as error:
+        raise RendezvousError(f"rank {world.rank} did not meet the others: {error}") from None
 
 
 # the roll-call -----------------------------------------------------------------------------------------------------------
@@ -140,10 +152,12 @@ def roll_call(world: World, mine: Mapping[str, Any], timeout: float) -> None:
         store.set("roll-call", judge(store, world.world_size, timeout) or "complete")
     # rank zero waits as long as this rank, from its own start: it may be later
     if not wait_for(lambda: store.check(["roll-call"]), timeout + 10):
-        raise NotAllThere(f"rank {world.rank} on {socket.gethostname()} heard nothing of rank zero for {timeout + 10:g} s")
+        raise RendezvousError(
+            f"rank {world.rank} on {socket.gethostname()} heard nothing of rank zero for {timeout + 10:g} s"
+        )
     answer = store.get("roll-call").decode()
     if answer != "complete":
-        raise RollCallFailed(answer)
+        raise RollCallError(answer)
 
 
 def judge(store: Store, world_size: int, timeout: float) -> str:

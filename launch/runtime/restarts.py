@@ -15,17 +15,17 @@ BY_ITSELF, BORN = "RANKZERO_RESTART_COUNT", "RANKZERO_BORN"
 COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT", BY_ITSELF)
 
 
-def former_lives(environment: Mapping[str, str]) -> int:
+def restart_count(environment: Mapping[str, str]) -> int:
     """How often this run has been started again without anybody typing the command."""
     return sum(int(environment.get(name) or 0) for name in COUNTS)
 
 
-def life(environment: Mapping[str, str]) -> str:
+def attempt_id(environment: Mapping[str, str]) -> str:
     """What tells this life from the former ones at one meeting point: of torchrun's restarts and of our own."""
     return f"{environment.get(COUNTS[0], '0')}-{environment.get(BY_ITSELF, '0')}"
 
 
-def begin_again(run_dir: Path | None) -> NoReturn:
+def reexec(run_dir: Path | None) -> NoReturn:
     """Replace this process by a new one that runs the same command, in `run_dir`; may be called by any thread.
 
     For the launcher it is the same process. Nothing stays of the old one: not its memory, on a GPU neither, nor its threads,
@@ -46,4 +46,7 @@ def begin_again(run_dir: Path | None) -> NoReturn:
     os.environ[BORN] = str(time.clock_gettime(time.CLOCK_BOOTTIME))
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], *([] if run_dir is None else [f"run_dir={run_dir}"])])
+    os.execv(
+        sys.executable,
+        [sys.executable, *sys.orig_argv[1:], *([] if run_dir is None else [f"run_dir={run_dir}"])],
+    )

@@ -44,5 +44,7 @@ def seed_sample(*parts: int | str) -> None:
 
 def sample_seeds(epochs: NDArray[np.int64], indices: NDArray[np.int64], *parts: int | str) -> Tensor:
     """A seed for each sample of a batch, int64 [n]: what `seed_sample` is for one, at the cost of one."""
-    hashed = permutation.mix(permutation.mix(epochs.astype(np.uint64) + np.uint64(mix(*parts))) + indices.astype(np.uint64))
+    hashed = permutation.mix(
+        permutation.mix(epochs.astype(np.uint64) + np.uint64(mix(*parts))) + indices.astype(np.uint64)
+    )
     return torch.from_numpy(hashed.view(np.int64))

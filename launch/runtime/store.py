@@ -28,11 +28,11 @@ RESOLVE = 5.0
 """seconds that a name gets to be resolved"""
 
 
-class NotMet(Exception):
+class UnreachableError(Exception):
     """This rank cannot meet the others; the words say why, and after a semicolon what to do."""
 
 
-def meeting_point(world: World, environment: Mapping[str, str]) -> tuple[str, int] | None:
+def rendezvous_endpoint(world: World, environment: Mapping[str, str]) -> tuple[str, int] | None:
     """The address and port at which the launcher lets the ranks meet; None for one process alone."""
     if world.world_size == 1 and "MASTER_ADDR" not in environment:
         return None
@@ -63,9 +63,13 @@ def open_store(point: tuple[str, int], prefix: str, serves: bool = False, second
         # whoever else listens there would not answer, and TCPStore wait for it without end
         store = within(seconds + 1, open)
     except TimeoutError:
-        raise NotMet(f"something else than a store of torch listens at {point[0]}:{point[1]}; another MASTER_PORT") from None
+        raise UnreachableError(
+            f"something else than a store of torch listens at {point[0]}:{point[1]}; another MASTER_PORT"
+        ) from None
     except RuntimeError as error:
-        raise NotMet(f"the store at {point[0]}:{point[1]} does not work: {' '.join(str(error).split())[:200]}") from None
+        raise UnreachableError(
+            f"the store at {point[0]}:{point[1]} does not work: {' '.join(str(error).split())[:200]}"
+        ) from None
     return dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
 
 
@@ -73,10 +77,12 @@ def check_own(address: str, port: int) -> None:
     """Rank zero serves the store: the address must be its own, and the port free. Raises NotMet."""
     found = addresses_of(address)
     if not found:
-        raise NotMet(f"MASTER_ADDR={address} cannot be resolved on rank zero's own node; use a name that DNS or /etc/hosts knows")
+        raise UnreachableError(
+            f"MASTER_ADDR={address} cannot be resolved on rank zero's own node; use a name that DNS or /etc/hosts knows"
+        )
     own = {entry.address.partition("%")[0] for entries in psutil.net_if_addrs().values() for entry in entries}
     if not own & set(found) and not any(word.startswith("127.") for word in found):
-        raise NotMet(
+        raise UnreachableError(
             f"MASTER_ADDR={address} ({found[0]}) is not an address of {socket.gethostname()}, rank zero's node; correct it"
         )
     try:
@@ -84,7 +90,7 @@ def check_own(address: str, port: int) -> None:
         with socket.create_server(("", port)):
             pass
     except OSError as error:
-        raise NotMet(
+        raise UnreachableError(
             f"port {port} cannot be had on {socket.gethostname()}: {os.strerror(error.errno or 0)}{owner_of(port)}; "
             f"export MASTER_PORT={port + 1}"
         ) from None
@@ -100,19 +106,19 @@ def reach(address: str, port: int, timeout: float) -> None:
             why = f"{host} cannot resolve MASTER_ADDR={address}; use a name that its DNS or /etc/hosts knows, or an address"
         for one in found:
             try:
-                with socket.create_connection((one, port), timeout=max(min(3.0, deadline - time.monotonic()), 0.1)):
+                with socket.create_connection(
+                    (one, port), timeout=max(min(3.0, deadline - time.monotonic()), 0.1)
+                ):
                     return
             except ConnectionRefusedError:
-                why = (
-                    f"at {address}:{port} ({one}) nobody listens, seen from {host}; did rank zero start, and is this its address?"
-                )
+                why = f"at {address}:{port} ({one}) nobody listens, seen from {host}; did rank zero start, and is this its address?"
             except OSError as error:
                 why = (
                     f"{host} cannot reach {address}:{port} ({one}): {error.strerror or error}; open a firewall between the "
                     "nodes, or choose an interface that both share"
                 )
         if time.monotonic() > deadline:
-            raise NotMet(why)
+            raise UnreachableError(why)
         time.sleep(0.2)
 
 
@@ -137,7 +143,12 @@ def owner_of(port: int) -> str:
     """By which process a port is taken, in words; empty if that cannot be seen."""
     with contextlib.suppress(psutil.Error, OSError):
         for connection in psutil.net_connections("tcp"):
-            if connection.laddr and connection.laddr.port == port and connection.status == psutil.CONN_LISTEN and connection.pid:
+            if (
+                connection.laddr
+                and connection.laddr.port == port
+                and connection.status == psutil.CONN_LISTEN
+                and connection.pid
+            ):
                 return f" by process {connection.pid} ({psutil.Process(connection.pid).name()})"
     return ""
 

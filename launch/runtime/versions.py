@@ -35,7 +35,16 @@ def code_digest() -> str:
 def git_revision() -> str | None:
     """The commit of the working folder, with `-dirty` if it was changed since; None outside a repository."""
     try:
-        asked = ["git", "-C", str(Path.cwd()), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        asked = [
+            "git",
+            "-C",
+            str(Path.cwd()),
+            "describe",
+            "--always",
+            "--dirty",
+            "--abbrev=40",
+            "--exclude=*",
+        ]
         return subprocess.run(asked, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None

@@ -33,7 +33,9 @@ LAUNCHERS = ("torchrun", "srun", "accelerate", "mpirun", "environment", "python"
 def find_world(environment: Mapping[str, str], launcher: str = "auto") -> World:
     """The world that the launcher describes, or that `launcher` does. Raises ValueError if what they say cannot be."""
     number = {name: int(value) for name, value in environment.items() if value.isdecimal()}
-    found = {world.launcher: world for world in (look(environment, number) for look in LOOKS) if world is not None}
+    found = {
+        world.launcher: world for world in (look(environment, number) for look in LOOKS) if world is not None
+    }
     if launcher == "auto":
         world = next(iter(found.values()), World())
     elif launcher == "python":
@@ -73,7 +75,9 @@ def from_srun(environment: Mapping[str, str], number: Mapping[str, int]) -> Worl
         rank=number["SLURM_PROCID"],
         local_rank=number.get("SLURM_LOCALID", 0),
         world_size=number["SLURM_STEP_NUM_TASKS"],
-        local_world_size=tasks_on_node(environment.get("SLURM_STEP_TASKS_PER_NODE", "1"), number.get("SLURM_NODEID", 0)),
+        local_world_size=tasks_on_node(
+            environment.get("SLURM_STEP_TASKS_PER_NODE", "1"), number.get("SLURM_NODEID", 0)
+        ),
         node=number.get("SLURM_NODEID", 0),
         launcher="srun",
         why="SLURM_PROCID and SLURM_STEP_NUM_TASKS are set",
@@ -111,12 +115,18 @@ def tasks_on_node(tasks_per_node: str, node: int) -> int:
 
 def refuse_contradictions(world: World, environment: Mapping[str, str], number: Mapping[str, int]) -> None:
     """Raise ValueError for a world that cannot be, with the line that mends it."""
-    if not 0 <= world.rank < world.world_size or not 0 <= world.local_rank < world.local_world_size <= world.world_size:
+    if (
+        not 0 <= world.rank < world.world_size
+        or not 0 <= world.local_rank < world.local_world_size <= world.world_size
+    ):
         raise ValueError(
             f"{world.launcher} says rank {world.rank} of {world.world_size}, local rank {world.local_rank} of "
             f"{world.local_world_size}: that cannot be ({world.why})"
         )
-    if world.launcher not in ("torchrun", "accelerate", "environment") or "SLURM_STEP_NUM_TASKS" not in number:
+    if (
+        world.launcher not in ("torchrun", "accelerate", "environment")
+        or "SLURM_STEP_NUM_TASKS" not in number
+    ):
         return
     tasks = tasks_on_node(environment.get("SLURM_STEP_TASKS_PER_NODE", "1"), number.get("SLURM_NODEID", 0))
     if tasks > 1:
@@ -138,7 +148,9 @@ def slurm_rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
     The ports lie below those that the kernel gives to outgoing connections (from 32768 on).
     """
     hosts = environment["SLURM_STEP_NODELIST"]
-    first = re.match(r"[^,\[]*(?:\[[^\]]*\][^,\[]*)*", hosts)  # up to the first comma outside brackets: gpu[01-04,07]-ib,login
+    first = re.match(
+        r"[^,\[]*(?:\[[^\]]*\][^,\[]*)*", hosts
+    )  # up to the first comma outside brackets: gpu[01-04,07]-ib,login
     assert first is not None
     job, step = int(environment.get("SLURM_JOB_ID", 0)), int(environment.get("SLURM_STEP_ID", 0))
     return {
@@ -149,7 +161,10 @@ def slurm_rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
 
 def mpi_rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
     """MASTER_ADDR and MASTER_PORT of ranks that mpirun started on one host. Raises ValueError if it was on several."""
-    if environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") != environment["OMPI_COMM_WORLD_SIZE"] and "MASTER_ADDR" not in environment:
+    if (
+        environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") != environment["OMPI_COMM_WORLD_SIZE"]
+        and "MASTER_ADDR" not in environment
+    ):
         raise ValueError(
             "mpirun on several hosts does not tell where rank zero is: mpirun -x MASTER_ADDR=HOST -x MASTER_PORT=29500"
         )
@@ -163,7 +178,11 @@ def find_device(world: World) -> str:
 
     if not torch.cuda.is_available():
         if (given := os.environ.get("SLURM_GPUS_ON_NODE", "0")) not in ("", "0"):
-            built = "was built without CUDA" if torch.version.cuda is None else f"was built for CUDA {torch.version.cuda}"
+            built = (
+                "was built without CUDA"
+                if torch.version.cuda is None
+                else f"was built for CUDA {torch.version.cuda}"
+            )
             raise ValueError(
                 f"SLURM gave this node {given} GPU(s), and torch sees none: torch {torch.__version__} {built}; "
                 "look at nvidia-smi and launch/commands/doctor.py, or ask for no GPU to train on the CPU"

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from launch.runtime.collectives import total
+from launch.runtime.collectives import all_reduce_sum
 from launch.runtime.world import World
 
 
@@ -22,20 +22,31 @@ class RunningStatistics:
     """The BatchNorm layers of a run's models. Layers that average cumulatively (momentum=None) are left alone."""
 
     def __init__(self, models: Iterable[nn.Module]) -> None:
-        layers = [m for model in models for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+        layers = [
+            m
+            for model in models
+            for m in model.modules()
+            if isinstance(m, _BatchNorm) and m.track_running_stats
+        ]
         self.layers = [(layer, layer.momentum) for layer in layers if layer.momentum is not None]
 
-    def share(self, turn: int, accumulation: int) -> None:
-        """Before micro-batch `turn` of a step's `accumulation`."""
-        if accumulation > 1:
+    def set_momentum(self, micro_step: int, accumulation_steps: int) -> None:
+        """Before micro-batch `micro_step` of a step's `accumulation_steps`."""
+        if accumulation_steps > 1:
             for layer, momentum in self.layers:
-                layer.momentum = momentum / (accumulation - (accumulation - 1 - turn) * momentum)
+                layer.momentum = momentum / (
+                    accumulation_steps - (accumulation_steps - 1 - micro_step) * momentum
+                )
 
-    def synchronise(self, world: World) -> None:
+    def synchronize(self, world: World) -> None:
         """Average over ranks, before evaluation and saving. One collective."""
         if world.world_size == 1 or not self.layers:
             return
-        buffers = [b for layer, _ in self.layers for b in (layer.running_mean, layer.running_var) if b is not None]
-        flat = total(torch.cat([buffer.flatten() for buffer in buffers])) / world.world_size
-        for buffer, mean in zip(buffers, torch.split(flat, [buffer.numel() for buffer in buffers]), strict=True):
+        buffers = [
+            b for layer, _ in self.layers for b in (layer.running_mean, layer.running_var) if b is not None
+        ]
+        flat = all_reduce_sum(torch.cat([buffer.flatten() for buffer in buffers])) / world.world_size
+        for buffer, mean in zip(
+            buffers, torch.split(flat, [buffer.numel() for buffer in buffers]), strict=True
+        ):
             buffer.copy_(mean.view_as(buffer))

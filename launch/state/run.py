@@ -10,16 +10,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from launch.cli.config import Config
-from launch.cli.resolve import Settings, accumulation
-from launch.data.in_memory import near, resident
+from launch.cli.resolve import Settings, accumulation_steps
 from launch.data import loader as data
-from launch.runtime.collectives import total
-from launch.runtime.phase import Place
+from launch.data.in_memory import as_in_memory, to_device_if_small
+from launch.runtime.collectives import all_reduce_sum
+from launch.runtime.phase import Phase
 from launch.runtime.seeding import seed_device
 from launch.runtime.world import World
 from launch.state.batchnorm import RunningStatistics
 from recipes.base import Recipe
-from recipes.parts.data import Batch, Dataset, Resident, Splits
+from recipes.parts.data import Batch, Dataset, InMemoryDataset, Splits
 from recipes.parts.schedule import Plateau, Schedule
 from strategies import strategy_class
 from strategies.base import Strategy
@@ -27,7 +27,7 @@ from strategies.precision import set_matmul_precision
 
 
 @dataclass
-class Progress:
+class TrainState:
     """How far a run has come; with the strategies' state, all that a checkpoint holds."""
 
     step: int = 0
@@ -50,11 +50,11 @@ class Progress:
         self.plateau.load_state(state["plateau"])
         vars(self).update({name: value for name, value in state.items() if name != "plateau"})
 
-    def observe(self, scores: Mapping[str, Any], job: Job) -> None:
+    def observe(self, scores: Mapping[str, Any], run: Run) -> None:
         """Take note of an evaluation: is the recipe's objective better than ever, and by enough?"""
-        value, mode = float(scores[job.recipe.objective]), job.recipe.objective_mode
+        value, mode = float(scores[run.recipe.monitor]), run.recipe.monitor_mode
         gain = 0.0 if self.best is None else value - self.best if mode == "max" else self.best - value
-        if self.best is None or gain > job.config.eval.min_delta:
+        if self.best is None or gain > run.config.eval.min_delta:
             self.best, self.best_step, self.bad_evaluations = value, self.step, 0
         else:
             self.bad_evaluations += 1
@@ -62,20 +62,20 @@ class Progress:
 
 
 @dataclass(kw_only=True)
-class Job:
+class Run:
     """Everything that the loop needs; built by `prepare`."""
 
     config: Config
     recipe: Recipe
     world: World
     splits: Splits
-    cut: data.Cut
+    batch_plan: data.BatchPlan
     total_steps: int
     """the length of the run: what schedules stretch over"""
     strategies: dict[str, Strategy]
     statistics: RunningStatistics
-    progress: Progress
-    place: Place = field(default_factory=Place)
+    progress: TrainState
+    phase: Phase = field(default_factory=Phase)
     eval_loaders: dict[int, tuple[data.Loader, data.EvalSampler]] = field(default_factory=dict)
     """by data set: their processes, if any, last from one evaluation to the next"""
     stop_at: int | None = None
@@ -87,7 +87,7 @@ class Job:
         return {name: strategy.model for name, strategy in self.strategies.items()}
 
     @property
-    def careful(self) -> bool:
+    def sync_every_step(self) -> bool:
         """Look at each loss before its step is made: where that is free (one process on a CPU), or asked for, or needed anyway.
 
         Elsewhere it would cost each step a wait for the device and a reduction over the ranks.
@@ -100,9 +100,12 @@ class Job:
         """The step after which training ends."""
         return self.total_steps if self.stop_at is None else min(self.stop_at, self.total_steps)
 
-    def over_all_ranks(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def reduced_losses(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The mean losses over the global batch, from what `train_step` returned on each rank."""
-        return {name: loss if self.careful else total(loss.clone()) for name, loss in losses.items()}
+        return {
+            name: loss if self.sync_every_step else all_reduce_sum(loss.clone())
+            for name, loss in losses.items()
+        }
 
     @property
     def stopping_early(self) -> bool:
@@ -117,12 +120,12 @@ class Job:
             return True
         if every is not None:
             return step % every == 0
-        return step * self.cut.batch_size // size > (step - 1) * self.cut.batch_size // size
+        return step * self.batch_plan.batch_size // size > (step - 1) * self.batch_plan.batch_size // size
 
     @property
     def epoch(self) -> float:
         """Passes over the training data so far."""
-        return self.progress.step * self.cut.batch_size / len(self.splits.train)
+        return self.progress.step * self.batch_plan.batch_size / len(self.splits.train)
 
     @property
     def checkpoint_due(self) -> bool:
@@ -132,8 +135,8 @@ class Job:
 
     def train_steps(self) -> Iterator[list[Batch]]:
         """This rank's micro-batches of each step to come, on its device."""
-        steps = data.steps_of(self.train_loader(), self.cut.accumulation)
-        return data.copied_ahead(steps, self.world.device, self.recipe.channels_last)
+        steps = data.group_micro_batches(self.train_loader(), self.batch_plan.accumulation_steps)
+        return data.prefetch(steps, self.world.device, self.recipe.channels_last)
 
     def to_device(self, batch: Batch) -> Batch:
         """The batch on this rank's device, in the layout of the recipe."""
@@ -141,16 +144,22 @@ class Job:
 
     def train_loader(self) -> data.Loader:
         """This rank's micro-batches from the next step to the last."""
-        sampler = data.TrainSampler(len(self.splits.train), self.cut, self.config.seed, self.progress.step, self.last_step)
-        return data.loader(self.splits.train, sampler, self.config.seed, "train", self.workers(self.splits.train), self.world)
+        sampler = data.TrainSampler(
+            len(self.splits.train), self.batch_plan, self.config.seed, self.progress.step, self.last_step
+        )
+        return data.loader(
+            self.splits.train, sampler, self.config.seed, "train", self.workers(self.splits.train), self.world
+        )
 
     def eval_loader(self, dataset: Dataset) -> tuple[data.Loader, data.EvalSampler]:
         """Each sample of `dataset` once, over all ranks, and the sampler that knows which micro-batches count."""
         if id(dataset) not in self.eval_loaders:
-            sampler = data.EvalSampler(len(dataset), self.cut.micro_batch_size, self.world.rank, self.world.world_size)
+            sampler = data.EvalSampler(
+                len(dataset), self.batch_plan.micro_batch_size, self.world.rank, self.world.world_size
+            )
             many = self.workers(dataset)
             self.eval_loaders[id(dataset)] = (
-                data.loader(dataset, sampler, self.config.seed, "eval", many, self.world, lasting=True),
+                data.loader(dataset, sampler, self.config.seed, "eval", many, self.world, persistent=True),
                 sampler,
             )
         return self.eval_loaders[id(dataset)]
@@ -159,46 +168,50 @@ class Job:
         """Processes of this rank that load from `dataset`."""
         if self.config.workers is not None:
             return self.config.workers
-        return 0 if isinstance(dataset, Resident) else data.default_workers(self.world)
+        return 0 if isinstance(dataset, InMemoryDataset) else data.default_workers(self.world)
 
 
-def prepare(settings: Settings, world: World, place: Place | None = None) -> Job:
+def prepare(settings: Settings, world: World, phase: Phase | None = None) -> Run:
     """Build data and models. ValueError and FileNotFoundError are the user's to read (an empty data set, a bad option)."""
     config, recipe = settings.config, settings.recipe
     set_matmul_precision(config.precision)
     if config.precision == "tf32" and world.device == "cpu":
         raise ValueError("precision=tf32 has no effect on a CPU; use fp32 or bf16")
     if config.sync_batchnorm and world.device == "cpu":
-        raise ValueError("sync_batchnorm=true needs CUDA; on a CPU a fixed micro_batch_size keeps BatchNorm independent of ranks")
+        raise ValueError(
+            "sync_batchnorm=true needs CUDA; on a CPU a fixed micro_batch_size keeps BatchNorm independent of ranks"
+        )
     splits = in_memory(recipe.build_data(), world, config.workers)
     for name, split in vars(splits).items():
         if split is not None and len(split) == 0:
             raise ValueError(f"the {name} split of recipe={config.recipe} is empty")
     if splits.val is None:
         refuse_without_validation(config, recipe)
-    many = accumulation(config, world)
+    many = accumulation_steps(config, world)
     micro = config.batch_size // (many * world.world_size)
-    cut = data.Cut(micro_batch_size=micro, accumulation=many, rank=world.rank, world_size=world.world_size)
+    batch_plan = data.BatchPlan(
+        micro_batch_size=micro, accumulation_steps=many, rank=world.rank, world_size=world.world_size
+    )
     strategies = build_strategies(config, recipe, world)
-    return Job(
+    return Run(
         config=config,
         recipe=recipe,
         world=world,
         splits=splits,
-        cut=cut,
+        batch_plan=batch_plan,
         total_steps=config.steps or -(-(config.epochs or 0) * len(splits.train) // config.batch_size),
         strategies=strategies,
         statistics=RunningStatistics(strategy.module for strategy in strategies.values()),
-        progress=Progress(plateau=recipe.schedule.plateau()),
-        place=place or Place(),
+        progress=TrainState(plateau=recipe.schedule.plateau()),
+        phase=phase or Phase(),
     )
 
 
 def in_memory(splits: Splits, world: World, workers: int | None) -> Splits:
     """The splits, those that lie in memory as such; the training data on the GPU, if small and no processes are asked for."""
-    found = {name: resident(split) or split for name, split in vars(splits).items()}
-    if isinstance(found["train"], Resident) and not workers:
-        found["train"] = near(found["train"], world.device)
+    found = {name: as_in_memory(split) or split for name, split in vars(splits).items()}
+    if isinstance(found["train"], InMemoryDataset) and not workers:
+        found["train"] = to_device_if_small(found["train"], world.device)
     return Splits(**found)
 
 
@@ -211,7 +224,9 @@ def refuse_without_validation(config: Config, recipe: Recipe) -> None:
     }
     for name, on in given.items():
         if on:
-            raise ValueError(f"{name} has no effect: recipe={config.recipe} has no validation split; hold one out, or drop it")
+            raise ValueError(
+                f"{name} has no effect: recipe={config.recipe} has no validation split; hold one out, or drop it"
+            )
 
 
 def build_strategies(config: Config, recipe: Recipe, world: World) -> dict[str, Strategy]:

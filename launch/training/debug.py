@@ -22,13 +22,13 @@ from torch.utils.data import Subset
 
 from launch.reporting.model_table import tables
 from launch.state.batchnorm import RunningStatistics
-from launch.state.run import Job, build_strategies
+from launch.state.run import Run, build_strategies
 from launch.training.overfit import overfit
 from launch.watchdog.failure_report import is_users
 
 if TYPE_CHECKING:
     from launch.cli.config import Config
-    from launch.reporting.console import Screen
+    from launch.reporting.console import Console
     from recipes.parts.data import Dataset
     from strategies.base import Strategy
 
@@ -45,7 +45,9 @@ def mode(config: Config, run_dir: Path) -> Iterator[None]:
         yield
         return
     if config.run_dir is None:
-        shutil.rmtree(run_dir, ignore_errors=True)  # a folder of our own naming: the last debug run of this recipe
+        shutil.rmtree(
+            run_dir, ignore_errors=True
+        )  # a folder of our own naming: the last debug run of this recipe
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS at its first call
     # only a warning: a recipe that needs an operation without a deterministic form should still be debugged
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -57,53 +59,55 @@ def mode(config: Config, run_dir: Path) -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-def examine(job: Job, screen: Screen) -> None:
-    """Show each model, try to overfit one batch, then make `job` a short one. Leaves new models, as they were built first."""
-    steps = STEPS if job.config.debug is True else job.config.debug
-    job.stop_at = job.progress.step + steps
-    job.splits.val, job.splits.test = (shortened(split, job) for split in (job.splits.val, job.splits.test))
-    if job.last_step == job.progress.step:
-        screen.say("  debug     the run is at its end: no step is left to look at")
+def examine(run: Run, console: Console) -> None:
+    """Show each model, try to overfit one batch, then make `run` a short one. Leaves new models, as they were built first."""
+    steps = STEPS if run.config.debug is True else run.config.debug
+    run.stop_at = run.progress.step + steps
+    run.splits.val, run.splits.test = (shortened(split, run) for split in (run.splits.val, run.splits.test))
+    if run.last_step == run.progress.step:
+        console.say("  debug     the run is at its end: no step is left to look at")
         return
-    screen.say(
-        f"  debug     steps {job.progress.step + 1} to {job.last_step}, {EVALUATED} micro-batches of each evaluation; "
+    console.say(
+        f"  debug     steps {run.progress.step + 1} to {run.last_step}, {EVALUATED} micro-batches of each evaluation; "
         "anomaly detection, deterministic algorithms"
     )
-    if job.config.run_dir is None:
-        screen.say("            the next debug run of this recipe replaces the run directory")
-    if job.config.compile:
-        renew(job, replace(job.config, compile=False))  # compiled blocks hide their parts, and take minutes for one batch
-    batch = job.to_device(next(iter(job.train_loader())))
-    for line in tables(job, batch):
-        screen.say(line)
-    for line in overfit(job, batch):
-        screen.say(line)
-    renew(job, job.config)
-    for name in job.recipe.losses():
-        check_backward(job.strategies[name], job)
+    if run.config.run_dir is None:
+        console.say("            the next debug run of this recipe replaces the run directory")
+    if run.config.compile:
+        renew(
+            run, replace(run.config, compile=False)
+        )  # compiled blocks hide their parts, and take minutes for one batch
+    batch = run.to_device(next(iter(run.train_loader())))
+    for line in tables(run, batch):
+        console.say(line)
+    for line in overfit(run, batch):
+        console.say(line)
+    renew(run, run.config)
+    for name in run.recipe.losses():
+        check_backward(run.strategies[name], run)
 
 
-def shortened(split: Dataset | None, job: Job) -> Dataset | None:
+def shortened(split: Dataset | None, run: Run) -> Dataset | None:
     """The first few micro-batches of a split."""
     if split is None:
         return None
-    return Subset(split, range(min(len(split), EVALUATED * job.cut.micro_batch_size)))  # type: ignore[arg-type]
+    return Subset(split, range(min(len(split), EVALUATED * run.batch_plan.micro_batch_size)))  # type: ignore[arg-type]
 
 
-def renew(job: Job, config: Config) -> None:
-    """Build the models of `job` anew, under `config`. The old ones go first: there may be no room for both."""
-    job.strategies, job.statistics = {}, RunningStatistics(())
-    job.strategies = build_strategies(config, job.recipe, job.world)
-    job.statistics = RunningStatistics(strategy.module for strategy in job.strategies.values())
+def renew(run: Run, config: Config) -> None:
+    """Build the models of `run` anew, under `config`. The old ones go first: there may be no room for both."""
+    run.strategies, run.statistics = {}, RunningStatistics(())
+    run.strategies = build_strategies(config, run.recipe, run.world)
+    run.statistics = RunningStatistics(strategy.module for strategy in run.strategies.values())
 
 
-def check_backward(strategy: Strategy, job: Job) -> None:
+def check_backward(strategy: Strategy, run: Run) -> None:
     """Let a backward pass name the operation whose gradient is the first NaN, if the loss itself is finite.
 
     A NaN in the forward pass is left to the loop, which names the module; backward could only blame the loss function.
     """
     backward = strategy.backward
-    forgiving = job.config.precision == "fp16" or job.recipe.skip_nonfinite
+    forgiving = run.config.precision == "fp16" or run.recipe.skip_nonfinite
 
     def checked(loss: Tensor) -> None:
         with torch.autograd.set_detect_anomaly(True, check_nan=not forgiving and bool(loss.isfinite())):
@@ -118,7 +122,9 @@ def check_backward(strategy: Strategy, job: Job) -> None:
 class Postmortem(pdb.Pdb):
     """pdb that begins in the user's own code, not where a library noticed what was wrong."""
 
-    def get_stack(self, f: FrameType | None, t: TracebackType | None) -> tuple[list[tuple[FrameType, int]], int]:
+    def get_stack(
+        self, f: FrameType | None, t: TracebackType | None
+    ) -> tuple[list[tuple[FrameType, int]], int]:
         """As in the base class; the index is that of the innermost frame that is not a library's."""
         stack, index = super().get_stack(f, t)
         return stack, next((i for i in range(len(stack) - 1, -1, -1) if is_users(stack[i][0])), index)
@@ -128,7 +134,10 @@ def post_mortem(error: BaseException) -> None:
     """Let a person at a terminal look around where `error` came from; nothing without one."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         return
-    print("rankzero: debug=true: pdb in the innermost frame of your own code; u and d move, p NAME prints, q ends", flush=True)
+    print(
+        "rankzero: debug=true: pdb in the innermost frame of your own code; u and d move, p NAME prints, q ends",
+        flush=True,
+    )
     debugger = Postmortem()
     debugger.reset()
     debugger.interaction(None, error.__traceback__)

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from launch.runtime.seeding import seed_device
-from launch.training.loop import others_resting
+from launch.training.loop import others_frozen
 
 if TYPE_CHECKING:
-    from launch.state.run import Job
+    from launch.state.run import Run
     from recipes.parts.data import Batch
     from strategies.base import Strategy
 
@@ -23,14 +23,14 @@ TELLING = 20
 """so many steps without a fall are a verdict"""
 
 
-def overfit(job: Job, batch: Batch) -> Iterator[str]:
+def overfit(run: Run, batch: Batch) -> Iterator[str]:
     """Train on one micro-batch and say what came of it: a model, loss and optimizer that belong together learn it by heart."""
-    losses = job.recipe.losses()
+    losses = run.recipe.losses()
     if len(losses) > 1:
         yield f"one batch: the overfit check does not apply: {' and '.join(losses)} each have a loss of their own"
         return
     (name, loss_function), *_ = losses.items()
-    strategy, count = job.strategies[name], max(float(job.recipe.count(batch)), 1.0)
+    strategy, count = run.strategies[name], max(float(run.recipe.num_items(batch)), 1.0)
     for group in strategy.optimizer.param_groups:
         group["lr"] = group["initial_lr"]
     values: list[float] = []
@@ -38,9 +38,9 @@ def overfit(job: Job, batch: Batch) -> Iterator[str]:
     deadline = time.monotonic() + SECONDS
     while len(values) <= STEPS and (time.monotonic() < deadline or len(values) < 3):
         # the same draw each time: a network thinned out by a fixed dropout mask can learn a batch by heart, too
-        seed_device(job.config.seed, "debug")
-        with others_resting(job, strategy), strategy.microbatch(last=True):
-            loss = loss_function(job.models, batch)
+        seed_device(run.config.seed, "debug")
+        with others_frozen(run, strategy), strategy.micro_batch(last=True):
+            loss = loss_function(run.models, batch)
             values.append(float(loss.detach()) / count)
             if gone(values) >= ENOUGH or not loss.requires_grad or not loss.isfinite():
                 break
@@ -69,7 +69,9 @@ def verdict(values: list[float], norm: float, strategy: Strategy) -> Iterator[st
     """The outcome in words: plainly good, undecided, or plainly bad with what to look at."""
     steps = len(values) - 1
     head = f"one batch: loss {values[0]:.4g} -> {values[-1]:.4g} in {steps} steps"
-    rates = ", ".join(f"{rate:.3g}" for rate in dict.fromkeys(g["initial_lr"] for g in strategy.optimizer.param_groups))
+    rates = ", ".join(
+        f"{rate:.3g}" for rate in dict.fromkeys(g["initial_lr"] for g in strategy.optimizer.param_groups)
+    )
     if gone(values) >= LEARNED:
         yield f"{head}: it can be overfitted"
     elif gone(values) >= FALLING:

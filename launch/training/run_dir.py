@@ -15,8 +15,8 @@ import yaml
 
 from launch.cli.config import nested
 from launch.cli.resolve import Settings
-from launch.runtime.files import write_text_whole
-from launch.runtime.restarts import former_lives
+from launch.runtime.files import write_text_atomically
+from launch.runtime.restarts import restart_count
 from launch.runtime.world import World
 
 REPEATED = 3
@@ -42,8 +42,10 @@ def find_run_dir(settings: Settings) -> Path:
             raise ValueError(
                 f"run_dir={path} belongs to recipe={before.get('recipe')}, not {config.recipe}; choose another run_dir"
             )
-        if config.resume == "none" and not former_lives(os.environ):
-            raise ValueError(f"run_dir={path} holds a run and resume=none would overwrite it; choose another run_dir")
+        if config.resume == "none" and not restart_count(os.environ):
+            raise ValueError(
+                f"run_dir={path} holds a run and resume=none would overwrite it; choose another run_dir"
+            )
         refuse_to_loop(path)
     return path
 
@@ -56,10 +58,14 @@ def default_run_dir(folder: Path, environment: Mapping[str, str]) -> Path:
     """
     several = environment.get("LOCAL_WORLD_SIZE") != environment.get("WORLD_SIZE")
     if several and environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
-        raise ValueError("torchrun --max-restarts on several nodes needs run_dir=: else a restarted run begins anew")
+        raise ValueError(
+            "torchrun --max-restarts on several nodes needs run_dir=: else a restarted run begins anew"
+        )
     # .../torchelastic_abc/none_xyz/attempt_0/0/error.json: drawn by the agent, once for all lives of its ranks
     agent = environment.get("TORCHELASTIC_ERROR_FILE", "").partition("/attempt_")[0]
-    mark = hashlib.blake2b(f"{socket.gethostname()} {agent or os.getpid()}".encode(), digest_size=2).hexdigest()
+    mark = hashlib.blake2b(
+        f"{socket.gethostname()} {agent or os.getpid()}".encode(), digest_size=2
+    ).hexdigest()
     former = sorted(folder.glob(f"*-{mark}")) if agent else []
     return former[-1] if former else folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{mark}"
 
@@ -95,4 +101,4 @@ def start_run_dir(path: Path, settings: Settings, world: World) -> None:
         "device": world.device,
     }
     text = yaml.safe_dump({**keys, **nested(settings.recipe), "made_with": made_with}, sort_keys=False)
-    write_text_whole(path / "config.yaml", text)
+    write_text_atomically(path / "config.yaml", text)

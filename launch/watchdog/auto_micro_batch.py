@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from launch.runtime.files import write_text_whole
-from launch.watchdog.failure_report import NO_MEMORY, Verdict, who
+from launch.runtime.files import write_text_atomically
+from launch.watchdog.failure_report import NO_MEMORY, FailureReport, origin
 
 if TYPE_CHECKING:
     from launch.cli.config import Config
-    from launch.runtime.phase import Place
+    from launch.runtime.phase import Phase
     from launch.runtime.world import World
 
 KIND = "memory"
@@ -52,21 +52,26 @@ def ran_out(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in NO_MEMORY)
 
 
-def verdict_on(error: BaseException, config: Config, world: World, place: Place) -> Verdict | None:
+def verdict_on(error: BaseException, config: Config, world: World, phase: Phase) -> FailureReport | None:
     """The verdict that lets all ranks begin again; None if that would not help."""
-    if not ran_out(error) or place.phase not in PHASES or place.step < 1 or (size := smaller(config, world)) is None:
+    if (
+        not ran_out(error)
+        or phase.name not in PHASES
+        or phase.step < 1
+        or (size := smaller(config, world)) is None
+    ):
         return None
-    found = {"kind": KIND, **who(world, place), "micro_batch_size": size}
+    found = {"kind": KIND, **origin(world, phase), "micro_batch_size": size}
     return {
         **found,
-        "message": f"rank {world.rank} on {found['host']} ran out of memory in step {place.step}, {place.phase}, with "
+        "message": f"rank {world.rank} on {found['host']} ran out of memory in step {phase.step}, {phase.name}, with "
         f"micro_batch_size={config.micro_batch_size}; all ranks begin again with {size}",
     }
 
 
-def remember(verdict: Verdict, run_dir: Path) -> None:
+def remember(verdict: FailureReport, run_dir: Path) -> None:
     """Keep the size for the lives to come: in config.yaml, from which other runs may be started too. Raises OSError."""
     path = run_dir / "config.yaml"
     content: dict[str, Any] = yaml.safe_load(path.read_text())
     content["micro_batch_size"] = verdict["micro_batch_size"]
-    write_text_whole(path, yaml.safe_dump(content, sort_keys=False))
+    write_text_atomically(path, yaml.safe_dump(content, sort_keys=False))

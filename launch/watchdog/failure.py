@@ -6,24 +6,24 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from launch.checkpoint.writer import NotSaved
-from launch.watchdog import failure_report as verdicts
-from launch.watchdog.failure_report import Verdict
+from launch.checkpoint.writer import SaveError
+from launch.watchdog import failure_report
+from launch.watchdog.failure_report import FailureReport
 from launch.watchdog.nonfinite import NonFinite
-from launch.watchdog.watchdog import Watch
+from launch.watchdog.watchdog import Watchdog
 
-WORDS = (NonFinite, NotSaved)
+WORDS = (NonFinite, SaveError)
 """errors that are verdicts in words, the same on all ranks: no line of code would add to them"""
 
 
-def fail(error: Exception, watch: Watch, verdict: Verdict | None = None) -> NoReturn:
+def fail(error: Exception, watchdog: Watchdog, verdict: FailureReport | None = None) -> NoReturn:
     """End all ranks with the verdict on `error`, which is told once; exit code 1. Another `verdict` may let them begin again."""
     if verdict is not None:
-        watch.failed(verdict, lost_a_peer=False)
-    verdict = verdicts.of_exception(error, watch.world, watch.place)
+        watchdog.failed(verdict, lost_a_peer=False)
+    verdict = failure_report.from_exception(error, watchdog.world, watchdog.phase)
     if isinstance(error, WORDS):
         verdict |= {"kind": "words", "rank": None, "frames": [], "batch": "", "memory": ""}
-    watch.failed(verdict, lost_peer(error))
+    watchdog.failed(verdict, lost_peer(error))
 
 
 def lost_peer(error: Exception) -> bool:

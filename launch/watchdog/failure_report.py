@@ -20,11 +20,11 @@ import psutil
 from rich.filesize import decimal
 
 if TYPE_CHECKING:
-    from launch.runtime.phase import Place
+    from launch.runtime.phase import Phase
     from launch.runtime.world import World
 
 FILE, FORMER = "failure.json", "failure.former.json"
-Verdict = dict[str, Any]
+FailureReport = dict[str, Any]
 
 HERE = Path(__file__).resolve().parents[2]
 LIBRARIES = tuple(
@@ -42,29 +42,29 @@ def is_users(frame: FrameType) -> bool:
     return name.startswith("recipe") or not frame.f_code.co_filename.startswith(LIBRARIES)
 
 
-def of_exception(error: BaseException, world: World, place: Place) -> Verdict:
+def from_exception(error: BaseException, world: World, phase: Phase) -> FailureReport:
     """The verdict on an exception of this rank."""
     return {
         "kind": "exception",
-        **who(world, place),
+        **origin(world, phase),
         "error": type(error).__name__,
         "message": str(error),
         "frames": list(frames_of(error)),
         "traceback": traceback.format_exception(error),
-        "batch": ", ".join(shapes(place.batches[0])) if place.batches else "",
+        "batch": ", ".join(shapes(phase.batches[0])) if phase.batches else "",
         "memory": memory(world),
         "hint": hint(error),
     }
 
 
-def who(world: World, place: Place) -> Verdict:
+def origin(world: World, phase: Phase) -> FailureReport:
     """This rank, and where it is."""
     return {
         "rank": world.rank,
         "host": socket.gethostname(),
         "device": world.device,
-        "step": place.step or None,
-        "phase": place.phase,
+        "step": phase.step or None,
+        "phase": phase.name,
         "time": round(time.time(), 3),
     }
 
@@ -93,9 +93,7 @@ def shapes(batch: Any) -> Iterator[str]:
 def memory(world: World) -> str:
     """How much memory is used, of the host and of the GPU."""
     host = psutil.virtual_memory()
-    text = (
-        f"{decimal(psutil.Process().memory_info().rss)} by this process, {decimal(host.available)} of {decimal(host.total)} free"
-    )
+    text = f"{decimal(psutil.Process().memory_info().rss)} by this process, {decimal(host.available)} of {decimal(host.total)} free"
     if world.device.startswith("cuda"):
         import torch
 
@@ -105,7 +103,12 @@ def memory(world: World) -> str:
     return text
 
 
-NO_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+NO_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
 """words in the message of an allocation that failed, on a GPU or a CPU"""
 HINTS = (
     (NO_MEMORY, "micro_batch_size=auto finds one that fits (accumulation follows, the curve "
@@ -131,7 +134,7 @@ def hint(error: BaseException) -> str:
 # on the screen -----------------------------------------------------------------------------------------------------------
 
 
-def block(verdict: Verdict, run_dir: Path | None) -> str:
+def render(verdict: FailureReport, run_dir: Path | None) -> str:
     """The lines for the screen."""
     lines = [f"rankzero: {headline(verdict)}"]
     for frame in verdict.get("frames", ()):
@@ -145,26 +148,24 @@ def block(verdict: Verdict, run_dir: Path | None) -> str:
     return "\n".join(lines)
 
 
-def headline(verdict: Verdict) -> str:
+def headline(verdict: FailureReport) -> str:
     """The first line: who, where, what."""
     if verdict["kind"] != "exception":
         return str(verdict["message"])
     device = "" if verdict["device"] == "cpu" else f" ({verdict['device']})"
     step = "" if verdict["step"] is None else f", step {verdict['step']}"
-    return (
-        f"rank {verdict['rank']} on {verdict['host']}{device}{step}, {verdict['phase']}: {verdict['error']}: {verdict['message']}"
-    )
+    return f"rank {verdict['rank']} on {verdict['host']}{device}{step}, {verdict['phase']}: {verdict['error']}: {verdict['message']}"
 
 
-def for_torchrun(verdict: Verdict) -> None:
+def for_torchrun(verdict: FailureReport) -> None:
     """Let torchrun's own report, which follows ours, name the cause too, instead of `traceback: to enable, see ...`."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        told = {"py_callstack": block(verdict, None), "timestamp": str(int(verdict["time"]))}
+        told = {"py_callstack": render(verdict, None), "timestamp": str(int(verdict["time"]))}
         with suppress(OSError):
             Path(path).write_text(json.dumps({"message": {"message": headline(verdict), "extraInfo": told}}))
 
 
-def keep(verdict: Verdict, run_dir: Path) -> bool:
+def write_once(verdict: FailureReport, run_dir: Path) -> bool:
     """Write failure.json if there is none; whether this was the first. A disk that cannot be written to hides nothing.
 
     It says how often in a row lives of the run have failed like this: `run_dir.refuse_to_loop` reads it.
@@ -174,7 +175,10 @@ def keep(verdict: Verdict, run_dir: Path) -> bool:
     except (OSError, ValueError):
         former = {}
     same = all(former.get(key) == verdict.get(key) for key in ("kind", "step", "error", "message"))
-    verdict = {**verdict, "repeated": former.get("repeated", 1) + 1 if same and verdict["kind"] == "exception" else 1}
+    verdict = {
+        **verdict,
+        "repeated": former.get("repeated", 1) + 1 if same and verdict["kind"] == "exception" else 1,
+    }
     try:
         with (run_dir / FILE).open("x") as file:
             json.dump(verdict, file, indent=1)

@@ -14,19 +14,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.checkpoint.directory import committed
-from launch.runtime.restarts import former_lives
+from launch.checkpoint.directory import list_checkpoints
+from launch.runtime.restarts import restart_count
 
 if TYPE_CHECKING:
-    from launch.state.run import Job
+    from launch.state.run import Run
 
 SLOW = 0.5
 """seconds that each forward pass of a slow rank takes longer"""
-Strike = Callable[["Job", Path], object]
+Strike = Callable[["Run", Path], object]
 
 
 @dataclass(frozen=True)
-class Chaos:
+class Fault:
     """What happens, where and when."""
 
     kind: str
@@ -34,90 +34,100 @@ class Chaos:
     step: int
 
 
-def parse(text: str) -> Chaos:
+def parse(text: str) -> Fault:
     """What `text` asks for. Raises ValueError."""
     kind, _, where = text.partition(":")
     found = dict(part.partition("=")[::2] for part in where.split(",")) if where else {}
     given = {"rank": "0", "step": "5"} | found
-    if kind not in KINDS or set(given) != {"rank", "step"} or not all(value.isdecimal() for value in given.values()):
-        raise ValueError(f"chaos={text} is not KIND:rank=R,step=S, such as kill:rank=1,step=50; kinds: {', '.join(KINDS)}")
-    return Chaos(kind, int(given["rank"]), int(given["step"]))
+    if (
+        kind not in FAULTS
+        or set(given) != {"rank", "step"}
+        or not all(value.isdecimal() for value in given.values())
+    ):
+        raise ValueError(
+            f"chaos={text} is not KIND:rank=R,step=S, such as kill:rank=1,step=50; kinds: {', '.join(FAULTS)}"
+        )
+    return Fault(kind, int(given["rank"]), int(given["step"]))
 
 
-def prepare(job: Job, run_dir: Path) -> None:
+def prepare(run: Run, run_dir: Path) -> None:
     """Let the fault that `chaos` asks for happen, if this is its rank and the first life of the run."""
-    if job.config.chaos is None or job.progress.step > 0 or former_lives(os.environ):
+    if run.config.chaos is None or run.progress.step > 0 or restart_count(os.environ):
         return
-    chaos = parse(job.config.chaos)
-    if chaos.rank != job.world.rank:
+    chaos = parse(run.config.chaos)
+    if chaos.rank != run.world.rank:
         return
-    losses = job.recipe.losses()
-    strike = KINDS[chaos.kind]
+    losses = run.recipe.losses()
+    inject = FAULTS[chaos.kind]
 
     def struck(loss: Callable[..., Any], *arguments: Any) -> Any:
-        now = job.progress.step + 1
+        now = run.progress.step + 1
         if now == chaos.step or (now > chaos.step and chaos.kind == "slow"):
-            strike(job, run_dir)
+            inject(run, run_dir)
         return loss(*arguments)
 
     wrapped: Mapping[str, Callable[..., Any]] = {name: partial(struck, loss) for name, loss in losses.items()}
-    job.recipe.losses = lambda: wrapped  # type: ignore[method-assign]
+    run.recipe.losses = lambda: wrapped  # type: ignore[method-assign]
 
 
 # the kinds ----------------------------------------------------------------------------------------------------------------
 
 
-def kill(job: Job, run_dir: Path) -> None:  # noqa: ARG001
+def kill(run: Run, run_dir: Path) -> None:  # noqa: ARG001
     """As the out-of-memory killer does it."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def stall(job: Job, run_dir: Path) -> None:  # noqa: ARG001
+def stall(run: Run, run_dir: Path) -> None:  # noqa: ARG001
     """As a read from a file system that hangs."""
     while True:
         time.sleep(1)
 
 
-def slow(job: Job, run_dir: Path) -> None:  # noqa: ARG001
+def slow(run: Run, run_dir: Path) -> None:  # noqa: ARG001
     """As a GPU that runs hot."""
     time.sleep(SLOW)
 
 
-def nan(job: Job, run_dir: Path) -> None:  # noqa: ARG001
+def nan(run: Run, run_dir: Path) -> None:  # noqa: ARG001
     """From a module of the model, as a learning rate too high."""
     import torch
 
-    step = job.progress.step
+    step = run.progress.step
 
     def spoil(module: Any, inputs: Any, output: Any) -> Any:  # noqa: ARG001
-        spoilt = isinstance(output, torch.Tensor) and output.is_floating_point() and job.progress.step == step
+        spoilt = isinstance(output, torch.Tensor) and output.is_floating_point() and run.progress.step == step
         return output * float("nan") if spoilt else output
 
-    leaves = [module for module in next(iter(job.strategies.values())).module.modules() if not list(module.children())]
+    leaves = [
+        module
+        for module in next(iter(run.strategies.values())).module.modules()
+        if not list(module.children())
+    ]
     leaves[0].register_forward_hook(spoil)
 
 
-def sigterm(job: Job, run_dir: Path) -> None:  # noqa: ARG001
+def sigterm(run: Run, run_dir: Path) -> None:  # noqa: ARG001
     """As a scheduler that wants the node back."""
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def torn_checkpoint(job: Job, run_dir: Path) -> None:
+def torn_checkpoint(run: Run, run_dir: Path) -> None:
     """The newest checkpoint loses half of a file, as a disk may after a power failure, and the process is killed."""
-    if checkpoints := committed(run_dir):
+    if checkpoints := list_checkpoints(run_dir):
         file = min(checkpoints[-1].glob("*.safetensors"))
         os.truncate(file, file.stat().st_size // 2)
-    kill(job, run_dir)
+    kill(run, run_dir)
 
 
-def oom(job: Job, run_dir: Path) -> None:  # noqa: ARG001
+def oom(run: Run, run_dir: Path) -> None:  # noqa: ARG001
     """By asking for more memory than there is."""
     import torch
 
-    torch.empty(2**50, dtype=torch.uint8, device=job.world.device)
+    torch.empty(2**50, dtype=torch.uint8, device=run.world.device)
 
 
-KINDS: dict[str, Strike] = {
+FAULTS: dict[str, Strike] = {
     "kill": kill,
     "stall": stall,
     "slow": slow,

@@ -7,33 +7,33 @@ import time
 from torch.distributed import Store  # type: ignore[attr-defined]  # its stubs forget it
 
 
-class Seen:
+class RankStatus:
     """The last that was seen of a rank."""
 
     def __init__(self) -> None:
-        self.count = self.moves = ""
+        self.count = self.ticks = ""
         self.step, self.phase = "0", "start"
         self.lived = self.moved = time.monotonic()
 
 
-class Others:
+class Heartbeats:
     """What has been seen of all ranks."""
 
     def __init__(self, world_size: int) -> None:
         self.keys = [f"beat/{rank}" for rank in range(world_size)]
-        self.seen = [Seen() for _ in self.keys]
+        self.seen = [RankStatus() for _ in self.keys]
 
     def look(self, store: Store) -> None:
         """Read all heartbeats."""
         now = time.monotonic()
         for seen, beat in zip(self.seen, store.multi_get(self.keys), strict=True):
-            count, moves, seen.step, seen.phase = beat.decode().split(" ", 3)
+            count, ticks, seen.step, seen.phase = beat.decode().split(" ", 3)
             if count != seen.count or count == "0":  # 0: not connected yet, or at its good end
                 seen.count, seen.lived = count, now
-            if moves != seen.moves:
-                seen.moves, seen.moved = moves, now
+            if ticks != seen.ticks:
+                seen.ticks, seen.moved = ticks, now
 
-    def excuse(self) -> None:
+    def reset_after_suspend(self) -> None:
         """It was this process that slept: nothing follows for the others."""
         for seen in self.seen:
             seen.lived = time.monotonic()

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from launch.data.loader import tensors_of
-from launch.runtime.collectives import first_problem
+from launch.runtime.collectives import first_error
 from launch.runtime.seeding import seed_device
 
 if TYPE_CHECKING:
-    from launch.state.run import Job
+    from launch.state.run import Run
     from recipes.parts.data import Batch
 
 
@@ -23,56 +23,66 @@ class NonFinite(RuntimeError):
     """A loss or gradient that is no number; its message is the verdict, the same on all ranks."""
 
 
-def check_loss(job: Job, name: str, loss: Tensor, batches: list[Batch]) -> bool:
+def check_loss(run: Run, name: str, loss: Tensor, batches: list[Batch]) -> bool:
     """Whether `loss` (the mean over the global batch, the same on all ranks) is finite.
 
     If not: False for a recipe that leaves such steps out, else NonFinite with the culprit.
     """
     if math.isfinite(loss):
         return True
-    if job.recipe.skip_nonfinite:
+    if run.recipe.skip_nonfinite:
         return False
     raise NonFinite(
-        f"the loss is {float(loss)} at step {job.progress.step + 1}: {find_culprit(job, name, batches)}. "
+        f"the loss is {float(loss)} at step {run.progress.step + 1}: {find_culprit(run, name, batches)}. "
         "A lower learning rate, clip_norm=1.0 or precision=fp32 often helps"
     )
 
 
-def check_gradients(job: Job, name: str, norm: Tensor) -> None:
+def check_gradients(run: Run, name: str, norm: Tensor) -> None:
     """Raise NonFinite for a gradient norm that is no number; under fp16 such a step was skipped and the scale lowered."""
-    if job.config.precision != "fp16" and not math.isfinite(norm):
-        bad = first_bad_parameter(job.strategies[name].module)
+    if run.config.precision != "fp16" and not math.isfinite(norm):
+        bad = first_bad_parameter(run.strategies[name].module)
         bad = bad and f"{name}.{bad}"
         raise NonFinite(
-            f"the gradient norm is {float(norm)} at step {job.progress.step + 1}, the loss being finite; "
-            f"first parameter spoiled by it: {first_problem(bad or '') or 'none on any rank'}"
+            f"the gradient norm is {float(norm)} at step {run.progress.step + 1}, the loss being finite; "
+            f"first parameter spoiled by it: {first_error(bad or '') or 'none on any rank'}"
         )
 
 
-def find_culprit(job: Job, name: str, batches: list[Batch]) -> str:
+def find_culprit(run: Run, name: str, batches: list[Batch]) -> str:
     """Repeat the forward passes of the step and name the rank and the first input, parameter or module that is not finite.
 
     Every rank calls it: under FSDP and ZeRO-3 a forward pass is a collective.
     """
     found: str | None = None
-    for turn, batch in enumerate(batches):
-        seed_device(job.config.seed, "step", job.progress.step, name, job.cut.position(turn))
+    for micro_step, batch in enumerate(batches):
+        seed_device(
+            run.config.seed, "step", run.progress.step, name, run.batch_plan.micro_batch_index(micro_step)
+        )
         seen: list[str] = []
-        modules = {n: held.module for n, held in job.strategies.items()}  # unwrapped: the names that the user knows
-        with torch.no_grad(), watched(modules, seen), job.strategies[name].autocast():
-            loss = job.recipe.losses()[name](job.models, batch)
+        modules = {
+            n: held.module for n, held in run.strategies.items()
+        }  # unwrapped: the names that the user knows
+        with torch.no_grad(), watched(modules, seen), run.strategies[name].inference():
+            loss = run.recipe.losses()[name](run.models, batch)
         if found is None and not bool(loss.isfinite()):
             inputs = None if all_finite(batch) else "its input batch"
             parameters = [f"{n}.{p}" for n, m in modules.items() if (p := first_bad_parameter(m))]
-            blame = inputs or (f"parameter {parameters[0]}" if parameters else seen[0] if seen else "the recipe's loss")
-            found = f"micro-batch {turn} of rank {job.world.rank}, first in {blame}"
-    return first_problem(found or "") or "not seen again when the step was repeated"
+            blame = inputs or (
+                f"parameter {parameters[0]}" if parameters else seen[0] if seen else "the recipe's loss"
+            )
+            found = f"micro-batch {micro_step} of rank {run.world.rank}, first in {blame}"
+    return first_error(found or "") or "not seen again when the step was repeated"
 
 
 def first_bad_parameter(module: nn.Module) -> str | None:
     """The first parameter (as far as it lives on this rank) that holds a value that is not finite."""
     for name, parameter in module.named_parameters():
-        part = parameter.to_local() if hasattr(parameter, "to_local") else getattr(parameter, "ds_tensor", parameter)
+        part = (
+            parameter.to_local()
+            if hasattr(parameter, "to_local")
+            else getattr(parameter, "ds_tensor", parameter)
+        )
         if not bool(part.detach().isfinite().all()):
             return name
     return None
@@ -85,7 +95,9 @@ def watched(models: dict[str, nn.Module], seen: list[str]) -> Iterator[None]:
     for model_name, model in models.items():
         for name, module in model.named_modules():
 
-            def note(module: nn.Module, _: Any, output: Any, name: str = name, model_name: str = model_name) -> None:
+            def note(
+                module: nn.Module, _: Any, output: Any, name: str = name, model_name: str = model_name
+            ) -> None:
                 if not all_finite(output):
                     seen.append(f"module {model_name}{name and '.'}{name} ({type(module).__name__})")
 
@@ -99,14 +111,16 @@ def watched(models: dict[str, nn.Module], seen: list[str]) -> Iterator[None]:
 
 def all_finite(value: Any) -> bool:
     """Whether all floating-point tensors in `value` hold finite numbers only."""
-    return all(not tensor.is_floating_point() or bool(tensor.isfinite().all()) for tensor in tensors_of(value))
+    return all(
+        not tensor.is_floating_point() or bool(tensor.isfinite().all()) for tensor in tensors_of(value)
+    )
 
 
-def check_late(job: Job, step: int, loss: float) -> None:
+def check_late(run: Run, step: int, loss: float) -> None:
     """Raise NonFinite for a loss that was read an interval after its step, when its batches are gone."""
-    if not job.careful and not math.isfinite(loss):
-        bad = [f"{n}.{p}" for n, s in job.strategies.items() if (p := first_bad_parameter(s.module))]
+    if not run.sync_every_step and not math.isfinite(loss):
+        bad = [f"{n}.{p}" for n, s in run.strategies.items() if (p := first_bad_parameter(s.module))]
         raise NonFinite(
-            f"the loss is {loss} at step {step}; first bad parameter by step {job.progress.step}: "
-            f"{first_problem(bad[0] if bad else '') or 'none'}. debug=true, or log.every=1, shows the module"
+            f"the loss is {loss} at step {step}; first bad parameter by step {run.progress.step}: "
+            f"{first_error(bad[0] if bad else '') or 'none'}. debug=true, or log.every=1, shows the module"
         )

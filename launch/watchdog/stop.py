@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from launch.runtime.files import write_text_whole
+from launch.runtime.files import write_text_atomically
 
 EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: stopped on purpose, start it again to go on"""
@@ -62,11 +62,18 @@ class StopRequest:
         else:
             self.reason = signal.Signals(number).name
             if number == signal.SIGINT:
-                os.write(sys.stderr.fileno(), b"\nrankzero: stopping soon, and saving; Ctrl-C again ends at once\n")
+                os.write(
+                    sys.stderr.fileno(), b"\nrankzero: stopping soon, and saving; Ctrl-C again ends at once\n"
+                )
 
     def wished(self, by_clock: bool) -> bool:
         """Whether to stop now: a signal came or, `by_clock`, there is just time left to finish a step and to save."""
-        if by_clock and not self.reason and self.deadline is not None and time.time() + self.margin > self.deadline:
+        if (
+            by_clock
+            and not self.reason
+            and self.deadline is not None
+            and time.time() + self.margin > self.deadline
+        ):
             self.reason = "its time is up"
         return bool(self.reason)
 
@@ -91,7 +98,9 @@ def seconds(text: str) -> float:
     days, dash, rest = text.rpartition("-")
     parts = rest.split(":")
     if not all(part.isdecimal() for part in (*parts, *([days] if dash else []))) or len(parts) > 3:
-        raise ValueError(f"max_time={text} is no time; write it as SLURM does: 90 (minutes), 1:30:00, 2-12 (days-hours)")
+        raise ValueError(
+            f"max_time={text} is no time; write it as SLURM does: 90 (minutes), 1:30:00, 2-12 (days-hours)"
+        )
     numbers = [int(part) for part in parts]
     if dash:
         hours, minutes, left = [*numbers, 0, 0][:3]
@@ -104,4 +113,4 @@ def leave_note(run_dir: Path, note: dict[str, Any]) -> None:
     """Tell whoever started the run that it wants to be started again. On rank zero, after the last save is committed."""
     import json
 
-    write_text_whole(run_dir / FILE, json.dumps({**note, "time": round(time.time(), 3)}) + "\n")
+    write_text_atomically(run_dir / FILE, json.dumps({**note, "time": round(time.time(), 3)}) + "\n")

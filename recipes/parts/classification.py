@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class Classification(Recipe):
     """Samples are (input, class); the model gives one logit a class: [batch, classes]."""
 
-    objective: ClassVar[str] = "accuracy"
-    objective_mode: ClassVar[str] = "max"
+    monitor: ClassVar[str] = "accuracy"
+    monitor_mode: ClassVar[str] = "max"
 
     label_smoothing: float = 0.0
     """share of the target spread over all classes, in training only"""
@@ -35,9 +35,9 @@ class Classification(Recipe):
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Cross entropy, summed over samples."""
-        return self.evaluate(model, batch)[0]
+        return self.eval_step(model, batch)[0]
 
-    def evaluate(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def eval_step(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, logits [batch, classes], classes [batch])."""
         from torch.nn import functional as F
 

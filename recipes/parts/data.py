@@ -21,7 +21,7 @@ class Dataset(Protocol):
 
 
 @runtime_checkable
-class Resident(Dataset, Protocol):
+class InMemoryDataset(Dataset, Protocol):
     """A data set that lies in memory and gives a whole micro-batch at once: no worker processes, no collation.
 
     `torch.utils.data.TensorDataset` is taken for one by itself.
@@ -31,7 +31,7 @@ class Resident(Dataset, Protocol):
     def nbytes(self) -> int:
         """What it holds: a small one is moved to the GPU."""
 
-    def to(self, device: str) -> Resident:
+    def to(self, device: str) -> InMemoryDataset:
         """The same samples in the memory of `device`."""
 
     def batch(self, indices: Tensor, seeds: Callable[[], Tensor]) -> Batch:

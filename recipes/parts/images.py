@@ -95,7 +95,9 @@ class Images:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"data.{name}={getattr(self, name)}: give a share from 0 to below 1")
         if self.val + self.test >= 1:
-            raise ValueError(f"data.val={self.val} and data.test={self.test} leave nothing to train on: their sum must be < 1")
+            raise ValueError(
+                f"data.val={self.val} and data.test={self.test} leave nothing to train on: their sum must be < 1"
+            )
         for name in ("image_size", "size", "classes"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -106,7 +108,9 @@ class Images:
             for name, given in (("val", (Path(self.root) / "val").is_dir()), ("test", True)):
                 if self._is_divided() and given and getattr(self, name) != getattr(declared, name):
                     what = f"data.{name}={getattr(self, name)} has no effect"
-                    raise ValueError(f"{what}: {self.root} is divided into train/ and val/ or test/ already; leave it out")
+                    raise ValueError(
+                        f"{what}: {self.root} is divided into train/ and val/ or test/ already; leave it out"
+                    )
 
     def _check_root(self) -> None:
         root = Path(self.root)
@@ -116,12 +120,18 @@ class Images:
         if self.name == "mnist":
             missing = [file for file in MNIST_FILES if find_idx(root, file) is None]
             if missing:
-                raise FileNotFoundError(f"{given} holds no {missing[0]}[.gz]: expected {self._layout()}, with 4 files")
+                raise FileNotFoundError(
+                    f"{given} holds no {missing[0]}[.gz]: expected {self._layout()}, with 4 files"
+                )
         elif self.name == "cifar10":
             missing = [file for file in CIFAR10_FILES if not (root / "cifar-10-batches-py" / file).is_file()]
             if missing:
                 archive = root / "cifar-10-python.tar.gz"
-                fix = f"unpack it with `tar -xzf {archive} -C {root}`" if archive.is_file() else f"expected {self._layout()}"
+                fix = (
+                    f"unpack it with `tar -xzf {archive} -C {root}`"
+                    if archive.is_file()
+                    else f"expected {self._layout()}"
+                )
                 raise FileNotFoundError(f"{given} holds no cifar-10-batches-py/{missing[0]}: {fix}")
         elif not class_folders(self._train_folder()):
             raise FileNotFoundError(f"{given} holds no folder a class: expected {self._layout()}")

@@ -40,11 +40,17 @@ class Optim:
         for name in ("lr", "weight_decay", "eps"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"optim.{name}={getattr(self, name)}: give 0 or more")
-        for name, value in (("momentum", self.momentum), ("betas", min(self.betas)), ("betas", max(self.betas))):
+        for name, value in (
+            ("momentum", self.momentum),
+            ("betas", min(self.betas)),
+            ("betas", max(self.betas)),
+        ):
             if not 0 <= value < 1:
                 raise ValueError(f"optim.{name}={getattr(self, name)}: running averages need 0 <= value < 1")
         if self.name == "sgd" and self.nesterov and self.momentum == 0:
-            raise ValueError("optim.nesterov=true with optim.momentum=0: Nesterov's step looks along the momentum, give one")
+            raise ValueError(
+                "optim.nesterov=true with optim.momentum=0: Nesterov's step looks along the momentum, give one"
+            )
 
     def build(self, parameters: Iterable[Tensor] | Iterable[dict[str, Any]]) -> Optimizer:
         """The optimizer over parameters, or over groups that may have their own `lr` and `weight_decay`."""

@@ -19,9 +19,9 @@ class Regression(Recipe):
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Squared error, summed over samples."""
-        return self.evaluate(model, batch)[0]
+        return self.eval_step(model, batch)[0]
 
-    def evaluate(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def eval_step(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, predictions, targets), the last two flat."""
         inputs, targets = batch
         outputs = model(inputs)

@@ -59,9 +59,13 @@ class Schedule:
         """Raise ValueError for fields that make no sense; `declared` is what the recipe says unless the user speaks."""
         refuse_unused("schedule", self, declared or Schedule(), USED_BY)
         if not self.warmup >= 0:
-            raise ValueError(f"schedule.warmup={self.warmup}: give steps (1, 2, ...), a fraction of the run below 1, or 0")
+            raise ValueError(
+                f"schedule.warmup={self.warmup}: give steps (1, 2, ...), a fraction of the run below 1, or 0"
+            )
         if self.name == "noam" and self.warmup == 0:
-            raise ValueError("schedule.name=noam decays from the end of its warm-up: give schedule.warmup, e.g. 4000 or 0.1")
+            raise ValueError(
+                "schedule.name=noam decays from the end of its warm-up: give schedule.warmup, e.g. 4000 or 0.1"
+            )
         if self.name == "step" and not self.step_size > 0:
             raise ValueError(
                 f"schedule.step_size={self.step_size}: schedule.name=step needs steps (1, 2, ...) or a fraction below 1"
@@ -76,12 +80,16 @@ class Schedule:
         if not 0 < self.gamma <= 1 or (self.name == "plateau" and self.gamma == 1):
             raise ValueError(f"schedule.gamma={self.gamma}: a decay needs a factor between 0 and 1")
         if not 0 <= self.min_factor <= 1:
-            raise ValueError(f"schedule.min_factor={self.min_factor}: give a multiplier of the learning rate, from 0 to 1")
+            raise ValueError(
+                f"schedule.min_factor={self.min_factor}: give a multiplier of the learning rate, from 0 to 1"
+            )
         if not 0 <= self.pct_start <= 1:
             raise ValueError(f"schedule.pct_start={self.pct_start}: give a fraction, from 0 to 1")
         for name in ("div_factor", "final_div_factor"):
             if not getattr(self, name) >= 1:
-                raise ValueError(f"schedule.{name}={getattr(self, name)}: it divides the learning rate: give 1 or more")
+                raise ValueError(
+                    f"schedule.{name}={getattr(self, name)}: it divides the learning rate: give 1 or more"
+                )
         for name in ("patience", "cooldown", "threshold"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"schedule.{name}={getattr(self, name)}: give 0 or more")
@@ -99,7 +107,9 @@ class Schedule:
             case "step":
                 return self.gamma ** (step // max(1, in_steps(self.step_size, total_steps)))
             case "multistep":
-                return self.gamma ** sum(step >= in_steps(milestone, total_steps) for milestone in self.milestones)
+                return self.gamma ** sum(
+                    step >= in_steps(milestone, total_steps) for milestone in self.milestones
+                )
             case "cosine":
                 return self._cosine(step - warmup, total_steps - warmup)
             case "onecycle":
@@ -154,7 +164,9 @@ class Plateau:
         now, schedule = self.numbers, self.schedule
         sign = {"min": -1, "max": 1}[mode]
         # abs(): torch's `best * (1 - threshold)` moves the wrong way when the objective is negative
-        gain = math.inf if now.best is None else sign * (value - now.best) - schedule.threshold * abs(now.best)
+        gain = (
+            math.inf if now.best is None else sign * (value - now.best) - schedule.threshold * abs(now.best)
+        )
         if math.isfinite(value) and gain > 0:
             now.best, now.bad = value, 0
         else:

@@ -23,7 +23,9 @@ class View:
         return self.dataset[self.permutation[self.start + index]]
 
 
-def split(dataset: Dataset, val: float = 0.1, test: float = 0.1, seed: int = 0, *, plain: Dataset | None = None) -> Splits:
+def split(
+    dataset: Dataset, val: float = 0.1, test: float = 0.1, seed: int = 0, *, plain: Dataset | None = None
+) -> Splits:
     """Training, validation and test views of `dataset`; a fraction of 0 leaves that view out.
 
     `plain` is the same data without augmentation, for validation and test. The seed is of the split, not of the run: what
@@ -33,7 +35,9 @@ def split(dataset: Dataset, val: float = 0.1, test: float = 0.1, seed: int = 0, 
     held = {name: held_out(size, fraction, name) for name, fraction in (("val", val), ("test", test))}
     rest = size - sum(held.values())
     if rest < 1:
-        raise ValueError(f"val={val} and test={test} of {size} samples leave none for training: give smaller fractions")
+        raise ValueError(
+            f"val={val} and test={test} of {size} samples leave none for training: give smaller fractions"
+        )
     permutation = Permutation(size, seed)
     plain = dataset if plain is None else plain
     return Splits(
@@ -43,7 +47,9 @@ def split(dataset: Dataset, val: float = 0.1, test: float = 0.1, seed: int = 0, 
     )
 
 
-def holdout(dataset: Dataset, fraction: float, seed: int = 0, *, plain: Dataset | None = None) -> tuple[Dataset, Dataset | None]:
+def holdout(
+    dataset: Dataset, fraction: float, seed: int = 0, *, plain: Dataset | None = None
+) -> tuple[Dataset, Dataset | None]:
     """The rest of `dataset`, and the `fraction` of it that is held out."""
     splits = split(dataset, val=fraction, test=0.0, seed=seed, plain=plain)
     return splits.train, splits.val
@@ -55,5 +61,7 @@ def held_out(size: int, fraction: float, name: str) -> int:
         raise ValueError(f"{name}={fraction}: give the fraction of samples to hold out, from 0 to below 1")
     count = round(size * fraction)
     if fraction > 0 and count == 0:
-        raise ValueError(f"{name}={fraction} of {size} samples is none: give a larger fraction, or 0 to go without")
+        raise ValueError(
+            f"{name}={fraction} of {size} samples is none: give a larger fraction, or 0 to go without"
+        )
     return count

@@ -47,15 +47,23 @@ class Text:
     def check(self) -> None:
         """Raise ValueError or FileNotFoundError, in one line for the user, without importing torch."""
         if self.block < 1 or (self.stride is not None and self.stride < 1):
-            raise ValueError(f"data.block={self.block} and data.stride={self.stride} count tokens: give 1 or more")
+            raise ValueError(
+                f"data.block={self.block} and data.stride={self.stride} count tokens: give 1 or more"
+            )
         if not (self.val >= 0 and self.test >= 0 and self.val + self.test < 1):
-            raise ValueError(f"data.val={self.val} and data.test={self.test}: give shares from 0, below 1 together")
+            raise ValueError(
+                f"data.val={self.val} and data.test={self.test}: give shares from 0, below 1 together"
+            )
         if self.path is not None:
             if not Path(self.path).is_file():
-                raise FileNotFoundError(f"data.path={self.path} is no file: give a text file, or leave it out")
+                raise FileNotFoundError(
+                    f"data.path={self.path} is no file: give a text file, or leave it out"
+                )
             size = Path(self.path).stat().st_size
             if size <= self.block:
-                raise ValueError(f"data.path={self.path} holds {size} bytes: data.block={self.block} must be less")
+                raise ValueError(
+                    f"data.path={self.path} holds {size} bytes: data.block={self.block} must be less"
+                )
 
     @cached_property
     def vocabulary(self) -> list[str] | None:

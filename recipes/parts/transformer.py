@@ -18,7 +18,9 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, dropout: float, layers: int) -> None:
         super().__init__()
         self.heads, self.dropout = heads, dropout
-        self.qkv = nn.Linear(width, 3 * width, bias=False)  # a bias of the keys would shift all scores alike: no gradient
+        self.qkv = nn.Linear(
+            width, 3 * width, bias=False
+        )  # a bias of the keys would shift all scores alike: no gradient
         self.out = residual_projection(width, width, layers)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -55,7 +57,14 @@ class Decoder(nn.Module):
     """Tokens [batch, time] to logits [batch, time, vocabulary]; may be built on the meta device."""
 
     def __init__(
-        self, *, vocabulary: int, block: int, width: int = 128, heads: int = 4, layers: int = 4, dropout: float = 0.0
+        self,
+        *,
+        vocabulary: int,
+        block: int,
+        width: int = 128,
+        heads: int = 4,
+        layers: int = 4,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.tokens = nn.Embedding(vocabulary, width)

@@ -28,7 +28,11 @@ from recipes.base import Recipe
 def train(recipe: Recipe, strategy: str, batch_size: int, steps: int, save: Path | None = None) -> float:
     """`batch_size` is that of all ranks. Returns when the first step was done; at the end each rank saves what it holds."""
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
     if strategy != "single":
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(0)
@@ -41,7 +45,7 @@ def train(recipe: Recipe, strategy: str, batch_size: int, steps: int, save: Path
     while step < steps:
         for batch in loader:
             batch = [part.to(device) for part in batch]
-            loss = recipe.loss(model, batch) / recipe.count(batch)
+            loss = recipe.loss(model, batch) / recipe.num_items(batch)
             if strategy.startswith("zero"):
                 model.backward(loss)
                 model.step()
@@ -57,7 +61,9 @@ def train(recipe: Recipe, strategy: str, batch_size: int, steps: int, save: Path
     if save is not None and strategy.startswith("zero"):
         model.save_checkpoint(save)
     elif save is not None:
-        torch.save({"model": module.state_dict(), "optimizer": optimizer.state_dict()}, save / f"rank-{rank}.pt")
+        torch.save(
+            {"model": module.state_dict(), "optimizer": optimizer.state_dict()}, save / f"rank-{rank}.pt"
+        )
     return first
 
 

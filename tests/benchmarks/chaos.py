@@ -29,18 +29,33 @@ from typing import Any
 
 import psutil
 
-from launch.checkpoint.directory import committed, shelf
+from launch.checkpoint.directory import checkpoints_dir, list_checkpoints
 from launch.cli.config import read_line
 from launch.equivalence.common import environment
 from launch.equivalence.compare_metrics import compared, only_one_knows, same_files, steps_of, wrong_steps
-from launch.equivalence.subprocesses import Ended, Layout, is_saving, lines_of, live, resumed_at, saved_step
-from launch.watchdog.fault_injection import KINDS
+from launch.equivalence.subprocesses import (
+    Ended,
+    Layout,
+    is_saving,
+    lines_of,
+    resumed_at,
+    run_process,
+    saved_step,
+)
+from launch.watchdog.fault_injection import FAULTS
 
 STEPS, EVERY, HANG = 30, 4, 8
 RECIPE = Path(__file__).parents[1] / "launch" / "tiny.py"
 WORDS = (
     *(f"recipe={RECIPE}:Broken", f"steps={STEPS}", "batch_size=16", "micro_batch_size=4"),
-    *("held_out=20", "eval.every=7", "workers=1", f"checkpoint.every={EVERY}", "log.every=1", f"hang_timeout={HANG}"),
+    *(
+        "held_out=20",
+        "eval.every=7",
+        "workers=1",
+        f"checkpoint.every={EVERY}",
+        "log.every=1",
+        f"hang_timeout={HANG}",
+    ),
     "pause=0.05",  # in shorter steps the ranks ask each other less often, and stop some steps later
 )
 START = 120.0
@@ -85,12 +100,23 @@ class Outcome:
 
 def main(words: list[str]) -> int:
     """The table; returns the exit code."""
-    given = {"runs": "100", "ranks": "2", "seed": "0", "parallel": "1", "first": "1", "strategies": "ddp,fsdp"}
-    line = {**given, "kinds": ",".join(KINDS), **read_line(words)}
+    given = {
+        "runs": "100",
+        "ranks": "2",
+        "seed": "0",
+        "parallel": "1",
+        "first": "1",
+        "strategies": "ddp,fsdp",
+    }
+    line = {**given, "kinds": ",".join(FAULTS), **read_line(words)}
     ranks, first = int(line["ranks"]), int(line["first"])
     strategies, kinds = line["strategies"].split(","), line["kinds"].split(",")
     start = time.monotonic()
-    with nullcontext(line["folder"]) if "folder" in line else tempfile.TemporaryDirectory(prefix="chaos-") as name:
+    with (
+        nullcontext(line["folder"])
+        if "folder" in line
+        else tempfile.TemporaryDirectory(prefix="chaos-") as name
+    ):
         folder = Path(name).resolve()
         whole = {strategy: folder / f"whole-{strategy}" for strategy in strategies}
         for strategy, run_dir in whole.items():
@@ -105,15 +131,24 @@ def main(words: list[str]) -> int:
         outcomes = []
         threads = ThreadPoolExecutor(int(line["parallel"]))
         try:
-            for outcome in threads.map(lambda fault: tried(fault, folder, whole[fault.layout.strategy]), faults):
+            for outcome in threads.map(
+                lambda fault: tried(fault, folder, whole[fault.layout.strategy]), faults
+            ):
                 outcomes.append(outcome)
-                print(row(outcome), *(f"     WRONG: {problem}" for problem in outcome.problems), sep="\n", flush=True)
+                print(
+                    row(outcome),
+                    *(f"     WRONG: {problem}" for problem in outcome.problems),
+                    sep="\n",
+                    flush=True,
+                )
         finally:
             OVER.set()
             threads.shutdown(cancel_futures=True)
     for kind in kinds:
         if times := [outcome.seconds for outcome in outcomes if outcome.fault.kind == kind]:
-            print(f"{kind:<16}{len(times):>4} runs, from fault to end {median(times):.1f} s, at most {max(times):.1f} s")
+            print(
+                f"{kind:<16}{len(times):>4} runs, from fault to end {median(times):.1f} s, at most {max(times):.1f} s"
+            )
     wrong = [outcome for outcome in outcomes if outcome.problems]
     print(f"{len(outcomes)} runs in {time.monotonic() - start:.0f} s, {len(wrong)} of them wrong")
     return int(bool(wrong))
@@ -136,7 +171,7 @@ def life(run_dir: Path, layout: Layout, *words: str, kill_when: Callable[[], boo
     temporary = run_dir.with_name(f"{run_dir.name}.tmp")
     temporary.mkdir(parents=True, exist_ok=True)
     places = {**environment(layout.ranks), MARK: str(run_dir), "TMPDIR": str(temporary)}
-    return live([*WORDS, *words], layout, run_dir=run_dir, environment=places, kill_when=kill_when)
+    return run_process([*WORDS, *words], layout, run_dir=run_dir, environment=places, kill_when=kill_when)
 
 
 def tried(fault: Fault, folder: Path, whole: Path) -> Outcome:
@@ -155,7 +190,9 @@ def tried(fault: Fault, folder: Path, whole: Path) -> Outcome:
         outcome.problems.append(f"{outcome.seconds:.0f} s from the fault to the end")
     outcome.problems += next_life(fault, run_dir, whole)
     # what another program of this machine had made and removed is no remainder of ours
-    outcome.problems += [f"{name} is left" for name in left if not name.startswith("/dev/shm") or Path(name).exists()]
+    outcome.problems += [
+        f"{name} is left" for name in left if not name.startswith("/dev/shm") or Path(name).exists()
+    ]
     return outcome
 
 
@@ -197,14 +234,14 @@ def failed(fault: Fault, run_dir: Path, code: int, told: list[str], codes: set[i
         yield f"{len(told)} verdicts: {told}"
     if verdict.get("kind") != kind:
         yield f"failure.json says {verdict.get('kind')}, not {kind}: {verdict.get('message')}"
-    elif not re.search(words.format(rank=fault.rank, step=fault.step), named(verdict)):
-        yield f"the verdict does not name rank {fault.rank} in step {fault.step}: {named(verdict)}"
+    elif not re.search(words.format(rank=fault.rank, step=fault.step), list_named(verdict)):
+        yield f"the verdict does not name rank {fault.rank} in step {fault.step}: {list_named(verdict)}"
     expected = {-signal.SIGKILL, 1} if kind == "lost" else {1}
     if not codes <= expected:
         yield f"exit codes of the ranks: {sorted(codes)}"
 
 
-def named(verdict: Mapping[str, Any]) -> str:
+def list_named(verdict: Mapping[str, Any]) -> str:
     """What a verdict says of ranks, as one text."""
     if verdict["kind"] == "exception":
         return f"rank {verdict['rank']} step {verdict['step']} {verdict['error']}: {verdict['message']}"
@@ -224,7 +261,11 @@ def stopped(fault: Fault, run_dir: Path, code: int, told: list[str], codes: set[
     """
     if fault.step >= STEPS - 1 and not code and not told:
         return
-    note = json.loads((run_dir / "stopped.json").read_text()) if (run_dir / "stopped.json").exists() else {"step": 0}
+    note = (
+        json.loads((run_dir / "stopped.json").read_text())
+        if (run_dir / "stopped.json").exists()
+        else {"step": 0}
+    )
     if not fault.step <= note["step"] == saved_step(run_dir) <= fault.step + 2:
         yield f"struck in step {fault.step}, stopped: {note}, saved: step {saved_step(run_dir)}"
     if (
@@ -267,14 +308,20 @@ def remains(run_dir: Path) -> Iterator[str]:
 def shared_memory() -> set[str]:
     """What lies in /dev/shm of processes that are no more; others use it too, while they live."""
     alive = {str(number) for number in psutil.pids()}
-    return {str(path) for path in Path("/dev/shm").iterdir() if alive.isdisjoint(re.findall(r"\d+", path.name))}
+    return {
+        str(path) for path in Path("/dev/shm").iterdir() if alive.isdisjoint(re.findall(r"\d+", path.name))
+    }
 
 
 def next_life(fault: Fault, run_dir: Path, whole: Path) -> Iterator[str]:
     """What is wrong with the life after, in words."""
-    before, saved = saved_step(run_dir), len(committed(run_dir))
+    before, saved = saved_step(run_dir), len(list_checkpoints(run_dir))
     ended = life(run_dir, fault.layout, kill_when=partial(hangs, run_dir, time.time()))
-    if fault.kind == "torn_checkpoint" and saved == 1 and "no whole checkpoint is left" in " ".join(ended.last_words()):
+    if (
+        fault.kind == "torn_checkpoint"
+        and saved == 1
+        and "no whole checkpoint is left" in " ".join(ended.last_words())
+    ):
         return  # the only one was torn, and nothing is begun anew in silence
     if ended.how == "killed" or ended.code:
         yield f"the next life: {ended.trouble or 'hangs'}: {ended.last_words(8)}"
@@ -283,10 +330,10 @@ def next_life(fault: Fault, run_dir: Path, whole: Path) -> Iterator[str]:
     # a save that was in flight may have come to its end after the torn one: then that is the newest, and whole
     if before < STEPS and (found != before if not torn else found > before):
         yield f"the next life goes on from step {found}, saved was {before}"
-    if torn and found < before and not list(shelf(run_dir).glob("*.damaged")):
-        yield f"no checkpoint was set aside as damaged: {[path.name for path in shelf(run_dir).iterdir()]}"
+    if torn and found < before and not list(checkpoints_dir(run_dir).glob("*.damaged")):
+        yield f"no checkpoint was set aside as damaged: {[path.name for path in checkpoints_dir(run_dir).iterdir()]}"
     if is_saving(run_dir):
-        yield f"half a checkpoint is left: {[path.name for path in shelf(run_dir).iterdir()]}"
+        yield f"half a checkpoint is left: {[path.name for path in checkpoints_dir(run_dir).iterdir()]}"
     expected, made = lines_of(whole), lines_of(run_dir)
     yield from filter(None, [wrong_steps(steps_of(expected), steps_of(made)), only_one_knows(expected, made)])
     yield from [str(number) for number in compared(expected, made) if number.by > 0][:3]
@@ -296,5 +343,5 @@ def next_life(fault: Fault, run_dir: Path, whole: Path) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `live` then leaves no process behind
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `run_process` then leaves no process behind
     sys.exit(main(sys.argv[1:]))

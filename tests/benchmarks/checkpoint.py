@@ -24,13 +24,13 @@ from rich.filesize import decimal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from launch.checkpoint.directory import committed
+from launch.checkpoint.directory import list_checkpoints
 from launch.checkpoint.manifest import FileEntry, Manifest, TensorEntry
 from launch.checkpoint.reader import Checkpoint
 from launch.checkpoint.resume import opened
-from launch.reporting.metrics import Record
+from launch.reporting.metrics import Metrics
 from launch.runtime.files import CHUNK
-from launch.state.run import Job
+from launch.state.run import Run
 from launch.training.loop import set_learning_rate, train_step
 from tests.benchmarks.workload import Dense, prepared
 
@@ -57,36 +57,38 @@ def dense(state_mb: float) -> Dense:
     return Dense(width=WIDTH, layers=max(round(state_mb * 1e6 / (12 * WIDTH**2)), 1), adam=True, samples=8)
 
 
-def steps(job: Job, record: Record) -> Iterator[None]:
+def steps(run: Run, metrics: Metrics) -> Iterator[None]:
     """The body of `launch.training.loop.train`, on the same batch again and again."""
-    width = next(iter(job.strategies["model"].module.parameters())).shape[1]
-    batch = job.to_device([torch.randn(job.cut.batch_size, width), torch.randn(job.cut.batch_size, width)])
+    width = next(iter(run.strategies["model"].module.parameters())).shape[1]
+    batch = run.to_device(
+        [torch.randn(run.batch_plan.batch_size, width), torch.randn(run.batch_plan.batch_size, width)]
+    )
     while True:
-        rate = set_learning_rate(job)
-        losses, norms = train_step(job, [batch])
-        job.progress.step += 1
-        record.step(losses, norms, rate)
-        record.agree()
-        if job.checkpoint_due or record.wanted:
-            record.checkpoint()
+        rate = set_learning_rate(run)
+        losses, norms = train_step(run, [batch])
+        run.progress.step += 1
+        metrics.step(losses, norms, rate)
+        metrics.agree()
+        if run.checkpoint_due or metrics.wanted:
+            metrics.checkpoint()
         yield
 
 
 # the wait -----------------------------------------------------------------------------------------------------------------
 
 
-def stall(state_mb: float, rounds: int = 15) -> None:
+def blocking_s(state_mb: float, rounds: int = 15) -> None:
     """Background save, memcpy, synchronous save, and what one would write by hand."""
-    with prepared(dense(state_mb), every=10**9) as (job, record):
-        going = steps(job, record)
+    with prepared(dense(state_mb), every=10**9) as (run, metrics):
+        going = steps(run, metrics)
         next(going), next(going)
-        record.saver.reserve()
-        size = sum(part.values.nbytes for part in record.saver.state().values())
+        metrics.checkpoint_writer.reserve()
+        size = sum(part.values.nbytes for part in metrics.checkpoint_writer.state().values())
         source, target = torch.ones(size, dtype=torch.uint8), torch.ones(size, dtype=torch.uint8)
-        by_hand = record.run_dir / "by_hand.pt"
+        by_hand = metrics.run_dir / "by_hand.pt"
 
         def torch_save() -> None:
-            model, optimizer = job.models["model"], job.strategies["model"].optimizer
+            model, optimizer = run.models["model"], run.strategies["model"].optimizer
             with by_hand.open("wb") as file:
                 torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
                 file.flush()
@@ -96,14 +98,16 @@ def stall(state_mb: float, rounds: int = 15) -> None:
         for _ in range(rounds):
             next(going)
             copy.append(timed(lambda: target.copy_(source)))
-            background.append(timed(record.saver.save))
+            background.append(timed(metrics.checkpoint_writer.save))
             before = cpu_seconds()
-            saved = record.saver.wait()
+            saved = metrics.checkpoint_writer.wait()
             processor.append(cpu_seconds() - before)
             assert saved is not None
             writes.append(saved.write)
             next(going)
-            synchronous.append(timed(lambda: (record.saver.save(), record.saver.wait())))
+            synchronous.append(
+                timed(lambda: (metrics.checkpoint_writer.save(), metrics.checkpoint_writer.wait()))
+            )
             hand.append(timed(torch_save))
     say(f"stall of a background save, {decimal(size)}", f"{statistics.median(background) * 1e3:.1f} ms")
     say("  against a memcpy of as much", ratio(background, copy), "at most 1.2")
@@ -129,12 +133,19 @@ def cpu_seconds() -> float:
 
 def slow_down(state_mb: float, burner: bool, rounds: int = 4) -> None:
     """A run with a checkpoint every 20 steps against one without; with `burner` the other core is busy too."""
-    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range((os.cpu_count() or 1) - 1) if burner]
+    others = [
+        subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        for _ in range((os.cpu_count() or 1) - 1)
+        if burner
+    ]
     recipe = dense(state_mb)
     recipe.samples = 64
     try:
-        with prepared(recipe, every=EVERY) as (job, record), prepared(recipe, every=10**9) as (plain_job, plain_record):
-            with_saves, without = steps(job, record), steps(plain_job, plain_record)
+        with (
+            prepared(recipe, every=EVERY) as (run, metrics),
+            prepared(recipe, every=10**9) as (plain_job, plain_record),
+        ):
+            with_saves, without = steps(run, metrics), steps(plain_job, plain_record)
             pairs: list[tuple[float, float]] = []
             saving = lambda: [next(with_saves) for _ in range(EVERY)]  # noqa: E731
             not_saving = lambda: [next(without) for _ in range(EVERY)]  # noqa: E731
@@ -142,8 +153,8 @@ def slow_down(state_mb: float, burner: bool, rounds: int = 4) -> None:
             for _ in range(rounds):
                 # a save goes on behind what follows it: the wait for it belongs to the run that saves
                 a = timed(not_saving)
-                b = timed(lambda: (saving(), record.saver.wait()))
-                c = timed(lambda: (saving(), record.saver.wait()))
+                b = timed(lambda: (saving(), metrics.checkpoint_writer.wait()))
+                c = timed(lambda: (saving(), metrics.checkpoint_writer.wait()))
                 d = timed(not_saving)
                 pairs += [(b, a), (c, d)]
     finally:
@@ -153,7 +164,11 @@ def slow_down(state_mb: float, burner: bool, rounds: int = 4) -> None:
     step = statistics.median(a for _, a in pairs) / EVERY
     extra = statistics.median(b / a - 1 for b, a in pairs)
     where = "all cores busy" if burner else "a core to spare"
-    say(f"a checkpoint every {EVERY} steps of {step * 1e3:.0f} ms, {where}", f"{extra:+.1%}", "" if burner else "at most +3.5 %")
+    say(
+        f"a checkpoint every {EVERY} steps of {step * 1e3:.0f} ms, {where}",
+        f"{extra:+.1%}",
+        "" if burner else "at most +3.5 %",
+    )
 
 
 # memory -------------------------------------------------------------------------------------------------------------------
@@ -161,21 +176,23 @@ def slow_down(state_mb: float, burner: bool, rounds: int = 4) -> None:
 
 def memory(state_mb: float) -> None:
     """`peak` in a process of its own: here, what other measurements have freed would be used again."""
-    ended = subprocess.run([sys.executable, __file__, f"peak_of={state_mb}"], capture_output=True, text=True, check=True)
+    ended = subprocess.run(
+        [sys.executable, __file__, f"peak_of={state_mb}"], capture_output=True, text=True, check=True
+    )
     say("peak extra memory while saving, against the state", f"{float(ended.stdout):.2f} x", "at most 1.3")
 
 
 def peak(state_mb: float) -> float:
     """Peak resident memory while saving, above that before the first save, against the size of the state."""
-    with prepared(dense(state_mb), every=10**9) as (job, record):
+    with prepared(dense(state_mb), every=10**9) as (run, metrics):
         batch = torch.randn(8, WIDTH)
-        train_step(job, [[batch, batch]])  # without the record, which would make the room ahead
-        job.progress.step += 1
-        size = sum(part.values.nbytes for part in record.saver.state().values())
+        train_step(run, [[batch, batch]])  # without the record, which would make the room ahead
+        run.progress.step += 1
+        size = sum(part.values.nbytes for part in metrics.checkpoint_writer.state().values())
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak
         before = status("VmRSS")
-        record.checkpoint()
-        record.settle()
+        metrics.checkpoint()
+        metrics.finish()
         return (status("VmHWM") - before) / size
 
 
@@ -190,25 +207,33 @@ def status(name: str) -> int:
 
 def disk(state_mb: float, rounds: int = 5) -> None:
     """Save against `dd`, and verifying and reading back against a plain read, the file not in memory."""
-    with prepared(dense(state_mb), every=10**9, keep=1) as (job, record):
-        going = steps(job, record)
+    with prepared(dense(state_mb), every=10**9, keep=1) as (run, metrics):
+        going = steps(run, metrics)
         next(going)
-        folder = record.run_dir
+        folder = metrics.run_dir
         save, dd, load, plain = [], [], [], []
         for _ in range(rounds):
             next(going)
-            record.saver.save()
-            saved = record.saver.wait()
+            metrics.checkpoint_writer.save()
+            saved = metrics.checkpoint_writer.wait()
             assert saved is not None
             save.append(saved.write)
-            newest = committed(folder)[-1]
+            newest = list_checkpoints(folder)[-1]
             file = next(newest.glob("*.safetensors"))
             size, other = file.stat().st_size, folder / "dd"
-            words = ["dd", "if=/dev/zero", f"of={other}", f"bs={CHUNK}", f"count={size // CHUNK}", "conv=fsync", "status=none"]
+            words = [
+                "dd",
+                "if=/dev/zero",
+                f"of={other}",
+                f"bs={CHUNK}",
+                f"count={size // CHUNK}",
+                "conv=fsync",
+                "status=none",
+            ]
             dd.append(timed(lambda words=words: subprocess.run(words, check=True)))  # type: ignore[misc]
             forget(file, other)
             plain.append(timed(lambda other=other: plain_read(other)))  # type: ignore[misc]
-            load.append(timed(lambda newest=newest: load_into(job, newest)))  # type: ignore[misc]
+            load.append(timed(lambda newest=newest: load_into(run, newest)))  # type: ignore[misc]
             other.unlink()
     say("saved", f"{size / statistics.median(save) / 1e9:.2f} GB/s")
     say("  against dd with fsync", ratio(dd, save), "at least 0.6")
@@ -233,12 +258,12 @@ def plain_read(path: Path) -> None:
             pass
 
 
-def load_into(job: Job, folder: Path) -> None:
+def load_into(run: Run, folder: Path) -> None:
     """What a resume does with a checkpoint."""
-    checkpoint, problem = opened(folder, job)
+    checkpoint, problem = opened(folder, run)
     assert checkpoint is not None, problem
     with checkpoint:
-        job.strategies["model"].load_state(checkpoint.of("model"))
+        run.strategies["model"].load_state(checkpoint.of("model"))
 
 
 # export and manifest ------------------------------------------------------------------------------------------------------
@@ -246,22 +271,28 @@ def load_into(job: Job, folder: Path) -> None:
 
 def export(size_mb: float) -> None:
     """Peak memory of `ckpt.py export`, over that of a process which has imported torch."""
-    with prepared(dense(size_mb * 3), every=10**9) as (job, record):  # the weights are a third of the state
-        going = steps(job, record)
+    with prepared(dense(size_mb * 3), every=10**9) as (run, metrics):  # the weights are a third of the state
+        going = steps(run, metrics)
         next(going)
-        record.checkpoint()
-        record.settle()
-        newest = committed(record.run_dir)[-1]
-        weights = sum(p.nbytes for p in job.models["model"].parameters())
+        metrics.checkpoint()
+        metrics.finish()
+        newest = list_checkpoints(metrics.run_dir)[-1]
+        weights = sum(p.nbytes for p in run.models["model"].parameters())
         ckpt, command = ROOT / "launch" / "commands" / "ckpt.py", "export"
         measure = f"import runpy, sys; sys.argv = {[str(ckpt), command]!r} + sys.argv[1:]\n"
         measure += f"try: runpy.run_path({str(ckpt)!r}, run_name='__main__')\nexcept SystemExit: pass\n"
-        measure += "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+        measure += (
+            "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+        )
         for kind in ("safetensors", "pt"):
-            words = [sys.executable, "-c", measure, str(newest), f"to={record.run_dir / f'export.{kind}'}"]
+            words = [sys.executable, "-c", measure, str(newest), f"to={metrics.run_dir / f'export.{kind}'}"]
             ended = subprocess.run(words, capture_output=True, text=True, check=True)
             peak = int(ended.stdout.split()[-1]) * 1024
-            say(f"export of {decimal(weights)} to .{kind}: peak memory of the process", decimal(peak), "below 500 MB")
+            say(
+                f"export of {decimal(weights)} to .{kind}: peak memory of the process",
+                decimal(peak),
+                "below 500 MB",
+            )
 
 
 def manifest(ranks: int = 1024, tensors: int = 1000) -> None:
@@ -278,7 +309,9 @@ def manifest(ranks: int = 1024, tensors: int = 1000) -> None:
         tied={},
         versions={},
         writer={},
-        files=[FileEntry(name=f"rank-{rank:05d}.safetensors", size=1, digest="0" * 32) for rank in range(ranks)],
+        files=[
+            FileEntry(name=f"rank-{rank:05d}.safetensors", size=1, digest="0" * 32) for rank in range(ranks)
+        ],
         tensors={
             f"model/model/blocks.{index}.weight": TensorEntry(
                 dtype="F32",
@@ -294,7 +327,11 @@ def manifest(ranks: int = 1024, tensors: int = 1000) -> None:
         made.write(Path(name))
         size = (Path(name) / "manifest.json").stat().st_size
         found = timed(lambda: Checkpoint(Path(name)).close())
-    say(f"manifest of {ranks:,} ranks and {tensors:,} tensors, {decimal(size)}: opened in", f"{found:.2f} s", "below 2 s")
+    say(
+        f"manifest of {ranks:,} ranks and {tensors:,} tensors, {decimal(size)}: opened in",
+        f"{found:.2f} s",
+        "below 2 s",
+    )
 
 
 def main(words: list[str]) -> None:
@@ -306,9 +343,11 @@ def main(words: list[str]) -> None:
     state_mb, export_mb = float(said.get("state_mb", 200)), float(said.get("export_mb", 2000))
     tempfile.tempdir = said.get("folder", tempfile.gettempdir())
     free = decimal(shutil.disk_usage(tempfile.tempdir).free)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {os.cpu_count()} cores, {free} free")
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {os.cpu_count()} cores, {free} free"
+    )
     print(f"load before the start: {os.getloadavg()[0]:.1f}\n")
-    stall(state_mb)
+    blocking_s(state_mb)
     slow_down(state_mb, burner=False)
     slow_down(state_mb, burner=True)
     memory(state_mb)

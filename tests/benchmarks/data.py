@@ -34,15 +34,22 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from launch.cli.config import read_line
 from launch.cli.resolve import resolve
-from launch.data.loader import Cut, TrainSampler
+from launch.data.loader import BatchPlan, TrainSampler
 from launch.runtime.world import World
-from launch.state.run import Job, prepare
+from launch.state.run import Run, prepare
 from recipes.parts.image_files import MNIST_FILES
 from recipes.parts.permutation import Permutation
 from tests.benchmarks.report import Report, in_turns, ratios
 
 COLUMNS = {
-    **{"what": "<38", "samples": ">20,d", "memory_mb": ">11.3f", "torch_mb": ">11.3f", "seek_ms": ">10.2f", "torch_ms": ">10.2f"},
+    **{
+        "what": "<38",
+        "samples": ">20,d",
+        "memory_mb": ">11.3f",
+        "torch_mb": ">11.3f",
+        "seek_ms": ">10.2f",
+        "torch_ms": ">10.2f",
+    },
     **{"p": ">7.3f", "ratio": ">7.3f", "low": ">7.3f", "high": ">7.3f", "per_second": ">12,.0f"},
 }
 RANKS, BATCH = 8, 256
@@ -69,8 +76,10 @@ def order(size: int, with_torch: bool) -> dict[str, float]:
     middle = size // 2 // BATCH
 
     def ours() -> None:
-        cut = Cut(micro_batch_size=BATCH // RANKS, accumulation=1, rank=3, world_size=RANKS)
-        next(iter(TrainSampler(size, cut, 0, middle, middle + 10**6)))
+        batch_plan = BatchPlan(
+            micro_batch_size=BATCH // RANKS, accumulation_steps=1, rank=3, world_size=RANKS
+        )
+        next(iter(TrainSampler(size, batch_plan, 0, middle, middle + 10**6)))
 
     def theirs() -> None:
         sampler = DistributedSampler(range(size), RANKS, 3, shuffle=True)  # type: ignore[arg-type]  # only its length counts
@@ -95,16 +104,16 @@ def cost(work: Callable[[], object]) -> tuple[float, float]:
 
 def uniformity(shuffles: int, size: int = 12) -> dict[str, np.ndarray[Any, Any]]:
     """Counts that are all alike, but for chance, if every order is as likely as any other."""
-    places, neighbours = np.zeros((size, size), int), np.zeros((size, size), int)
+    sample_indices, neighbours = np.zeros((size, size), int), np.zeros((size, size), int)
     for epoch in range(shuffles):
         shuffled = Permutation(size, 0, epoch)(np.arange(size))
-        places[np.arange(size), shuffled] += 1
+        sample_indices[np.arange(size), shuffled] += 1
         # pairs of one shuffle are not independent of each other: one pair of each
         neighbours[tuple(shuffled[epoch % (size - 1) :][:2])] += 1
     # the samples of one shuffle are not independent either: one place of each
     return {
-        "uniform: first place": places[0],
-        "uniform: last place": places[-1],
+        "uniform: first place": sample_indices[0],
+        "uniform: last place": sample_indices[-1],
         "uniform: pairs of neighbours": neighbours[~np.eye(size, dtype=bool)],
         "uniform: a large set, by thousandths": large(),
     }
@@ -142,9 +151,16 @@ def write_images(folder: Path, size: int = 60_000) -> tuple[Tensor, Tensor]:
     return images, classes.long()
 
 
-def ours(folder: Path) -> Job:
+def ours(folder: Path) -> Run:
     """The run that the command line would prepare."""
-    words = ("recipe=mnist", "data.name=mnist", f"data.root={folder}", "data.augment=false", "data.val=0", "micro_batch_size=64")
+    words = (
+        "recipe=mnist",
+        "data.name=mnist",
+        f"data.root={folder}",
+        "data.augment=false",
+        "data.val=0",
+        "micro_batch_size=64",
+    )
     return prepare(resolve(words, World()), World())
 
 
@@ -163,7 +179,11 @@ def loading(rounds: int, batches: int = 100) -> dict[str, Any]:
         return (time.perf_counter() - start) / batches
 
     pairs = in_turns(lambda: timed(theirs), lambda: timed(loader), rounds)
-    return {"samples": 60_000, "per_second": 64 / sorted(b for _, b in pairs)[len(pairs) // 2], **ratios(pairs)}
+    return {
+        "samples": 60_000,
+        "per_second": 64 / sorted(b for _, b in pairs)[len(pairs) // 2],
+        **ratios(pairs),
+    }
 
 
 if __name__ == "__main__":

@@ -47,7 +47,19 @@ if "rehearse=true" in sys.argv:
 import torch
 
 from launch.cli.config import read_line
-from tests.benchmarks.gpu_rows import FAILED, LEFT_OUT, WITHOUT_FIGURE, WRONG, Bench, Row, ceilings, duels, ladders, mnist, saving
+from tests.benchmarks.gpu_rows import (
+    FAILED,
+    LEFT_OUT,
+    WITHOUT_FIGURE,
+    WRONG,
+    Bench,
+    Row,
+    ceilings,
+    duels,
+    ladders,
+    mnist,
+    saving,
+)
 from tests.benchmarks.gpu_rows.timing import release
 from tests.benchmarks.report import Report
 
@@ -59,8 +71,23 @@ SECTIONS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "mnist": mnist.rows,
 }
 COLUMNS = {
-    **{"section": "<10", "row": "<35", "batch": ">6d", "ms": ">9.2f", "raw_ms": ">9.2f", "rate": ">11,.1f", "unit": "<9"},
-    **{"gain": ">6.2f", "mfu": ">6.3f", "of_product": ">10.3f", "memory_gb": ">9.2f", "ratio": ">7.4f", "low": ">7.4f"},
+    **{
+        "section": "<10",
+        "row": "<35",
+        "batch": ">6d",
+        "ms": ">9.2f",
+        "raw_ms": ">9.2f",
+        "rate": ">11,.1f",
+        "unit": "<9",
+    },
+    **{
+        "gain": ">6.2f",
+        "mfu": ">6.3f",
+        "of_product": ">10.3f",
+        "memory_gb": ">9.2f",
+        "ratio": ">7.4f",
+        "low": ">7.4f",
+    },
     **{"high": ">7.4f", "losses": ">8.0e", "aim": "<10", "note": ""},
 }
 
@@ -69,7 +96,11 @@ def main(words: list[str]) -> int:
     """The table; returns the exit code."""
     given = {"rows": ",".join(SECTIONS), "seconds": "3", "rounds": "1", "minutes": "10", "rehearse": "false"}
     line = {**given, **read_line(words)}
-    there, rehearse, end = torch.cuda.is_available(), line["rehearse"] == "true", time.monotonic() + 60 * float(line["minutes"])
+    there, rehearse, end = (
+        torch.cuda.is_available(),
+        line["rehearse"] == "true",
+        time.monotonic() + 60 * float(line["minutes"]),
+    )
     bench = Bench(
         device="cuda:0" if there else "cpu",
         rehearse=rehearse,
@@ -107,7 +138,10 @@ def measured(row: Row, rehearse: bool) -> dict[str, Any]:
         found = {"note": f"{FAILED}: {type(error).__name__}: {first}"[:150]}
     if rehearse:
         note = found.get("note", "")
-        found = {"losses": found.get("losses"), "note": note if note.startswith(WITHOUT_FIGURE) else "rehearsal"}
+        found = {
+            "losses": found.get("losses"),
+            "note": note if note.startswith(WITHOUT_FIGURE) else "rehearsal",
+        }
     return found
 
 
@@ -116,7 +150,11 @@ def described(device: str) -> str:
     found = torch.cuda.get_device_properties(device)
     words = [found.name, f"{found.total_memory / 1e9:.1f} GB", f"CUDA {torch.version.cuda}"]
     if shutil.which("nvidia-smi"):
-        query = ["nvidia-smi", "--query-gpu=driver_version,power.limit,clocks.max.sm", "--format=csv,noheader"]
+        query = [
+            "nvidia-smi",
+            "--query-gpu=driver_version,power.limit,clocks.max.sm",
+            "--format=csv,noheader",
+        ]
         words += subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()[:1]
     return ", ".join(words)
 

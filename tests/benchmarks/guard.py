@@ -20,10 +20,10 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # its stubs forget it
 
 from launch.cli.config import read_line
-from launch.runtime.phase import Place
-from launch.runtime.rendezvous import connected, report, roll_call
+from launch.runtime.phase import Phase
+from launch.runtime.rendezvous import process_group, report, roll_call
 from launch.runtime.world import World, find_world
-from launch.watchdog.watchdog import Watch
+from launch.watchdog.watchdog import Watchdog
 
 STEP = 0.02
 """seconds"""
@@ -40,26 +40,26 @@ def roll_call_seconds(world: World, number: int) -> float:
 
 def watch_share(world: World, seconds: float) -> tuple[float, float]:
     """Processor time of the watch's threads, as a share of the time that passed, on the busiest rank; and that in steps."""
-    place = Place()
-    watch = Watch(world, place, hang_timeout=60)
+    phase = Phase()
+    watchdog = Watchdog(world, phase, hang_timeout=60)
     time.sleep(3)  # it has connected
     weight = torch.randn(512, 512)
-    before, since = used(watch), time.perf_counter()
+    before, since = used(watchdog), time.perf_counter()
     while (passed := time.perf_counter() - since) < seconds:
         until = time.perf_counter() + STEP
-        place.step += 1
-        place.at("forward")
+        phase.step += 1
+        phase.enter("forward")
         while time.perf_counter() < until:
             weight @ weight
-    share = slowest((used(watch) - before) / passed)
-    watch.close()
+    share = slowest((used(watchdog) - before) / passed)
+    watchdog.close()
     return share, share * STEP
 
 
-def used(watch: Watch) -> float:
+def used(watchdog: Watchdog) -> float:
     """Seconds of processor time that its threads have had."""
     tasks = Path("/proc/self/task")
-    numbers = [thread.native_id for thread in (watch.thread, watch.guardian)]
+    numbers = [thread.native_id for thread in (watchdog.thread, watchdog.store_guard)]
     return sum(int((tasks / str(number) / "schedstat").read_text().split()[0]) for number in numbers) / 1e9
 
 
@@ -73,14 +73,18 @@ def slowest(seconds: float) -> float:
 def main(words: list[str]) -> None:
     """The table."""
     line = {"seconds": "20", "rounds": "10", **read_line(words)}
-    with connected(find_world(os.environ)) as world:
+    with process_group(find_world(os.environ)) as world:
         times = [roll_call_seconds(world, number) for number in range(int(line["rounds"]))]
         share, each = watch_share(world, float(line["seconds"]))
         if world.rank == 0:
-            print(f"torch {torch.__version__}, {world.world_size} ranks, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
+            print(
+                f"torch {torch.__version__}, {world.world_size} ranks, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+            )
             print(f"roll-call, the first     {times[0] * 1e3:8.1f} ms")
             print(f"roll-call, median after  {median(times[1:]) * 1e3:8.1f} ms")
-            print(f"watch                    {each * 1e6:8.1f} us of a step of {STEP * 1e3:.0f} ms: {share:.3%}")
+            print(
+                f"watch                    {each * 1e6:8.1f} us of a step of {STEP * 1e3:.0f} ms: {share:.3%}"
+            )
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from launch.checkpoint.directory import committed, step_of
-from launch.checkpoint.manifest import Damaged
+from launch.checkpoint.directory import list_checkpoints, step_of
+from launch.checkpoint.manifest import DamagedCheckpoint
 from launch.checkpoint.reader import Checkpoint
 from launch.cli.config import read_line
 from launch.equivalence.common import environment
@@ -30,8 +30,8 @@ from launch.equivalence.subprocesses import (
     is_saving,
     last_step,
     lines_of,
-    live,
     resumed_at,
+    run_process,
     saved_step,
     step_seconds,
 )
@@ -61,14 +61,24 @@ START = 12.0
 def main(words: list[str]) -> int:
     """The table; returns the exit code."""
     line = {"kills": "30", "ranks": "2", "strategy": "fsdp", "seed": "0", **read_line(words)}
-    kills, layout, draw = int(line["kills"]), Layout(line["strategy"], int(line["ranks"])), random.Random(int(line["seed"]))
+    kills, layout, draw = (
+        int(line["kills"]),
+        Layout(line["strategy"], int(line["ranks"])),
+        random.Random(int(line["seed"])),
+    )
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="kills-") as folder:
         whole, killed = Path(folder) / "whole", Path(folder) / "killed"
         asked = [*WORDS, f"eval.every={kills * STEPS_A_KILL}", f"steps={kills * STEPS_A_KILL}"]
-        one_life = partial(live, asked, layout, environment=environment(layout.ranks))
-        problems = [f"the run that nobody killed: {ended.trouble}"] if (ended := one_life(run_dir=whole)).trouble else []
-        print(f"{layout}, {kills * STEPS_A_KILL} steps, a checkpoint every {EVERY}; without kills: {ended.seconds:.0f} s")
+        one_life = partial(run_process, asked, layout, environment=environment(layout.ranks))
+        problems = (
+            [f"the run that nobody killed: {ended.trouble}"]
+            if (ended := one_life(run_dir=whole)).trouble
+            else []
+        )
+        print(
+            f"{layout}, {kills * STEPS_A_KILL} steps, a checkpoint every {EVERY}; without kills: {ended.seconds:.0f} s"
+        )
         print("kill  started from  at step  in a save  newest whole  steps lost  seconds", flush=True)
         saves = lost = done = 0
         while not problems and done < kills:
@@ -76,7 +86,9 @@ def main(words: list[str]) -> int:
             moment = partial(watched, killed, seen, aim(killed, draw, before))
             ended = one_life(run_dir=killed, kill_when=moment)
             if ended.how != "killed":
-                problems.append(f"kill {done + 1} came too late: the run had ended ({ended.trouble or 'in order'})")
+                problems.append(
+                    f"kill {done + 1} came too late: the run had ended ({ended.trouble or 'in order'})"
+                )
                 problems += ended.last_words() if ended.trouble else []
                 break
             done += 1
@@ -84,16 +96,22 @@ def main(words: list[str]) -> int:
             saved, made = saved_step(killed), made_steps(killed, ended.began)
             step, saving = (last_step(killed), is_saving(killed)) if made else (before, False)
             saves, lost = saves + saving, lost + step - saved
-            numbers = f"{done:>4}{before:>14}{step:>9}{'yes' if saving else '':>11}{saved:>14}{step - saved:>12}"
+            numbers = (
+                f"{done:>4}{before:>14}{step:>9}{'yes' if saving else '':>11}{saved:>14}{step - saved:>12}"
+            )
             print(f"{numbers}{ended.seconds:>9.1f}", flush=True)
         if not problems:
             before = saved_step(killed)
             ended = one_life(run_dir=killed)
-            problems = [ended.trouble, *ended.last_words()] if ended.trouble else wrong_start(killed, ended, before)
+            problems = (
+                [ended.trouble, *ended.last_words()] if ended.trouble else wrong_start(killed, ended, before)
+            )
             problems += [] if problems else differences(whole, killed)
     print(*problems, sep="\n")
     verdict = "anything but equal" if problems else "all losses, norms, scores and final weights bit-equal"
-    print(f"{done} kills, {saves} of them during a save, {lost} steps made again, {time.monotonic() - start:.0f} s: {verdict}")
+    print(
+        f"{done} kills, {saves} of them during a save, {lost} steps made again, {time.monotonic() - start:.0f} s: {verdict}"
+    )
     return int(bool(problems))
 
 
@@ -107,7 +125,9 @@ def aim(run_dir: Path, draw: random.Random, before: int) -> Callable[[], bool]:
     def moment() -> bool:
         if kind == "clock":
             return time.time() > end
-        if last_step(run_dir) < step or not made_steps(run_dir, began):  # what the life before left says nothing
+        if last_step(run_dir) < step or not made_steps(
+            run_dir, began
+        ):  # what the life before left says nothing
             return False
         if kind == "save":
             return is_saving(run_dir)
@@ -119,23 +139,23 @@ def aim(run_dir: Path, draw: random.Random, before: int) -> Callable[[], bool]:
 
 def watched(run_dir: Path, seen: set[int], moment: Callable[[], bool]) -> bool:
     """`moment`, and on the way note which checkpoints there are."""
-    seen.update(map(step_of, committed(run_dir)))
+    seen.update(map(step_of, list_checkpoints(run_dir)))
     return moment()
 
 
 def wrong_after(run_dir: Path, life: Ended, before: int, seen: set[int]) -> list[str]:
     """What a kill has left that should not be, in words."""
     problems = wrong_start(run_dir, life, before) if made_steps(run_dir, life.began) else []
-    there = [step_of(path) for path in committed(run_dir)]
+    there = [step_of(path) for path in list_checkpoints(run_dir)]
     for step in seen - set(there):
         if sum(other > step for other in there) < KEEP:
             problems.append(f"the checkpoint of step {step} was committed and is gone; there are {there}")
     if there:
         try:
-            with Checkpoint(committed(run_dir)[-1]) as newest:
+            with Checkpoint(list_checkpoints(run_dir)[-1]) as newest:
                 newest.verify_sizes()
                 newest.verify()
-        except Damaged as error:
+        except DamagedCheckpoint as error:
             problems.append(str(error))
     return problems
 
@@ -143,7 +163,11 @@ def wrong_after(run_dir: Path, life: Ended, before: int, seen: set[int]) -> list
 def wrong_start(run_dir: Path, life: Ended, before: int) -> list[str]:
     """Whether a life did not start from the newest checkpoint, in words."""
     found = resumed_at(run_dir, life)
-    return [] if found == before else [f"started from step {found}, though the checkpoint of step {before} was committed"]
+    return (
+        []
+        if found == before
+        else [f"started from step {found}, though the checkpoint of step {before} was committed"]
+    )
 
 
 def made_steps(run_dir: Path, began: float) -> bool:
@@ -161,5 +185,5 @@ def differences(whole: Path, killed: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `live` then leaves no process behind
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `run_process` then leaves no process behind
     sys.exit(main(sys.argv[1:]))

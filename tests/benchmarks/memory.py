@@ -46,7 +46,13 @@ BATCH = 32
 
 def main(words: list[str]) -> None:
     """The table; the ratio is of the whole, base included."""
-    given = {"rounds": "3", "steps": "4", "strategies": "single,ddp,fsdp,zero2,zero3", "layers": "6", "width": "2048"}
+    given = {
+        "rounds": "3",
+        "steps": "4",
+        "strategies": "single,ddp,fsdp,zero2,zero3",
+        "layers": "6",
+        "width": "2048",
+    }
     line = {**given, **read_line(words)}
     report = Report(line.get("json"), COLUMNS)
     for strategy in line["strategies"].split(","):
@@ -56,7 +62,13 @@ def main(words: list[str]) -> None:
             pairs = in_turns(partial(peak, theirs, said), partial(peak, ours, said), int(line["rounds"]))
             by_hand, rankzero = (statistics.median(column) / 1e6 for column in zip(*pairs, strict=True))
             sizes = {"base_mb": base / 1e6, "by_hand_mb": by_hand, "rankzero_mb": rankzero}
-            report.row(strategy=strategy, what=what, **sizes, **ratios(pairs), aim="<= 1.01" if what == "training" else None)
+            report.row(
+                strategy=strategy,
+                what=what,
+                **sizes,
+                **ratios(pairs),
+                aim="<= 1.01" if what == "training" else None,
+            )
 
 
 def peak(side: str, said: list[str]) -> int:
@@ -101,7 +113,9 @@ def rank(side: str, folder: Path, said: dict[str, str]) -> int:
         import_deepspeed()
     recipe = Dense(width=int(said["width"]), layers=int(said["layers"]), samples=BATCH, adam=True)
     if side.startswith("by_hand"):
-        by_hand.train(recipe, strategy, BATCH, int(said["steps"]), folder if side == "by_hand_saved" else None)
+        by_hand.train(
+            recipe, strategy, BATCH, int(said["steps"]), folder if side == "by_hand_saved" else None
+        )
     elif side != "base":
         ours(recipe, said, folder / "run", save=side == "run")
     if torch.cuda.is_available():
@@ -113,12 +127,12 @@ def ours(recipe: Recipe, said: dict[str, str], run_dir: Path, save: bool) -> Non
     """As `launch.training.trainer` does it."""
     from launch.cli.config import Config
     from launch.cli.resolve import Settings
-    from launch.reporting.console import Screen
-    from launch.reporting.metrics import Record
-    from launch.runtime.rendezvous import connected
+    from launch.reporting.console import Console
+    from launch.reporting.metrics import Metrics
+    from launch.runtime.rendezvous import process_group
     from launch.runtime.world import find_world
     from launch.state.run import prepare
-    from launch.training import trainer as session
+    from launch.training import trainer
     from launch.training.loop import train
 
     world = find_world(os.environ)
@@ -127,14 +141,14 @@ def ours(recipe: Recipe, said: dict[str, str], run_dir: Path, save: bool) -> Non
     config.strategy = said["strategy"]  # type: ignore[assignment]  # one of them
     settings = Settings(config, recipe)
     if save:
-        session.run(settings, world, run_dir)
+        trainer.run(settings, world, run_dir)
         return
-    with connected(world, config.strategy) as world:
-        job = prepare(settings, world)
+    with process_group(world, config.strategy) as world:
+        run = prepare(settings, world)
         run_dir.mkdir(exist_ok=True)
-        record = Record(job, run_dir, {}, Screen(speaks=False))
-        record.saver.reserve = record.checkpoint = lambda: None  # type: ignore[method-assign]
-        train(job, record)
+        metrics = Metrics(run, run_dir, {}, Console(speaks=False))
+        metrics.checkpoint_writer.reserve = metrics.checkpoint = lambda: None  # type: ignore[method-assign]
+        train(run, metrics)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,12 @@ COLUMNS = {
 
 def main(words: list[str]) -> None:
     """The table; `low` and `high` are the quartiles of the ratio, `losses` how far apart they are at most."""
-    given = {"rounds": "10", "steps": "200", "strategies": "single,ddp,fsdp,zero2,zero3", "workloads": "mlp,cnn,gpt"}
+    given = {
+        "rounds": "10",
+        "steps": "200",
+        "strategies": "single,ddp,fsdp,zero2,zero3",
+        "workloads": "mlp,cnn,gpt",
+    }
     line = {**given, "modes": "bare,defaults", "contestants": ",".join(CONTESTANTS), **read_line(words)}
     report = Report(line.get("json"), COLUMNS)
     with nullcontext(line["keep"]) if "keep" in line else tempfile.TemporaryDirectory() as folder:
@@ -58,8 +63,15 @@ def main(words: list[str]) -> None:
             port = free_port()
             for workload, mode in product(line["workloads"].split(","), line["modes"].split(",")):
                 row = {"strategy": strategy, "workload": workload, "mode": mode, "contestant": name}
-                asked = {"rounds": int(line["rounds"]), "steps": int(line["steps"]), "port": port, "folder": folder}
-                found = fight(Duel(name=name, strategy=strategy, workload=workload, bare=mode == "bare", **asked))
+                asked = {
+                    "rounds": int(line["rounds"]),
+                    "steps": int(line["steps"]),
+                    "port": port,
+                    "folder": folder,
+                }
+                found = fight(
+                    Duel(name=name, strategy=strategy, workload=workload, bare=mode == "bare", **asked)
+                )
                 report.row(**row, **found)
                 if "ratio" not in found and "losses" not in found:
                     break  # it would not do better on the next workload
@@ -69,7 +81,9 @@ def main(words: list[str]) -> None:
 def fight(duel: Duel) -> dict[str, Any]:
     """The rest of the row."""
     try:
-        pairs, apart, held = run_ranks(1 if duel.strategy == "single" else 2, compare, duel, timeout=3600.0)[0]
+        pairs, apart, held = run_ranks(1 if duel.strategy == "single" else 2, compare, duel, timeout=3600.0)[
+            0
+        ]
     except RanksFailed as failed:
         return {"note": f"left out: {next(iter(failed.errors.values())).strip().splitlines()[-1]}"[:150]}
     expected = "whole" if duel.strategy in ("single", "ddp") else duel.strategy

@@ -45,7 +45,12 @@ class Report:
         print(
             f"{said}  {os.environ.get('OMP_NUM_THREADS', 'all')} thread(s), {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
         )
-        self.facts = {"command": " ".join(sys.argv), "machine": machine(), "versions": made_with, "git": git_revision()}
+        self.facts = {
+            "command": " ".join(sys.argv),
+            "machine": machine(),
+            "versions": made_with,
+            "git": git_revision(),
+        }
         print(" ".join(f"{name:{plain(form)}}" for name, form in columns.items()), flush=True)
 
     def row(self, **values: Any) -> None:
@@ -69,7 +74,9 @@ def plain(form: str) -> str:
 def machine() -> dict[str, Any]:
     """Of what kind it is, not which one."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+    model = next(
+        (line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine()
+    )
     return {
         "processor": model,
         "cores": os.cpu_count(),

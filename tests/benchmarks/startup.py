@@ -32,7 +32,14 @@ from tests.launch.processes import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 COLUMNS = {
-    **{"what": "<40", "rankzero": ">9.3f", "by_hand": ">9.3f", "ratio": ">8.3f", "low": ">8.3f", "high": ">8.3f"},
+    **{
+        "what": "<40",
+        "rankzero": ">9.3f",
+        "by_hand": ">9.3f",
+        "ratio": ">8.3f",
+        "low": ">8.3f",
+        "high": ">8.3f",
+    },
     **{"aim": ">9", "parts": ""},
 }
 BATCH = 64
@@ -43,7 +50,11 @@ def main(words: list[str]) -> None:
     line = {"rounds": "10", "recipes": "mnist,gpt", **read_line(words)}
     rounds = int(line["rounds"])
     report = Report(line.get("json"), COLUMNS)
-    imports = in_turns(partial(processor, "import torch"), partial(processor, "import launch.run; launch.run.session()"), rounds)
+    imports = in_turns(
+        partial(processor, "import torch"),
+        partial(processor, "import launch.run; launch.run.session()"),
+        rounds,
+    )
     report.row(what="imports, against `import torch`", **row(imports), aim="<= 1.05")
     for recipe in line["recipes"].split(","):
         for ranks in (1, 2):

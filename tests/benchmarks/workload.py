@@ -17,10 +17,10 @@ from torch.utils.data import TensorDataset
 
 from launch.cli.config import CheckpointOptions, Config
 from launch.cli.resolve import Settings
-from launch.reporting.console import Screen
-from launch.reporting.metrics import Record
+from launch.reporting.console import Console
+from launch.reporting.metrics import Metrics
 from launch.runtime.world import World
-from launch.state.run import Job, prepare
+from launch.state.run import Run, prepare
 from recipes.base import Recipe
 from recipes.parts.data import Batch, Splits
 
@@ -40,7 +40,9 @@ class Dense(Recipe):
 
     def build_model(self) -> nn.Module:
         """Linear layers and ReLU."""
-        return nn.Sequential(*[m for _ in range(self.layers) for m in (nn.Linear(self.width, self.width), nn.ReLU())])
+        return nn.Sequential(
+            *[m for _ in range(self.layers) for m in (nn.Linear(self.width, self.width), nn.ReLU())]
+        )
 
     def build_optimizer(self, model: nn.Module) -> Optimizer:
         """Plain SGD, or Adam with two more tensors a parameter."""
@@ -58,13 +60,17 @@ class Dense(Recipe):
 
 
 @contextmanager
-def prepared(recipe: Dense, **checkpoint: Any) -> Iterator[tuple[Job, Record]]:
+def prepared(recipe: Dense, **checkpoint: Any) -> Iterator[tuple[Run, Metrics]]:
     """A run of `recipe` that never ends by itself."""
     config = Config(
-        recipe="dense", strategy="single", batch_size=recipe.samples, steps=10**9, checkpoint=CheckpointOptions(**checkpoint)
+        recipe="dense",
+        strategy="single",
+        batch_size=recipe.samples,
+        steps=10**9,
+        checkpoint=CheckpointOptions(**checkpoint),
     )
-    job = prepare(Settings(config, recipe), World())
+    run = prepare(Settings(config, recipe), World())
     with tempfile.TemporaryDirectory() as folder:
-        record = Record(job, Path(folder), {}, Screen(speaks=False))
-        yield job, record
-        record.settle()
+        metrics = Metrics(run, Path(folder), {}, Console(speaks=False))
+        yield run, metrics
+        metrics.finish()

@@ -15,10 +15,22 @@ from launch.checkpoint.tensor_file import layout
 from launch.checkpoint.tensors import NAMES
 from launch.commands import ckpt
 from launch.runtime.files import write_hashed
-from strategies.shards import share
+from strategies.shards import slice_for_rank
 
-CONFIG = {"recipe": "gpt", "strategy": "ddp", "seed": 0, "checkpoint": {"keep": 2, "best": False}, "optim": {"lr": 0.1}}
-GROUPS = [{"optimizer": "AdamW", "parameters": ["weight", "bias"], "settings": {"weight_decay": 0.1, "betas": [0.9, 0.95]}}]
+CONFIG = {
+    "recipe": "gpt",
+    "strategy": "ddp",
+    "seed": 0,
+    "checkpoint": {"keep": 2, "best": False},
+    "optim": {"lr": 0.1},
+}
+GROUPS = [
+    {
+        "optimizer": "AdamW",
+        "parameters": ["weight", "bias"],
+        "settings": {"weight_decay": 0.1, "betas": [0.9, 0.95]},
+    }
+]
 
 
 def write_checkpoint(
@@ -48,14 +60,18 @@ def write_checkpoint(
         }
     )
     for name, tensor in tensors.items():
-        manifest.tensors[name] = TensorEntry(dtype=NAMES[tensor.dtype], shape=list(tensor.shape), cuts=[0], files=[], offsets=[])
+        manifest.tensors[name] = TensorEntry(
+            dtype=NAMES[tensor.dtype], shape=list(tensor.shape), cuts=[0], files=[], offsets=[]
+        )
     for rank in range(ranks):
         held = {}
         for name, tensor in tensors.items():
-            start, stop = share(tensor.numel(), rank, ranks)
+            start, stop = slice_for_rank(tensor.numel(), rank, ranks)
             if stop > start:
                 held[name] = tensor.contiguous().view(-1)[start:stop]
-        header, placed, _ = layout({name: (NAMES[part.dtype], tuple(part.shape)) for name, part in held.items()})
+        header, placed, _ = layout(
+            {name: (NAMES[part.dtype], tuple(part.shape)) for name, part in held.items()}
+        )
         path = folder / f"rank-{rank:05d}.safetensors"
         content = (memoryview(held[name].view(torch.uint8).numpy()) for name in placed)
         digest = write_hashed(path, [header, *content])
@@ -69,7 +85,9 @@ def write_checkpoint(
     return folder
 
 
-def write_run(run_dir: Path, tensors: Mapping[str, Tensor], *, steps: tuple[int, ...] = (10, 20, 30), **more: Any) -> Path:
+def write_run(
+    run_dir: Path, tensors: Mapping[str, Tensor], *, steps: tuple[int, ...] = (10, 20, 30), **more: Any
+) -> Path:
     """A run with a checkpoint for each of `steps`. Returns `run_dir`."""
     for step in steps:
         write_checkpoint(run_dir / "checkpoints" / f"step-{step:08d}", tensors, step=step, **more)

@@ -50,7 +50,10 @@ class Host:
         return [
             process
             for process in psutil.process_iter()
-            if mine and network_of(process.pid) == mine and process.pid != self.holder and not is_zombie(process)
+            if mine
+            and network_of(process.pid) == mine
+            and process.pid != self.holder
+            and not is_zombie(process)
         ]
 
     def kill(self) -> None:
@@ -94,17 +97,19 @@ def two_hosts(folder: Path, files: Mapping[str, str] | None = None, rate: str = 
     try:
         for number, (name, text) in enumerate((files or {"n1": KNOWN, "n2": KNOWN}).items(), 1):
             (folder / name).write_text(f"127.0.0.1 localhost\n{text}")
-            script = (
-                f"hostname {name} && ip link set lo up && mount --bind {folder / name} /etc/hosts && echo up && exec sleep 300"
-            )
+            script = f"hostname {name} && ip link set lo up && mount --bind {folder / name} /etc/hosts && echo up && exec sleep 300"
             made = ["unshare", "--net", "--uts", "--mount", "sh", "-c", script]
-            holders.append(subprocess.Popen(made, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+            holders.append(
+                subprocess.Popen(made, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            )
             answer = holders[-1].stdout
             assert answer is not None
             if (said := answer.readline()) != "up\n":
                 pytest.skip(f"no namespace can be made here: {said}")
             hosts.append(Host(name, f"10.9.9.{number}", holders[-1].pid))
-        cable = "ip link add eth0 netns {} type veth peer name eth0 netns {}".format(*(host.holder for host in hosts))
+        cable = "ip link add eth0 netns {} type veth peer name eth0 netns {}".format(
+            *(host.holder for host in hosts)
+        )
         subprocess.run(cable.split(), check=True)
         for host in hosts:
             host.run(f"ip addr add {host.address}/24 dev eth0")
@@ -120,11 +125,18 @@ def two_hosts(folder: Path, files: Mapping[str, str] | None = None, rate: str = 
             holder.communicate()
 
 
-def start_on(host: Host, words: Sequence[str], cwd: Path, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+def start_on(
+    host: Host, words: Sequence[str], cwd: Path, env: Mapping[str, str] | None = None
+) -> subprocess.Popen[str]:
     """Start python with `words` on a host, in a process group of its own, without what a launcher around the tests has set."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
     return subprocess.Popen(
-        [*host.inside, f"--wd={cwd}", sys.executable, *words],  # a change of the mount namespace goes to the root folder
+        [
+            *host.inside,
+            f"--wd={cwd}",
+            sys.executable,
+            *words,
+        ],  # a change of the mount namespace goes to the root folder
         cwd=cwd,
         env={**clean, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", MARK: str(cwd), **(env or {})},
         stdout=subprocess.PIPE,
@@ -137,4 +149,7 @@ def start_on(host: Host, words: Sequence[str], cwd: Path, env: Mapping[str, str]
 def by_hand(rank: int, address: str, port: int) -> dict[str, str]:
     """What a launcher of two nodes sets."""
     places = {"RANK": rank, "GROUP_RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-    return {name: str(value) for name, value in places.items()} | {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+    return {name: str(value) for name, value in places.items()} | {
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+    }

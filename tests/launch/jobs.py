@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from launch.cli.resolve import resolve
-from launch.data.loader import Draws, places
-from launch.reporting.console import Screen
-from launch.reporting.metrics import Record
+from launch.data.loader import SampleIndices, sample_indices
+from launch.reporting.console import Console
+from launch.reporting.metrics import Metrics
 from launch.runtime.versions import versions
 from launch.runtime.world import World
-from launch.state.run import Job, prepare
+from launch.state.run import Run, prepare
 from launch.training.loop import train
 from launch.watchdog.consensus import PERIOD
 from tests import ranks
@@ -24,33 +24,36 @@ Draw = tuple[int, int]
 """(epoch, index): one sample of the stream"""
 
 
-def job_of(place: ranks.World, recipe: str, *words: str) -> Job:
+def job_of(phase: ranks.World, recipe: str, *words: str) -> Run:
     """The run that the command line describes, of a recipe of `tests.launch.tiny`, on this rank."""
-    return made(place, f"recipe=tests.launch.tiny:{recipe}", "workers=0", *words)
+    return made(phase, f"recipe=tests.launch.tiny:{recipe}", "workers=0", *words)
 
 
-def made(place: ranks.World, *words: str) -> Job:
+def made(phase: ranks.World, *words: str) -> Run:
     """The run that the command line `words` describes, on this rank."""
-    world = world_of(place)
+    world = world_of(phase)
     return prepare(resolve(list(words), world), world)
 
 
-def world_of(place: ranks.World) -> World:
+def world_of(phase: ranks.World) -> World:
     """The place as a run knows it."""
     return World(
-        rank=place.rank, local_rank=place.local_rank, world_size=place.world_size, local_world_size=place.local_world_size
+        rank=phase.rank,
+        local_rank=phase.local_rank,
+        world_size=phase.world_size,
+        local_world_size=phase.local_world_size,
     )
 
 
-def trained(job: Job, folder: Path, period: float = PERIOD) -> Job:
+def trained(run: Run, folder: Path, period: float = PERIOD) -> Run:
     """The job after `launch.training.loop.train`, its record in `folder`. `period`: as the ranks agree, between steps, in seconds."""
-    if job.world.rank == 0:
+    if run.world.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-    record = Record(job, folder, versions(), Screen(False))
-    record.agreement.period = period
-    train(job, record)
-    record.settle()
-    return job
+    metrics = Metrics(run, folder, versions(), Console(False))
+    metrics.consensus.period = period
+    train(run, metrics)
+    metrics.finish()
+    return run
 
 
 def undisturbed(folder: Path, *words: str, ranks: int = 1) -> list[float]:
@@ -59,8 +62,8 @@ def undisturbed(folder: Path, *words: str, ranks: int = 1) -> list[float]:
     return series(folder)
 
 
-def straight(place: ranks.World, folder: Path, words: tuple[str, ...]) -> None:
-    trained(made(place, *words, "workers=0"), folder)
+def straight(phase: ranks.World, folder: Path, words: tuple[str, ...]) -> None:
+    trained(made(phase, *words, "workers=0"), folder)
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:
@@ -80,9 +83,9 @@ def alone() -> ranks.World:
 
 def draws(size: int, seed: int, start: int, stop: int) -> list[Draw]:
     """The samples at positions [start, stop) of the stream over a data set of `size` samples."""
-    return pairs(np.stack(places(size, seed, np.arange(start, stop))))
+    return pairs(np.stack(sample_indices(size, seed, np.arange(start, stop))))
 
 
-def pairs(draws: Draws) -> list[Draw]:
+def pairs(draws: SampleIndices) -> list[Draw]:
     """Sample by sample."""
     return [(epoch, index) for epoch, index in draws.T.tolist()]

@@ -48,7 +48,13 @@ class Ended:
 
 def command(*words: str, ranks: int = 0, run: Path = RUN, restarts: int = 0) -> list[str]:
     """The command line; with `ranks` under torchrun, on a port that nobody else has."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", f"--max-restarts={restarts}"]
+    torchrun = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={ranks}",
+        f"--max-restarts={restarts}",
+    ]
     launcher = torchrun if ranks else []
     return [sys.executable, *launcher, str(run), *words]
 
@@ -81,7 +87,9 @@ def finish(process: subprocess.Popen[str], timeout: float = 60.0) -> Ended:
     return Ended(process.returncode, out, err, time.monotonic() - since, spent() - before)
 
 
-def call(*words: str, cwd: Path, ranks: int = 0, env: Mapping[str, str] | None = None, timeout: float = 60.0) -> Ended:
+def call(
+    *words: str, cwd: Path, ranks: int = 0, env: Mapping[str, str] | None = None, timeout: float = 60.0
+) -> Ended:
     """Run the command to its end."""
     return finish(start(*words, cwd=cwd, ranks=ranks, env=env), timeout)
 

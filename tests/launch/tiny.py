@@ -66,7 +66,9 @@ class Fit(Regression):
     """adamw, or sgd with two groups, the second at half the learning rate"""
 
     def build_data(self) -> Splits:
-        return Splits(train=Points(self.size, noise=self.noise), val=Points(self.held_out) if self.held_out else None)
+        return Splits(
+            train=Points(self.size, noise=self.noise), val=Points(self.held_out) if self.held_out else None
+        )
 
     def build_model(self) -> nn.Module:
         return network(self.dropout, self.batchnorm)
@@ -112,7 +114,7 @@ class Masked(Fit):
         loss: Tensor = ((model(inputs) - targets).square() * weights).sum()
         return loss
 
-    def count(self, batch: Any) -> Tensor:
+    def num_items(self, batch: Any) -> Tensor:
         count: Tensor = (batch[0] > 0).sum()
         return count
 
@@ -121,7 +123,7 @@ class Masked(Fit):
 class Broken(Fit):
     """Goes wrong on one rank in one step, the way that `fail` says."""
 
-    may_change: ClassVar[tuple[str, ...]] = ("fail", "fail_rank", "pause")
+    resume_may_change: ClassVar[tuple[str, ...]] = ("fail", "fail_rank", "pause")
 
     fail: str = "no"
     """raise, nan (loss), gradient (NaN, of a finite loss)"""
@@ -184,7 +186,9 @@ class Greedy(Fit):
     gigabytes: float = 1.0
 
     def build_model(self) -> nn.Module:
-        resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 5 * 2**30, resource.RLIM_INFINITY))
+        resource.setrlimit(
+            resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 5 * 2**30, resource.RLIM_INFINITY)
+        )
         return super().build_model()
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
@@ -208,17 +212,24 @@ class Pair(Fit):
         return {"student": self.build_model, "judge": lambda: nn.Linear(FEATURES, 1)}
 
     def optimizers(self) -> Mapping[str, Any]:
-        return {name: lambda model: torch.optim.SGD(model.parameters(), lr=self.lr) for name in ("student", "judge")}
+        return {
+            name: lambda model: torch.optim.SGD(model.parameters(), lr=self.lr)
+            for name in ("student", "judge")
+        }
 
     def losses(self) -> Mapping[str, Any]:
         def student(models: dict[str, nn.Module], batch: Any) -> Tensor:
             inputs, targets = batch
-            loss: Tensor = (models["student"](inputs) - targets).square().sum() + models["judge"](inputs).square().sum()
+            loss: Tensor = (models["student"](inputs) - targets).square().sum() + models["judge"](
+                inputs
+            ).square().sum()
             return loss
 
         def judge(models: dict[str, nn.Module], batch: Any) -> Tensor:
             inputs, targets = batch
-            loss: Tensor = (models["judge"](inputs) - (models["student"](inputs) - targets).abs()).square().sum()
+            loss: Tensor = (
+                (models["judge"](inputs) - (models["student"](inputs) - targets).abs()).square().sum()
+            )
             return loss
 
         return {"judge": judge, "student": student}

@@ -65,7 +65,10 @@ def test_importing_the_recipes_imports_neither_torch_nor_numpy() -> None:
 def test_checking_a_recipe_imports_no_torch() -> None:
     lines = ["import sys"]
     for module in RECIPES.values():
-        lines += [f"import {module} as m", "[c().check() for c in vars(m).values() if getattr(c, '__module__', 0) == m.__name__"]
+        lines += [
+            f"import {module} as m",
+            "[c().check() for c in vars(m).values() if getattr(c, '__module__', 0) == m.__name__",
+        ]
         lines[-1] += " and hasattr(c, 'build_data')]"
     lines.append("assert not {'torch', 'numpy', 'sklearn'} & set(sys.modules), 'imported'")
     subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=ROOT, check=True, timeout=60)
@@ -79,7 +82,11 @@ def test_a_recipe_is_a_short_file_that_declares(name: str) -> None:
         imported = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         imported += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         assert not {module.split(".")[0] for module in imported} & {"launch", "strategies"}
-        assert not isinstance(node, ast.Call) or getattr(node.func, "attr", "") not in ("backward", "step", "zero_grad")
+        assert not isinstance(node, ast.Call) or getattr(node.func, "attr", "") not in (
+            "backward",
+            "step",
+            "zero_grad",
+        )
 
 
 @each
@@ -95,7 +102,11 @@ def test_every_field_has_a_line_of_help(name: str) -> None:
                 if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
                     kind = get_type_hints(base).get(node.target.id)
                     documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-                    if node.target.id in {item.name for item in fields(base)} and not is_dataclass(kind) and not documented:
+                    if (
+                        node.target.id in {item.name for item in fields(base)}
+                        and not is_dataclass(kind)
+                        and not documented
+                    ):
                         found.append(f"{base.__name__}.{node.target.id}")
                     if isinstance(kind, type) and is_dataclass(kind):
                         found += undocumented(kind)
@@ -129,7 +140,7 @@ def test_the_loss_is_a_sum(name: str) -> None:
         torch.manual_seed(1)
         halves = value(0, 4) + value(4, 8)
         assert whole == pytest.approx(halves, rel=1e-5)
-    assert int(recipe.count(batch)) == 2 * int(recipe.count(cut(batch, 0, 4)))
+    assert int(recipe.num_items(batch)) == 2 * int(recipe.num_items(cut(batch, 0, 4)))
 
 
 @each
@@ -175,14 +186,16 @@ def test_evaluation_gives_the_loss_and_feeds_the_metrics(name: str) -> None:
     recipe = recipe_of(name)
     batch = batch_of(recipe, 6)
     models = {key: model.eval() for key, model in build(recipe).items()}
-    losses, outcome = recipe.score(models, batch)
+    losses, outcome = recipe.eval_step_models(models, batch)
     assert set(losses) == set(recipe.losses())
     metrics = recipe.metrics()
-    assert recipe.objective == "loss" or recipe.objective in metrics
-    assert recipe.objective_mode in ("min", "max")
+    assert recipe.monitor == "loss" or recipe.monitor in metrics
+    assert recipe.monitor_mode in ("min", "max")
     assert (outcome is None) == (not metrics)
     if outcome is not None:
-        assert float(losses["model"].detach()) == pytest.approx(float(recipe.loss(models["model"], batch).detach()))
+        assert float(losses["model"].detach()) == pytest.approx(
+            float(recipe.loss(models["model"], batch).detach())
+        )
         for metric in metrics.values():
             metric.update(*outcome)
             assert metric.compute().isfinite().all()
@@ -201,9 +214,12 @@ def test_the_same_seed_builds_the_same_models_and_training_moves_them(name: str)
         optimizer = recipe.optimizers()[key](models[key])
         for _ in range(2):  # what stands before a gain of zero moves in the second step
             optimizer.zero_grad()
-            (loss(models, batch) / int(recipe.count(batch))).backward()
+            (loss(models, batch) / int(recipe.num_items(batch))).backward()
             optimizer.step()
-        moved = [not torch.equal(a, b) for a, b in zip(models[key].parameters(), before[key].parameters(), strict=True)]
+        moved = [
+            not torch.equal(a, b)
+            for a, b in zip(models[key].parameters(), before[key].parameters(), strict=True)
+        ]
         assert all(moved)
 
 

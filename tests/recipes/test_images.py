@@ -79,7 +79,11 @@ def test_signed_images_lie_between_minus_one_and_one() -> None:
 
 def test_image_size_is_what_the_model_gets() -> None:
     options = Images(image_size=20)
-    assert sample(options.build().train)[0].shape == (options.channels, options.pixels, options.pixels) == (1, 20, 20)
+    assert (
+        sample(options.build().train)[0].shape
+        == (options.channels, options.pixels, options.pixels)
+        == (1, 20, 20)
+    )
 
 
 # synthetic ------------------------------------------------------------------------------------------------------------
@@ -104,7 +108,11 @@ def test_synthetic_images_are_a_function_of_the_index() -> None:
 
 
 def idx(array: np.ndarray[Any, Any]) -> bytes:
-    return bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape) + array.tobytes()
+    return (
+        bytes([0, 0, 8, array.ndim])
+        + b"".join(size.to_bytes(4, "big") for size in array.shape)
+        + array.tobytes()
+    )
 
 
 def write_mnist(folder: Path, packed: bool) -> None:
@@ -225,7 +233,12 @@ def test_imagefolder_with_other_classes_in_val_is_refused(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("name", "fix"), [("mnist", "MNIST/raw/train-images"), ("cifar10", "cifar-10-batches-py/"), ("imagefolder", "train/CLASS")]
+    ("name", "fix"),
+    [
+        ("mnist", "MNIST/raw/train-images"),
+        ("cifar10", "cifar-10-batches-py/"),
+        ("imagefolder", "train/CLASS"),
+    ],
 )
 def test_an_absent_folder_is_one_line_that_says_what_to_give(tmp_path: Path, name: Any, fix: str) -> None:
     for root in (tmp_path / "nowhere", tmp_path):

@@ -30,7 +30,9 @@ def train(recipe: Recipe, *, epochs: int | None = None, steps: int | None = None
         for module in model.modules() if hasattr(model, "init_weights") else ():
             model.init_weights(module)
     optimizers = {name: build(models[name]) for name, build in recipe.optimizers().items()}
-    rates = {name: [group["lr"] for group in optimizer.param_groups] for name, optimizer in optimizers.items()}
+    rates = {
+        name: [group["lr"] for group in optimizer.param_groups] for name, optimizer in optimizers.items()
+    }
     batch_size, micro = recipe.defaults["batch_size"], recipe.defaults["micro_batch_size"]
     in_epoch = len(data) // batch_size
     total = steps or in_epoch * (epochs or recipe.defaults["epochs"])
@@ -39,7 +41,7 @@ def train(recipe: Recipe, *, epochs: int | None = None, steps: int | None = None
         first = step % in_epoch * batch_size
         starts = range(first, first + batch_size, micro)
         batches = [default_collate([data[order[i]] for i in range(start, start + micro)]) for start in starts]
-        count = sum(int(recipe.count(batch)) for batch in batches)
+        count = sum(int(recipe.num_items(batch)) for batch in batches)
         for name, loss in recipe.losses().items():
             for other, model in models.items():
                 model.requires_grad_(other == name)
@@ -59,7 +61,7 @@ def accuracy(recipe: Recipe, model: nn.Module, data: Dataset | None) -> float:
     metric = recipe.metrics()["accuracy"]
     for start in range(0, len(data), 100):
         batch = default_collate([data[i] for i in range(start, min(start + 100, len(data)))])
-        metric.update(*recipe.evaluate(model, batch)[1:])
+        metric.update(*recipe.eval_step(model, batch)[1:])
     return float(metric.compute())
 
 
@@ -92,7 +94,7 @@ def test_gpt_learns_the_letters_of_source_code() -> None:
     assert test is not None
     batch = default_collate([test[i] for i in range(100)])
     # the frequencies of the bytes alone are worth 3.3 nats
-    assert float(recipe.loss(model, batch).detach()) / int(recipe.count(batch)) < 3.2
+    assert float(recipe.loss(model, batch).detach()) / int(recipe.num_items(batch)) < 3.2
 
 
 @pytest.mark.slow

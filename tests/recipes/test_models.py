@@ -34,7 +34,11 @@ def test_resnet_has_its_depth(depth: int, blocks: int) -> None:
         recipe = ResNet(model=Model(depth=depth))  # type: ignore[arg-type]
         model = recipe.build_model()
     assert len(list(recipe.blocks(model))) == blocks
-    convolutions = [name for name, part in model.named_modules() if isinstance(part, nn.Conv2d) and "downsample" not in name]
+    convolutions = [
+        name
+        for name, part in model.named_modules()
+        if isinstance(part, nn.Conv2d) and "downsample" not in name
+    ]
     assert len(convolutions) + 1 == depth
 
 
@@ -137,9 +141,9 @@ def test_gpt_starts_from_small_weights_and_the_loss_of_a_guess() -> None:
             assert not layer.bias.any()
     tokens = torch.randint(256, (4, 33))
     batch = tokens[:, :-1], tokens[:, 1:]
-    assert recipe.count(batch) == 4 * 32
+    assert recipe.num_items(batch) == 4 * 32
     loss = recipe.loss(model.eval(), batch).item()
-    assert loss / recipe.count(batch) == pytest.approx(math.log(256), rel=0.02)
+    assert loss / recipe.num_items(batch) == pytest.approx(math.log(256), rel=0.02)
 
 
 def test_gpt_shares_the_embedding_with_the_head() -> None:
@@ -187,7 +191,10 @@ def test_what_cannot_work_is_refused(recipe: GPT, message: str) -> None:
 
 
 def test_gan_makes_images_of_the_size_and_range_of_the_data() -> None:
-    for data in (Images(augment=False, normalize="signed"), Images(name="synthetic", normalize="signed", image_size=16)):
+    for data in (
+        Images(augment=False, normalize="signed"),
+        Images(name="synthetic", normalize="signed", image_size=16),
+    ):
         recipe = GAN(data=data)
         real = torch.stack([recipe.build_data().train[i][0] for i in range(4)])
         fake = recipe.build_generator()(torch.randn(4, recipe.model.latent))
@@ -243,12 +250,14 @@ def test_regression_sums_squares_and_measures() -> None:
         return loss
 
     recipe.build_optimizer(model).step(closure)  # type: ignore[arg-type]
-    loss, predictions, targets = recipe.evaluate(model, (x, y))
+    loss, predictions, targets = recipe.eval_step(model, (x, y))
     metrics = recipe.metrics()
     for metric in metrics.values():
         metric.update(predictions, targets)
     assert loss.item() / 64 == pytest.approx(float(metrics["mse"].compute()), rel=1e-5)
     errors = (predictions - targets).detach()
     assert float(metrics["mae"].compute()) == pytest.approx(float(errors.abs().mean()), rel=1e-5)
-    assert float(metrics["r2"].compute()) == pytest.approx(float(1 - errors.square().mean() / y.var(correction=0)), rel=1e-4)
+    assert float(metrics["r2"].compute()) == pytest.approx(
+        float(1 - errors.square().mean() / y.var(correction=0)), rel=1e-4
+    )
     assert float(metrics["mse"].compute()) < 0.02

@@ -11,11 +11,18 @@ def test_each_name_builds_torchs_optimizer_with_its_options() -> None:
     model = nn.Linear(3, 2)
     sgd = Optim(name="sgd", lr=0.2, momentum=0.8, nesterov=True, weight_decay=0.01).build(model.parameters())
     assert type(sgd) is torch.optim.SGD
-    assert sgd.defaults.items() >= {"lr": 0.2, "momentum": 0.8, "nesterov": True, "weight_decay": 0.01}.items()
+    assert (
+        sgd.defaults.items() >= {"lr": 0.2, "momentum": 0.8, "nesterov": True, "weight_decay": 0.01}.items()
+    )
     for name, kind in (("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)):
-        adam = Optim(name=name, lr=0.1, betas=(0.5, 0.9), eps=1e-6, weight_decay=0.2).build(model.parameters())  # type: ignore[arg-type]
+        adam = Optim(name=name, lr=0.1, betas=(0.5, 0.9), eps=1e-6, weight_decay=0.2).build(
+            model.parameters()
+        )  # type: ignore[arg-type]
         assert type(adam) is kind
-        assert adam.defaults.items() >= {"lr": 0.1, "betas": (0.5, 0.9), "eps": 1e-6, "weight_decay": 0.2}.items()
+        assert (
+            adam.defaults.items()
+            >= {"lr": 0.1, "betas": (0.5, 0.9), "eps": 1e-6, "weight_decay": 0.2}.items()
+        )
 
 
 def test_groups_keep_their_own_learning_rates() -> None:

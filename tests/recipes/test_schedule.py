@@ -37,7 +37,9 @@ def rates_of(schedule: Schedule, steps: int) -> list[float]:
     return [LR * schedule.factor(step, steps) for step in range(steps)]
 
 
-def after_warmup(warmup: int, build: Callable[[Optimizer], LRScheduler]) -> Callable[[Optimizer], LRScheduler]:
+def after_warmup(
+    warmup: int, build: Callable[[Optimizer], LRScheduler]
+) -> Callable[[Optimizer], LRScheduler]:
     """torch's own way of putting a linear warm-up in front: `warmup` steps, the last of them at the full rate."""
 
     def sequence(optimizer: Optimizer) -> LRScheduler:
@@ -54,7 +56,10 @@ PAIRS: dict[str, tuple[Schedule, Callable[[Optimizer], LRScheduler]]] = {
     "constant": (Schedule(), lambda o: lr_scheduler.ConstantLR(o, 1.0)),
     "step": (Schedule(name="step", step_size=7, gamma=0.5), lambda o: lr_scheduler.StepLR(o, 7, 0.5)),
     "step, fraction": (Schedule(name="step", step_size=0.25), lambda o: lr_scheduler.StepLR(o, 15)),
-    "multistep": (Schedule(name="multistep", milestones=(20, 45)), lambda o: lr_scheduler.MultiStepLR(o, [20, 45])),
+    "multistep": (
+        Schedule(name="multistep", milestones=(20, 45)),
+        lambda o: lr_scheduler.MultiStepLR(o, [20, 45]),
+    ),
     "multistep, fractions": (
         Schedule(name="multistep", milestones=(0.5, 0.75)),
         lambda o: lr_scheduler.MultiStepLR(o, [30, 45]),
@@ -70,7 +75,10 @@ PAIRS: dict[str, tuple[Schedule, Callable[[Optimizer], LRScheduler]]] = {
         lambda o: lr_scheduler.OneCycleLR(o, LR, STEPS, pct_start=0.2, div_factor=10, final_div_factor=100),
     ),
     "warm-up, constant": (Schedule(warmup=12), after_warmup(12, lambda o: lr_scheduler.ConstantLR(o, 1.0))),
-    "warm-up as a fraction": (Schedule(warmup=0.2), after_warmup(12, lambda o: lr_scheduler.ConstantLR(o, 1.0))),
+    "warm-up as a fraction": (
+        Schedule(warmup=0.2),
+        after_warmup(12, lambda o: lr_scheduler.ConstantLR(o, 1.0)),
+    ),
     "warm-up, cosine": (
         Schedule(name="cosine", warmup=12),
         after_warmup(12, lambda o: lr_scheduler.CosineAnnealingLR(o, AFTER)),
@@ -129,7 +137,9 @@ def test_plateau_is_torchs(mode: Any, cooldown: int) -> None:
     reference = lr_scheduler.ReduceLROnPlateau(
         optimizer, mode, factor=0.5, patience=3, threshold=0.01, cooldown=cooldown, min_lr=0.01 * LR, eps=0
     )
-    schedule = Schedule(name="plateau", gamma=0.5, patience=3, threshold=0.01, cooldown=cooldown, min_factor=0.01)
+    schedule = Schedule(
+        name="plateau", gamma=0.5, patience=3, threshold=0.01, cooldown=cooldown, min_factor=0.01
+    )
     schedule.check()
     plateau = schedule.plateau()
     scales = []

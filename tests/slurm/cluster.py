@@ -87,14 +87,26 @@ class Cluster:
     def env(self) -> dict[str, str]:
         """The environment of a user who has logged in: this Python first on PATH, no trace of other launchers."""
         others = tuple({*LAUNCHERS, "SBATCH_", "SQUEUE_"} - {"RANK"})
-        clean = {name: value for name, value in os.environ.items() if not name.startswith(others) and name != "RANK"}
+        clean = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(others) and name != "RANK"
+        }
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
-        return clean | {"SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": path, "CUDA_VISIBLE_DEVICES": ""}
+        return clean | {
+            "SLURM_CONF": str(self.folder / "slurm.conf"),
+            "PATH": path,
+            "CUDA_VISIBLE_DEVICES": "",
+        }
 
-    def call(self, *words: str, cwd: Path, home: Path = ROOT, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
+    def call(
+        self, *words: str, cwd: Path, home: Path = ROOT, timeout: float = 60.0
+    ) -> subprocess.CompletedProcess[str]:
         """Run a command to its end as a user of this SLURM, launch/ being in `home`."""
         env = {**self.env, "RANKZERO_HOME": str(home)}
-        return subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout, check=False)
+        return subprocess.run(
+            words, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout, check=False
+        )
 
     def ask(self, *words: str, cwd: Path = ROOT, home: Path = ROOT) -> str:
         """What a command prints; it must succeed."""
@@ -118,9 +130,13 @@ class Cluster:
             if time.monotonic() > end or job["JobState"] in ENDED:
                 out = Path(job["StdOut"])
                 printed = out.read_text() if out.exists() else ""
-                raise AssertionError(f"job {number} is {job['JobState']}, {job['Reason']}, not {' or '.join(states)}\n{printed}")
+                raise AssertionError(
+                    f"job {number} is {job['JobState']}, {job['Reason']}, not {' or '.join(states)}\n{printed}"
+                )
             if job["Reason"] == "BeginTime" and job["Restarts"] not in hurried:
-                hurried.add(job["Restarts"])  # at once is too early: slurmd would refuse it ("credential revoked")
+                hurried.add(
+                    job["Restarts"]
+                )  # at once is too early: slurmd would refuse it ("credential revoked")
                 self.call("scontrol", "update", f"JobId={number}", "StartTime=now+2", cwd=ROOT)
             time.sleep(0.2)
         return job
@@ -131,13 +147,22 @@ class Cluster:
 
     def idle(self) -> bool:
         """Whether nothing runs and all could."""
-        return self.call("sinfo", "--noheader", "--states=idle", "--format=%D", cwd=ROOT).stdout.strip() == "2"
+        return (
+            self.call("sinfo", "--noheader", "--states=idle", "--format=%D", cwd=ROOT).stdout.strip() == "2"
+        )
 
     def clear(self) -> None:
         """End all jobs, and make both nodes ready again."""
         self.ask("scancel", "--user=root")
-        self.call("scontrol", "update", "NodeName=n[1-2]", "State=RESUME", cwd=ROOT)  # an error where nothing is to be resumed
-        until(lambda: self.idle() and not self.tasks(), "all jobs have ended", self.folder, seconds=KILL_WAIT + 15)
+        self.call(
+            "scontrol", "update", "NodeName=n[1-2]", "State=RESUME", cwd=ROOT
+        )  # an error where nothing is to be resumed
+        until(
+            lambda: self.idle() and not self.tasks(),
+            "all jobs have ended",
+            self.folder,
+            seconds=KILL_WAIT + 15,
+        )
 
     def processes(self) -> list[psutil.Process]:
         """All that lives because of this SLURM."""
@@ -182,8 +207,17 @@ def running() -> Iterator[Cluster]:
     daemons: list[subprocess.Popen[bytes]] = []
     try:
         write_files(folder)
-        munge = [f"--key-file={folder}/munge.key", f"--socket={folder}/munge.socket", f"--pid-file={folder}/munge.pid"]
-        munge += [f"--log-file={folder}/munge.log", f"--seed-file={folder}/munge.seed", "--force", "--foreground"]
+        munge = [
+            f"--key-file={folder}/munge.key",
+            f"--socket={folder}/munge.socket",
+            f"--pid-file={folder}/munge.pid",
+        ]
+        munge += [
+            f"--log-file={folder}/munge.log",
+            f"--seed-file={folder}/munge.seed",
+            "--force",
+            "--foreground",
+        ]
         daemons.append(start(cluster, "munged", *munge))
         until(lambda: (folder / "munge.socket").exists(), "munged answers", folder)
         daemons.append(start(cluster, "slurmctld", "-D"))
@@ -213,7 +247,9 @@ def write_files(folder: Path) -> None:
     places = {"host": host, "folder": folder, "controller": controller, "first": first, "second": second}
     text = CONFIGURATION.format(**places, cpus=CPUS, gpus=len(DEVICES), kill_wait=KILL_WAIT)
     (folder / "slurm.conf").write_text(text)
-    (folder / "gres.conf").write_text("".join(f"NodeName=n[1-2] Name=gpu File={device}\n" for device in DEVICES))
+    (folder / "gres.conf").write_text(
+        "".join(f"NodeName=n[1-2] Name=gpu File={device}\n" for device in DEVICES)
+    )
     (folder / "munge.key").write_bytes(secrets.token_bytes(128))
     (folder / "munge.key").chmod(0o600)
     (folder / "hosts").write_text(f"127.0.0.1 localhost {host} n1 n2\n")

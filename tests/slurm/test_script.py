@@ -22,9 +22,13 @@ def told(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(run_dir.glob("rank*.json"))]
 
 
-def begun(cluster: Cluster, stub: Path, folder: Path, *words: str, options: str = "--nodes=2", ranks: int = 2) -> str:
+def begun(
+    cluster: Cluster, stub: Path, folder: Path, *words: str, options: str = "--nodes=2", ranks: int = 2
+) -> str:
     """A job whose ranks wait for a signal; without torchrun, that they start at once."""
-    number = cluster.submit("launcher=srun", "stay=true", "run_dir=run", *words, cwd=folder, home=stub, options=options)
+    number = cluster.submit(
+        "launcher=srun", "stay=true", "run_dir=run", *words, cwd=folder, home=stub, options=options
+    )
     until(lambda: len(told(folder / "run")) == ranks, "all ranks are there")
     return number
 
@@ -48,7 +52,9 @@ def gone(cluster: Cluster, number: str) -> bool:
 def test_a_rank_for_each_gpu_or_task(
     cluster: Cluster, stub: Path, tmp_path: Path, launcher: str, options: str, ranks: int, threads: int
 ) -> None:
-    number = cluster.submit(f"launcher={launcher}", "run_dir=run", *NASTY, cwd=tmp_path, home=stub, options=options)
+    number = cluster.submit(
+        f"launcher={launcher}", "run_dir=run", *NASTY, cwd=tmp_path, home=stub, options=options
+    )
     cluster.done(number)
     nodes = 2 if "--nodes=2" in options else 1
     said = told(tmp_path / "run")
@@ -77,11 +83,15 @@ def test_a_port_that_is_taken_is_passed_over(cluster: Cluster, stub: Path, tmp_p
     assert rank["environment"]["MASTER_PORT"] == str(10001 + int(number))
 
 
-def test_an_image_is_run_in(cluster: Cluster, stub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_is_run_in(
+    cluster: Cluster, stub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """apptainer is not in Debian: what stands in for it notes its words and does without the image."""
     stand_in = tmp_path / "bin" / "apptainer"
     stand_in.parent.mkdir()
-    stand_in.write_text(f'#!/bin/bash\necho "$@" > {tmp_path}/said\nuntil [[ $1 == *.sif ]]; do shift; done\nshift\nexec "$@"\n')
+    stand_in.write_text(
+        f'#!/bin/bash\necho "$@" > {tmp_path}/said\nuntil [[ $1 == *.sif ]]; do shift; done\nshift\nexec "$@"\n'
+    )
     stand_in.chmod(0o755)
     monkeypatch.setenv("PATH", f"{stand_in.parent}:{os.environ['PATH']}")
     monkeypatch.setenv("RANKZERO_CONTAINER", "torch.sif")
@@ -109,7 +119,9 @@ def test_a_stop_on_purpose_is_requeued(cluster: Cluster, stub: Path, tmp_path: P
     assert not (tmp_path / "run" / "stopped.json").exists()
 
 
-def test_a_run_that_misses_its_time_limit_saves_after_it(cluster: Cluster, stub: Path, tmp_path: Path) -> None:
+def test_a_run_that_misses_its_time_limit_saves_after_it(
+    cluster: Cluster, stub: Path, tmp_path: Path
+) -> None:
     """SLURM says TERM then, and kills KillWait seconds later."""
     number = begun(cluster, stub, tmp_path, options="--nodes=2 --time=5")
     end = int(told(tmp_path / "run")[0]["environment"]["SLURM_JOB_END_TIME"])
@@ -120,7 +132,9 @@ def test_a_run_that_misses_its_time_limit_saves_after_it(cluster: Cluster, stub:
 
 
 def test_a_preempted_run_saves_and_comes_back(cluster: Cluster, stub: Path, tmp_path: Path) -> None:
-    number = begun(cluster, stub, tmp_path, options="--nodes=2 --exclusive", ranks=2 * len(DEVICES))  # the GPUs, too
+    number = begun(
+        cluster, stub, tmp_path, options="--nodes=2 --exclusive", ranks=2 * len(DEVICES)
+    )  # the GPUs, too
     urgent = cluster.submit(cwd=tmp_path, home=stub, options="--partition=urgent --nodes=2 --exclusive")
     cluster.done(urgent)
     assert cluster.wait(number, "COMPLETED")["Restarts"] == "1"
@@ -140,7 +154,9 @@ def test_a_failure_is_not_requeued(cluster: Cluster, stub: Path, tmp_path: Path)
     """Not even if an earlier life has left its note."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "stopped.json").write_text("{}")
-    number = cluster.submit("launcher=srun", "run_dir=run", "fail=true", cwd=tmp_path, home=stub, options="--nodes=2")
+    number = cluster.submit(
+        "launcher=srun", "run_dir=run", "fail=true", cwd=tmp_path, home=stub, options="--nodes=2"
+    )
     job = cluster.wait(number, "FAILED")
     # 143: the other rank, which srun has ended before it came that far
     assert job["ExitCode"] in ("1:0", "143:0")
@@ -152,12 +168,17 @@ def test_a_job_that_may_not_come_back_says_so(cluster: Cluster, stub: Path, tmp_
     cluster.ask("scancel", "--signal=USR1", number)
     job = cluster.wait(number, "FAILED")
     assert (job["ExitCode"], job["Restarts"]) == ("75:0", "0")
-    assert "not requeued; the same words with run_dir=run continue it" in (tmp_path / f"rankzero-{number}.out").read_text()
+    assert (
+        "not requeued; the same words with run_dir=run continue it"
+        in (tmp_path / f"rankzero-{number}.out").read_text()
+    )
 
 
 def test_one_task_of_an_array_stops_alone(cluster: Cluster, stub: Path, tmp_path: Path) -> None:
     """The last task of an array has the number of the whole."""
-    number = cluster.submit("launcher=srun", "stay=true", cwd=tmp_path, home=stub, options="--array=0-2 --nodes=1")
+    number = cluster.submit(
+        "launcher=srun", "stay=true", cwd=tmp_path, home=stub, options="--array=0-2 --nodes=1"
+    )
     runs = [tmp_path / "runs" / f"slurm-{number}_{index}" for index in range(3)]
     until(lambda: all((run / "rank0.json").exists() for run in runs), "all tasks are there")
     ports = {told(run)[0]["environment"]["MASTER_PORT"] for run in runs}

@@ -58,15 +58,25 @@ def test_the_words_arrive_and_the_run_is_told_about(cluster: Cluster, site: str,
 
 
 def test_a_dry_run_prints_the_script_and_does_nothing(cluster: Cluster, site: str, tmp_path: Path) -> None:
-    printed = submit(cluster, tmp_path, site, "dry_run=true", "gpus=2", "nodes=2", "cpus=3", "recipe=gpt", "run_dir=run")
-    for line in ("--gpus-per-node=2", "--ntasks-per-node=1", "--cpus-per-task=6", "--time=24:00:00", f"--chdir={tmp_path}"):
+    printed = submit(
+        cluster, tmp_path, site, "dry_run=true", "gpus=2", "nodes=2", "cpus=3", "recipe=gpt", "run_dir=run"
+    )
+    for line in (
+        "--gpus-per-node=2",
+        "--ntasks-per-node=1",
+        "--cpus-per-task=6",
+        "--time=24:00:00",
+        f"--chdir={tmp_path}",
+    ):
         assert f"#SBATCH {line}\n" in printed
     assert "set -- recipe=gpt launcher=srun run_dir=run\n" in printed
     assert not (tmp_path / "run").exists()
     subprocess.run(["bash", "-n"], input=printed, text=True, check=True)
 
 
-def test_what_comes_after_waits_until_a_stopped_run_is_done(cluster: Cluster, site: str, tmp_path: Path) -> None:
+def test_what_comes_after_waits_until_a_stopped_run_is_done(
+    cluster: Cluster, site: str, tmp_path: Path
+) -> None:
     submit(cluster, tmp_path, site, "stay=true", "run_dir=first")
     submit(cluster, tmp_path, site, "after=first", "run_dir=second")
     first, second = number_in(tmp_path / "first"), number_in(tmp_path / "second")
@@ -112,7 +122,9 @@ def test_ctrl_c_leaves_the_job_alone(cluster: Cluster, site: str, tmp_path: Path
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # who tests in the background ignores it
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # who tests in the background ignores it
     )
     until((tmp_path / "run/rank0.json").exists, "it runs")
     os.kill(following.pid, signal.SIGINT)
@@ -130,7 +142,13 @@ def test_a_sweep_is_an_array_of_runs(cluster: Cluster, tmp_path: Path) -> None:
         cluster.wait(f"{number}_{index}", "COMPLETED", timeout=90)
     for run in sorted((tmp_path / "sweep").glob("*/config.yaml")):
         text = run.read_text()
-        found.add((run.parent.name, next(line for line in text.splitlines() if line.startswith("lr:")), "seed: 1\n" in text))
+        found.add(
+            (
+                run.parent.name,
+                next(line for line in text.splitlines() if line.startswith("lr:")),
+                "seed: 1\n" in text,
+            )
+        )
     assert found == {
         ("0-lr=1e-3-seed=1", "lr: 0.001", True),
         ("1-lr=1e-3-seed=2", "lr: 0.001", False),

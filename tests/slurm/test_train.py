@@ -35,17 +35,31 @@ def begun(cluster: Cluster, folder: Path, *words: str, options: str = NODES) -> 
 
 
 @pytest.mark.parametrize(
-    "words", [("strategy=ddp",), ("strategy=fsdp",), ("strategy=zero3",), ("strategy=ddp", "launcher=srun")], ids=" ".join
+    "words",
+    [("strategy=ddp",), ("strategy=fsdp",), ("strategy=zero3",), ("strategy=ddp", "launcher=srun")],
+    ids=" ".join,
 )
-def test_two_nodes_train_as_one_process(cluster: Cluster, alone: list[float], tmp_path: Path, words: tuple[str, ...]) -> None:
+def test_two_nodes_train_as_one_process(
+    cluster: Cluster, alone: list[float], tmp_path: Path, words: tuple[str, ...]
+) -> None:
     number = cluster.submit(*FIT, "run_dir=run", *words, cwd=tmp_path, options=NODES)
     printed = cluster.done(number, timeout=120)
     assert "2 rank(s) on 2 node(s)" in printed
-    assert series(tmp_path / "run") == pytest.approx(alone, rel=1e-5)  # fp32: the ranks' sums are added in another order
+    assert series(tmp_path / "run") == pytest.approx(
+        alone, rel=1e-5
+    )  # fp32: the ranks' sums are added in another order
 
 
 def test_srun_within_salloc(cluster: Cluster, alone: list[float], tmp_path: Path) -> None:
-    run = ("srun", "--ntasks-per-node=1", "python", str(ROOT / "launch" / "run.py"), *FIT, "strategy=ddp", "run_dir=run")
+    run = (
+        "srun",
+        "--ntasks-per-node=1",
+        "python",
+        str(ROOT / "launch" / "run.py"),
+        *FIT,
+        "strategy=ddp",
+        "run_dir=run",
+    )
     ended = cluster.call("salloc", "--nodes=2", *run, cwd=tmp_path)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert series(tmp_path / "run") == pytest.approx(alone, rel=1e-5)

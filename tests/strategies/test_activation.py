@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from strategies.activation import chosen
+from strategies.activation import select_blocks
 from strategies.options import Options
 from tests.ranks import World, run_ranks
 from tests.strategies import models
@@ -23,7 +23,10 @@ KINDS = [name for name in STRATEGIES if name not in ("fsdp-hybrid", "zero2")]
 
 
 def by_mode(world: World, strategy: str, case: Case) -> dict[str, Outcome]:
-    cases = {mode: replace(case, options=(*case.options, ("activation_checkpointing", mode))) for mode in ("none", *MODES)}
+    cases = {
+        mode: replace(case, options=(*case.options, ("activation_checkpointing", mode)))
+        for mode in ("none", *MODES)
+    }
     return {mode: train(world, strategy, case) for mode, case in cases.items()}
 
 
@@ -39,7 +42,12 @@ def test_recomputation_changes_no_number(strategy: str, model: str) -> None:
 def test_recomputation_changes_no_number_in_half_precision(strategy: str) -> None:
     ranks = 1 if strategy == "single" else 2
     compare(
-        run_ranks(ranks, by_mode, strategy, Case(model="gpt", micro_batches=ranks, steps=2, options=(("precision", "bf16"),)))[0]
+        run_ranks(
+            ranks,
+            by_mode,
+            strategy,
+            Case(model="gpt", micro_batches=ranks, steps=2, options=(("precision", "bf16"),)),
+        )[0]
     )
 
 
@@ -68,7 +76,7 @@ def operations(world: World, model: str) -> dict[str, Counter[str]]:
     found = {}
     for mode in ("none", *MODES):
         strategy = set_up(world, "single", Case(model=model, options=(("activation_checkpointing", mode),)))
-        with Counted() as counted, strategy.microbatch(last=True):
+        with Counted() as counted, strategy.micro_batch(last=True):
             strategy.backward(models.loss_sum(strategy.model, models.batch(model, 0, 0)))
         found[mode] = counted.calls
     return found
@@ -77,7 +85,9 @@ def operations(world: World, model: str) -> dict[str, Counter[str]]:
 def test_only_cheap_operations_are_recomputed_selectively() -> None:
     """Four modes of three blocks, each with attention and a residual layer."""
     calls = run_ranks(1, operations, "gpt")[0]
-    attention = [name for name in calls["none"] if name.startswith("_scaled_dot_product") and "backward" not in name]
+    attention = [
+        name for name in calls["none"] if name.startswith("_scaled_dot_product") and "backward" not in name
+    ]
     assert [calls[mode][attention[0]] for mode in ("none", *MODES)] == [3, 6, 4, 3]
     assert [calls[mode]["native_layer_norm"] for mode in ("none", *MODES)] == [4, 7, 5, 7]
     assert calls["none"]["mm"] == calls["selective"]["mm"] < calls["full"]["mm"]
@@ -89,23 +99,36 @@ def test_only_cheap_operations_are_recomputed_selectively() -> None:
 
 def test_each_nth_block_is_chosen() -> None:
     blocks: list[nn.Module] = [nn.Identity() for _ in range(5)]
-    assert chosen(blocks, "none") == []
-    assert chosen(blocks, "full") == chosen(blocks, "selective") == chosen(blocks, "every:1") == blocks
-    assert chosen(blocks, "every:2") == [blocks[1], blocks[3]]
-    assert chosen(blocks, "every:5") == [blocks[4]]
+    assert select_blocks(blocks, "none") == []
+    assert (
+        select_blocks(blocks, "full")
+        == select_blocks(blocks, "selective")
+        == select_blocks(blocks, "every:1")
+        == blocks
+    )
+    assert select_blocks(blocks, "every:2") == [blocks[1], blocks[3]]
+    assert select_blocks(blocks, "every:5") == [blocks[4]]
     with pytest.raises(ValueError, match="every:6 has no effect on 5 blocks: give every:N with N up to 5"):
-        chosen(blocks, "every:6")
-    with pytest.raises(ValueError, match="activation_checkpointing=full has no effect: the recipe names no blocks"):
-        chosen([], "full")
+        select_blocks(blocks, "every:6")
+    with pytest.raises(
+        ValueError, match="activation_checkpointing=full has no effect: the recipe names no blocks"
+    ):
+        select_blocks([], "full")
 
 
-@pytest.mark.parametrize("word", ["every:0", "every:x", "every:-1", "every:", "every", "every:1.5", "some", ""])
+@pytest.mark.parametrize(
+    "word", ["every:0", "every:x", "every:-1", "every:", "every", "every:1.5", "some", ""]
+)
 def test_a_malformed_mode_is_refused(word: str) -> None:
-    with pytest.raises(ValueError, match=r"is not none\|full\|every:N\|selective; give one of them") as refused:
+    with pytest.raises(
+        ValueError, match=r"is not none\|full\|every:N\|selective; give one of them"
+    ) as refused:
         Options(activation_checkpointing=word)
     assert "\n" not in str(refused.value)
 
 
 def test_true_and_false_are_read_as_before() -> None:
     said = {True: "full", False: "none", "true": "full", "False": "none", "every:2": "every:2"}
-    assert [Options(activation_checkpointing=word).activation_checkpointing for word in said] == list(said.values())
+    assert [Options(activation_checkpointing=word).activation_checkpointing for word in said] == list(
+        said.values()
+    )

@@ -32,7 +32,9 @@ class Deep(nn.Module):
         self.blocks = nn.ModuleList(models.Residual(width) for width in self.widths)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([block(x[:, :width]).sum() for block, width in zip(self.blocks, self.widths, strict=True)]).sum()
+        return torch.stack(
+            [block(x[:, :width]).sum() for block, width in zip(self.blocks, self.widths, strict=True)]
+        ).sum()
 
 
 def graphs(world: World, alike: bool, checkpointing: str) -> tuple[list[int], bool]:
@@ -54,14 +56,17 @@ def graphs(world: World, alike: bool, checkpointing: str) -> tuple[list[int], bo
     for training, rows in ((True, 4), (True, 4), (False, 4), (False, 3), (True, 4)):
         x = torch.randn(rows, 12)
         strategy.module.train(training)
-        with nullcontext() if training else torch.no_grad(), strategy.microbatch(last=True):
+        with nullcontext() if training else torch.no_grad(), strategy.micro_batch(last=True):
             loss = strategy.model(x)
         right &= torch.allclose(loss, plain(x), rtol=1e-5)
         if training:
             strategy.backward(loss)
             plain.zero_grad()
             plain(x).backward()
-            right &= all(torch.allclose(p.grad, q.grad) for p, q in zip(strategy.trainable, plain.parameters(), strict=True))
+            right &= all(
+                torch.allclose(p.grad, q.grad)
+                for p, q in zip(strategy.trainable, plain.parameters(), strict=True)
+            )
             strategy.discard()
         counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     return counts, right
@@ -83,7 +88,11 @@ def compiled(world: World, strategy: str, case: Case) -> tuple[Outcome, int, int
     counters = torch._dynamo.utils.counters
     torch._dynamo.reset()
     counters.clear()
-    return train(world, strategy, case), counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+    return (
+        train(world, strategy, case),
+        counters["stats"]["unique_graphs"],
+        sum(counters["graph_break"].values()),
+    )
 
 
 @pytest.mark.slow
@@ -99,7 +108,9 @@ def test_compiled_blocks_train_alike(strategy: str, checkpointing: str) -> None:
     options = (("compile", True), ("activation_checkpointing", checkpointing))
     for model in ("mlp", "batchnorm"):
         case = Case(model=model, optimizer="sgd", micro_batches=4, steps=4)
-        ours, graphs, breaks = run_ranks(RANKS.get(strategy, 2), compiled, strategy, replace(case, options=options))[0]
+        ours, graphs, breaks = run_ranks(
+            RANKS.get(strategy, 2), compiled, strategy, replace(case, options=options)
+        )[0]
         assert_equal(ours, raw(case))
         assert (graphs, breaks) == (1, 0)
         if strategy == "single" and model == "batchnorm":
@@ -108,7 +119,9 @@ def test_compiled_blocks_train_alike(strategy: str, checkpointing: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "checkpointing"), [("zero1", "selective"), ("zero3", "full"), ("zero3", "selective")])
+@pytest.mark.parametrize(
+    ("strategy", "checkpointing"), [("zero1", "selective"), ("zero3", "full"), ("zero3", "selective")]
+)
 def test_compiled_blocks_train_alike_under_zero(strategy: str, checkpointing: str) -> None:
     """DeepSpeed's hooks cut the blocks of ZeRO-3 into pieces: slower, but as right."""
     options = (("compile", True), ("activation_checkpointing", checkpointing))
@@ -136,7 +149,9 @@ def asked(world: World, mode: Any) -> list[dict[str, Any]]:
     return calls
 
 
-@pytest.mark.parametrize(("mode", "said"), [(True, None), ("default", "default"), ("max-autotune", "max-autotune")])
+@pytest.mark.parametrize(
+    ("mode", "said"), [(True, None), ("default", "default"), ("max-autotune", "max-autotune")]
+)
 def test_the_mode_is_torchs_own(mode: Any, said: str | None) -> None:
     settings = {"mode": said, "dynamic": None}
     assert run_ranks(1, asked, mode)[0] == [settings] * 3  # two blocks, then a whole model
@@ -146,9 +161,12 @@ def test_the_mode_is_torchs_own(mode: Any, said: str | None) -> None:
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
 def test_cuda_graphs_refuse_to_accumulate(mode: Any) -> None:
     strategy = Strategy(World(0, 0, 1, 1, device="cuda:0"), Options(compile=mode))
-    with pytest.raises(ValueError, match="does not go with gradient accumulation"), strategy.microbatch(last=False):
+    with (
+        pytest.raises(ValueError, match="does not go with gradient accumulation"),
+        strategy.micro_batch(last=False),
+    ):
         pass
-    with strategy.microbatch(last=True):
+    with strategy.micro_batch(last=True):
         pass
-    with Strategy(World(0, 0, 1, 1), Options(compile=mode)).microbatch(last=False):  # no graphs on a CPU
+    with Strategy(World(0, 0, 1, 1), Options(compile=mode)).micro_batch(last=False):  # no graphs on a CPU
         pass

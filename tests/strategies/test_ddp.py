@@ -41,7 +41,7 @@ def go(world: World, ways: list[list[str]], options: DDPOptions) -> tuple[str, l
         for step in range(2):
             mine = ways[world.rank]
             for index, way in enumerate(mine):
-                with strategy.microbatch(last=index == len(mine) - 1):
+                with strategy.micro_batch(last=index == len(mine) - 1):
                     strategy.backward(strategy.model(torch.full((1, 3), 1.0 + step), way))
             strategy.step()
     except RuntimeError as error:
@@ -90,7 +90,7 @@ def test_a_parameter_that_one_rank_misses_is_named_there_and_nobody_hangs() -> N
 def go_once(world: World) -> tuple[str, list[Tensor]]:
     strategy = DDP(world, Options(strategy="ddp"))
     strategy.setup(build, lambda model: SGD(model.parameters(), lr=0.1), lambda _: ())
-    with strategy.microbatch(last=True):
+    with strategy.micro_batch(last=True):
         strategy.backward(strategy.model(torch.ones(1, 3), "left" if world.rank else "left+right"))
     try:
         strategy.step()
@@ -99,7 +99,9 @@ def go_once(world: World) -> tuple[str, list[Tensor]]:
     return "", [p.detach() for p in strategy.module.parameters()]
 
 
-@pytest.mark.parametrize("ways", [[["left"], ["left"]], [["left"], ["right"]], [["left", "right"], ["left", "left"]]])
+@pytest.mark.parametrize(
+    "ways", [[["left"], ["left"]], [["left"], ["right"]], [["left", "right"], ["left", "left"]]]
+)
 def test_find_unused_parameters_lets_them_go_without_gradient(ways: list[list[str]]) -> None:
     for error, weights in run_ranks(2, go, ways, DDPOptions(find_unused_parameters=True)):
         assert error == ""
@@ -132,10 +134,14 @@ def compressed(world: World, case: Case) -> Outcome:
         pytest.param(4, {"find_unused_parameters": True}, marks=pytest.mark.slow),
     ],
 )
-def test_compressed_gradients_are_rounded_and_alike_on_all_ranks(micro_batches: int, options: dict[str, bool]) -> None:
+def test_compressed_gradients_are_rounded_and_alike_on_all_ranks(
+    micro_batches: int, options: dict[str, bool]
+) -> None:
     # a clip norm that never clips: what is multiplied in place are views of the buckets
     case = Case(model="gpt", optimizer="sgd", micro_batches=micro_batches, options=(("clip_norm", 1e4),))
-    ranks = run_ranks(2, compressed, replace(case, options=(("ddp", DDPOptions(compress="bf16", **options)), *case.options)))
+    ranks = run_ranks(
+        2, compressed, replace(case, options=(("ddp", DDPOptions(compress="bf16", **options)), *case.options))
+    )
     assert ranks[0].losses == ranks[1].losses
     assert ranks[0].norms == ranks[1].norms
     expected = raw(case)
@@ -155,7 +161,7 @@ def bucketed(world: World) -> tuple[int, bool]:
     strategy = set_up(world, "ddp", Case())
     for step in range(2):  # buckets are built again after the first
         assert not strategy.gradients()
-        with strategy.microbatch(last=True):
+        with strategy.micro_batch(last=True):
             strategy.backward(models.loss_sum(strategy.model, models.batch("mlp", step, world.rank)))
         storages = {gradient.untyped_storage().data_ptr() for gradient in strategy.gradients()}
         strategy.discard()
@@ -173,7 +179,7 @@ def test_options_that_contradict_are_refused() -> None:
 def fixed(world: World) -> tuple[bool, bool, int]:
     strategy = DDP(world, Options(strategy="ddp"))
     strategy.setup(build, None, lambda _: ())
-    with strategy.resting():
+    with strategy.frozen():
         needs = strategy.model(torch.ones(1, 3), "left").requires_grad
     return strategy.model is strategy.module, needs, len(strategy.state())
 

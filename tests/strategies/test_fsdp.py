@@ -13,9 +13,9 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from strategies.base import Strategy
 from strategies.fsdp import FSDP, check_options, separate_blocks
-from strategies.init_weights import build_without_weights, initialise, materialise
+from strategies.init_weights import build_without_weights, initialize, materialize
 from strategies.options import FSDPOptions, Options
-from strategies.shards import Range
+from strategies.shards import TensorSlice
 from tests.ranks import World, run_ranks
 from tests.strategies import models
 from tests.strategies.training import Case, assert_equal, set_up, train, train_step
@@ -73,7 +73,7 @@ def test_weights_depend_on_the_seed_and_leave_the_generator_alone() -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
     for model, seed in ((first, 0), (second, 0), (other, 1)):
-        initialise(model, seed)
+        initialize(model, seed)
     assert torch.equal(before, torch.get_rng_state())
     assert torch.equal(first.embedding.weight, second.embedding.weight)
     assert not torch.equal(first.embedding.weight, other.embedding.weight)
@@ -87,10 +87,10 @@ def test_a_model_on_meta_keeps_its_buffers_and_ties() -> None:
     assert all(parameter.is_meta for parameter in empty.parameters())
     assert torch.equal(empty.shift, models.GPT().shift)
     assert nn.Linear(2, 2).weight.device.type == "cpu"  # torch is as it was
-    initialise(empty, 0, materialise(empty))
+    initialize(empty, 0, materialize(empty))
     assert empty.head.weight is empty.embedding.weight
     whole = models.DrawnGPT()
-    initialise(whole, 0)
+    initialize(whole, 0)
     assert all(map(torch.equal, empty.parameters(), whole.parameters()))
 
 
@@ -104,11 +104,13 @@ def communicated(world: World, strategy: str) -> tuple[dict[str, int], dict[str,
 
 def counted(strategy: Strategy, case: Case, last: bool) -> dict[str, int]:
     with CommDebugMode() as collectives:
-        with strategy.microbatch(last=last):
+        with strategy.micro_batch(last=last):
             strategy.backward(models.loss_sum(strategy.model, models.batch(case.model, 0, 0)))
         if last:
             strategy.step()
-    return dict(Counter({str(op).split(".")[-1]: count for op, count in collectives.get_comm_counts().items()}))
+    return dict(
+        Counter({str(op).split(".")[-1]: count for op, count in collectives.get_comm_counts().items()})
+    )
 
 
 def test_accumulating_reduces_nothing() -> None:
@@ -119,7 +121,9 @@ def test_accumulating_reduces_nothing() -> None:
         # under grad the weights are gathered once a step, and only then
         gathered = {"fsdp": 5, "fsdp-grad": 3}[strategy]
         assert sum(accumulating.values()) == gathered, (strategy, accumulating)
-        assert sum(n for name, n in last.items() if "gather" in name) == (5 if strategy == "fsdp" else 0), last
+        assert sum(n for name, n in last.items() if "gather" in name) == (5 if strategy == "fsdp" else 0), (
+            last
+        )
 
 
 def after_evaluation(world: World) -> list[float]:
@@ -137,7 +141,7 @@ def after_evaluation(world: World) -> list[float]:
 class Whole:
     """A reader over this rank's own ranges."""
 
-    def __init__(self, saved: dict[str, Range]) -> None:
+    def __init__(self, saved: dict[str, TensorSlice]) -> None:
         self.saved = {name: (piece.values.clone(), piece.start) for name, piece in saved.items()}
         self.shapes = {name: piece.shape for name, piece in saved.items()}
 
@@ -159,7 +163,7 @@ def fixed(world: World) -> tuple[bool, list[int]]:
     x = torch.ones(2, 6, requires_grad=True)
     records = []
     for _ in range(3):
-        with strategy.resting():
+        with strategy.frozen():
             strategy.model(x).sum().backward()
             strategy.model(x.detach())
         records.append(len(strategy.module._get_fsdp_state()._comm_ctx.post_forward_order))

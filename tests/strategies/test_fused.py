@@ -38,11 +38,15 @@ def test_it_gives_the_numbers_of_the_update_one_by_one(kind: Any, settings: dict
     optimizer = kind(ours.parameters(), **settings)
     assert fuse(optimizer, ours)
     assert all(group["fused"] for group in optimizer.param_groups)
-    for one, other in zip(steps(ours, optimizer), steps(theirs, kind(theirs.parameters(), **settings)), strict=True):
+    for one, other in zip(
+        steps(ours, optimizer), steps(theirs, kind(theirs.parameters(), **settings)), strict=True
+    ):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("said", [{"foreach": True}, {"foreach": False}, {"fused": False}, {"differentiable": True}])
+@pytest.mark.parametrize(
+    "said", [{"foreach": True}, {"foreach": False}, {"fused": False}, {"differentiable": True}]
+)
 def test_a_recipe_that_chooses_has_the_last_word(said: dict[str, bool]) -> None:
     module = model()
     optimizer = torch.optim.AdamW(module.parameters(), **said)

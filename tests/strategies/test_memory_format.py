@@ -15,7 +15,10 @@ from tests.strategies.training import STRATEGIES, each
 
 def build() -> nn.Module:
     torch.manual_seed(0)
-    blocks = [nn.Sequential(nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3), nn.ReLU()) for _ in range(2)]
+    blocks = [
+        nn.Sequential(nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3), nn.ReLU())
+        for _ in range(2)
+    ]
     return nn.Sequential(*blocks, nn.Conv2d(3, 5, 1))
 
 
@@ -29,7 +32,7 @@ def trained(world: World, name: str, last: bool) -> tuple[list[float], dict[str,
         generator = torch.Generator().manual_seed(10 * step + world.rank)
         images = torch.randn(4, 3, 6, 6, generator=generator)
         images = images.to(memory_format=torch.channels_last) if last else images
-        with strategy.microbatch(last=True):
+        with strategy.micro_batch(last=True):
             output = strategy.model(images)
             followed &= output.is_contiguous(memory_format=torch.channels_last)
             strategy.backward(output.square().mean())

@@ -35,7 +35,10 @@ def pairs() -> list[ParameterSet]:
         pytest.param(*parameter.values, case, id=f"{parameter.id}-{name}", marks=marks)
         for parameter in each(TWO_RANKS, ("ddp", "fsdp", "single", "zero1", "zero3"))
         for name, case in CASES.items()
-        for marks in [parameter.marks or ([] if parameter.id in ("ddp", "fsdp") or name in quick else [pytest.mark.slow])]
+        for marks in [
+            parameter.marks
+            or ([] if parameter.id in ("ddp", "fsdp") or name in quick else [pytest.mark.slow])
+        ]
     ]
 
 
@@ -49,7 +52,9 @@ def trained(strategy: str, case: Case) -> list[Outcome]:
 def test_two_ranks_equal_raw_pytorch(strategy: str, case: Case) -> None:
     outcomes = trained(strategy, case)
     assert_equal(outcomes[0], raw(case))
-    assert all(outcome.losses == outcomes[0].losses and outcome.norms == outcomes[0].norms for outcome in outcomes)
+    assert all(
+        outcome.losses == outcomes[0].losses and outcome.norms == outcomes[0].norms for outcome in outcomes
+    )
 
 
 @pytest.mark.parametrize("strategy", each([n for n in STRATEGIES if n != "single"], ("ddp", "fsdp-hybrid")))

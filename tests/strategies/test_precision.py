@@ -16,7 +16,10 @@ RANKS = {"single": 1, "fsdp-hybrid": 4}
 @pytest.mark.parametrize("strategy", each(quick=("single", "ddp", "fsdp")))
 def test_half_precision_stays_near_fp32(strategy: str, precision: str) -> None:
     case = Case(model="gpt", optimizer="sgd", micro_batches=4, options=(("precision", precision),))
-    ours, full = run_ranks(RANKS.get(strategy, 2), train, strategy, case)[0], raw(Case(**{**vars(case), "options": ()}))
+    ours, full = (
+        run_ranks(RANKS.get(strategy, 2), train, strategy, case)[0],
+        raw(Case(**{**vars(case), "options": ()})),
+    )
     torch.testing.assert_close(ours.losses, full.losses, rtol=2e-2, atol=0)
     torch.testing.assert_close(ours.norms, full.norms, rtol=2e-2, atol=0)
     assert ours.losses != full.losses
@@ -30,7 +33,7 @@ def overflowing(world: World, strategy: str) -> tuple[list[float], list[float], 
     for step in range(4):
         before = made.state()["model/head.bias"].values.clone() if "model/head.bias" in made.state() else None
         if step == 1:
-            with made.microbatch(last=True):
+            with made.micro_batch(last=True):
                 loss = models.loss_sum(made.model, models.batch("mlp", step, world.rank))
                 made.backward(loss * (1e30 if world.rank == 0 else 1.0))
             norms.append(made.step().item())

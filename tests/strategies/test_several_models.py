@@ -83,12 +83,12 @@ def in_turns(world: World, name: str, micro_batches: int) -> tuple[list[float], 
     losses = []
     for step in range(STEPS):
         for turn, loss in LOSSES.items():
-            resting = [strategy for model, strategy in strategies.items() if model != turn]
+            frozen = [strategy for model, strategy in strategies.items() if model != turn]
             values = torch.zeros(micro_batches)
             mine = range(world.rank, micro_batches, world.world_size)
             for index in mine:
                 last = index == mine[-1]
-                with resting[0].resting(), resting[1].resting(), strategies[turn].microbatch(last=last):
+                with frozen[0].frozen(), frozen[1].frozen(), strategies[turn].micro_batch(last=last):
                     value = loss(models, step, index) / micro_batches
                     strategies[turn].backward(value)
                 values[index] = value.detach()
@@ -101,11 +101,13 @@ def in_turns(world: World, name: str, micro_batches: int) -> tuple[list[float], 
 
 
 @pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
-@pytest.mark.parametrize("strategy", each([name for name in STRATEGIES if name != "fsdp-hybrid"], ("single", "ddp", "fsdp")))
-def test_a_gan_with_a_teacher_equals_raw_pytorch(strategy: str, accumulation: int) -> None:
+@pytest.mark.parametrize(
+    "strategy", each([name for name in STRATEGIES if name != "fsdp-hybrid"], ("single", "ddp", "fsdp"))
+)
+def test_a_gan_with_a_teacher_equals_raw_pytorch(strategy: str, accumulation_steps: int) -> None:
     ranks = 1 if strategy == "single" else 2
-    losses, weights = run_ranks(ranks, in_turns, strategy, ranks * accumulation)[0]
-    expected_losses, expected = by_hand(ranks * accumulation)
+    losses, weights = run_ranks(ranks, in_turns, strategy, ranks * accumulation_steps)[0]
+    expected_losses, expected = by_hand(ranks * accumulation_steps)
     torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(weights, expected, rtol=1e-4, atol=1e-5)
 
@@ -116,14 +118,16 @@ def interleaved(world: World, name: str) -> tuple[list[float], dict[str, list[Te
     strategies: dict[str, Strategy] = {}
     for model in ("critic", "generator", "teacher"):
         strategies[model] = strategy_class(options.strategy)(world, options)
-        strategies[model].setup(lambda model=model: build(model), lambda m: AdamW(m.parameters(), lr=0.01), blocks)
+        strategies[model].setup(
+            lambda model=model: build(model), lambda m: AdamW(m.parameters(), lr=0.01), blocks
+        )
     models = {model: strategy.model for model, strategy in strategies.items()}
     for step in range(STEPS):
         for index in (world.rank, world.rank + world.world_size):
             for turn, loss in LOSSES.items():
-                resting = [strategy for model, strategy in strategies.items() if model != turn]
+                frozen = [strategy for model, strategy in strategies.items() if model != turn]
                 last = index >= world.world_size
-                with resting[0].resting(), resting[1].resting(), strategies[turn].microbatch(last=last):
+                with frozen[0].frozen(), frozen[1].frozen(), strategies[turn].micro_batch(last=last):
                     strategies[turn].backward(loss(models, step, index) / 4)
         for turn in LOSSES:
             strategies[turn].step()

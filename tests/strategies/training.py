@@ -15,7 +15,7 @@ from torch import Tensor, distributed, nn
 from strategies import strategy_class
 from strategies.base import Strategy
 from strategies.options import DDPOptions, FSDPOptions, Options
-from strategies.shards import Range
+from strategies.shards import TensorSlice
 from tests.ranks import World
 from tests.strategies import models
 
@@ -64,14 +64,14 @@ class Outcome:
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
-    state: dict[str, Range] = field(default_factory=dict)
+    state: dict[str, TensorSlice] = field(default_factory=dict)
 
 
 class Saved:
     """A checkpoint in memory, put together from the ranges of all ranks. Fails if they leave a gap or overlap."""
 
-    def __init__(self, ranks: list[dict[str, Range]]) -> None:
-        pieces: dict[str, list[Range]] = {}
+    def __init__(self, ranks: list[dict[str, TensorSlice]]) -> None:
+        pieces: dict[str, list[TensorSlice]] = {}
         for rank in ranks:
             for name, piece in rank.items():
                 pieces.setdefault(name, []).append(piece)
@@ -134,7 +134,9 @@ def train(world: World, strategy: str, case: Case, saved: Saved | None = None) -
         loss, norm = train_step(world, made, case, step)
         outcome.losses.append(loss)
         outcome.norms.append(norm)
-    outcome.state = {name: Range(p.values.cpu().clone(), p.start, p.shape) for name, p in made.state().items()}
+    outcome.state = {
+        name: TensorSlice(p.values.cpu().clone(), p.start, p.shape) for name, p in made.state().items()
+    }
     outcome.weights = made.export()
     return outcome
 
@@ -146,7 +148,7 @@ def train_step(world: World, strategy: Strategy, case: Case, step: int) -> tuple
     total = torch.zeros((), dtype=torch.float64)
     for index in mine:
         torch.manual_seed(7000 + 100 * step + index)
-        with strategy.microbatch(last=index == mine[-1]):
+        with strategy.micro_batch(last=index == mine[-1]):
             loss = models.loss_sum(strategy.model, models.batch(case.model, step, index)) / count
             strategy.backward(loss)
         total += loss.detach()
@@ -160,9 +162,13 @@ def assert_equal(ours: Outcome, other: Outcome, losses: float = 1e-5, weights: f
     """Losses and norms within `losses`, relative; weights within `weights` of the largest of each tensor."""
     torch.testing.assert_close(ours.losses, other.losses, rtol=losses, atol=0.0)
     torch.testing.assert_close(ours.norms, other.norms, rtol=losses, atol=0.0)
-    trained = {n for n in other.weights if not n.endswith(("running_mean", "running_var", "num_batches_tracked"))}
+    trained = {
+        n for n in other.weights if not n.endswith(("running_mean", "running_var", "num_batches_tracked"))
+    }
     assert trained <= other.weights.keys()
     for name in trained:
         if name in ours.weights:  # a tied tensor comes once
             scale = other.weights[name].abs().max().item()
-            torch.testing.assert_close(ours.weights[name], other.weights[name], rtol=0.0, atol=weights * scale, msg=name)
+            torch.testing.assert_close(
+                ours.weights[name], other.weights[name], rtol=0.0, atol=weights * scale, msg=name
+            )

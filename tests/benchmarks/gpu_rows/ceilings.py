@@ -27,7 +27,11 @@ COPIES = {
 def rows(bench: Bench) -> Iterator[Row]:
     """Sustained over a window, not the best moment: what a training can hope for."""
     for precision in ("bf16", "tf32", "fp32"):
-        yield Row(section="ceilings", name=f"matrix product, {precision}", measure=partial(product_row, bench, precision))
+        yield Row(
+            section="ceilings",
+            name=f"matrix product, {precision}",
+            measure=partial(product_row, bench, precision),
+        )
     for name, places in COPIES.items():
         yield Row(section="ceilings", name=name, measure=partial(copy_row, bench, *places))
 
@@ -50,8 +54,14 @@ def product(bench: Bench, precision: str) -> float:
     set_matmul_precision(precision)
     found = []
     for size in (64,) if bench.rehearse else SIZES:
-        left, right = torch.randn(2, size, size, device=bench.device, dtype=AUTOCAST.get(precision, torch.float32))
-        seconds = pace(partial(torch.mm, left, right, out=torch.empty_like(left)), bench.device, bench.seconds / len(SIZES))
+        left, right = torch.randn(
+            2, size, size, device=bench.device, dtype=AUTOCAST.get(precision, torch.float32)
+        )
+        seconds = pace(
+            partial(torch.mm, left, right, out=torch.empty_like(left)),
+            bench.device,
+            bench.seconds / len(SIZES),
+        )
         found.append(2 * size**3 / seconds)
     return max(found)
 
@@ -62,9 +72,11 @@ def copied(bench: Bench, source: str, target: str) -> float:
     size = 2**16 if bench.rehearse else BYTES
     buffers = [
         torch.empty(size, dtype=torch.uint8, device=bench.device)
-        if place == "device"
+        if phase == "device"
         else torch.empty(size, dtype=torch.uint8, pin_memory=bench.device != "cpu")
-        for place in (source, target)
+        for phase in (source, target)
     ]
-    seconds = pace(lambda: buffers[1].copy_(buffers[0], non_blocking=True), bench.device, bench.seconds / len(COPIES))
+    seconds = pace(
+        lambda: buffers[1].copy_(buffers[0], non_blocking=True), bench.device, bench.seconds / len(COPIES)
+    )
     return (2 if source == target else 1) * size / seconds

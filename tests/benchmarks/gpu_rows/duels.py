@@ -16,16 +16,16 @@ import torch
 
 from launch.cli.config import CheckpointOptions, Config
 from launch.cli.resolve import Settings
-from launch.reporting.console import Screen
-from launch.reporting.metrics import Record
+from launch.reporting.console import Console
+from launch.reporting.metrics import Metrics
 from launch.reporting.throughput import peak_memory
-from launch.runtime.phase import Place
-from launch.runtime.rendezvous import connected
+from launch.runtime.phase import Phase
+from launch.runtime.rendezvous import process_group
 from launch.runtime.versions import versions
 from launch.runtime.world import World
-from launch.state.run import Job, prepare
+from launch.state.run import Run, prepare
 from launch.training.loop import train
-from launch.watchdog.watchdog import Watch
+from launch.watchdog.watchdog import Watchdog
 from tests.benchmarks.gpu_rows import LEFT_OUT, WRONG, Bench, Row
 from tests.benchmarks.gpu_rows.ladders import NEVER, SAME, apart, fitting, speed, top, trained
 from tests.benchmarks.gpu_rows.models import Rung
@@ -41,7 +41,9 @@ AIM = "<= 1.005"
 def rows(bench: Bench) -> Iterator[Row]:
     """A row a pair."""
     for kind, strategy in DUELS:
-        yield Row(section="loop", name=f"{kind}, {strategy}", measure=partial(fight, bench, kind, strategy), aim=AIM)
+        yield Row(
+            section="loop", name=f"{kind}, {strategy}", measure=partial(fight, bench, kind, strategy), aim=AIM
+        )
 
 
 def fight(bench: Bench, kind: str, strategy: str) -> dict[str, Any]:
@@ -49,7 +51,11 @@ def fight(bench: Bench, kind: str, strategy: str) -> dict[str, Any]:
     if strategy.startswith("zero") and find_spec("deepspeed") is None:
         return {"note": f"{LEFT_OUT}: deepspeed is not installed"}
     chatter = silence if strategy.startswith("zero") else nullcontext
-    with connected(World(), strategy) as world, TemporaryDirectory() as folder, chatter(Path(folder) / "output"):
+    with (
+        process_group(World(), strategy) as world,
+        TemporaryDirectory() as folder,
+        chatter(Path(folder) / "output"),
+    ):
         pairs = fitting(top(bench, kind), partial(turns, bench.rounds, strategy, world, Path(folder)))
     theirs, mine = zip(*pairs, strict=True)
     losses = max(apart(a.first_losses, b.first_losses) for a, b in pairs)
@@ -78,17 +84,19 @@ def ours(rung: Rung, strategy: str, world: World, folder: Path) -> Rung:
     """The rung, once `launch.training.loop.train` has trained it."""
     rung = replace(rung)
     release(rung.device)
-    with run_of(rung, strategy, world, folder) as (job, record):
-        record.saver.reserve = lambda: None  # type: ignore[method-assign]  # once in a run: no part of a step
-        steps = job.train_steps
-        job.train_steps = lambda: paced(steps(), rung.device, rung.seconds, rung.paces)  # type: ignore[method-assign]
-        train(job, record)
+    with run_of(rung, strategy, world, folder) as (run, metrics):
+        metrics.checkpoint_writer.reserve = lambda: None  # type: ignore[method-assign]  # once in a run: no part of a step
+        steps = run.train_steps
+        run.train_steps = lambda: paced(steps(), rung.device, rung.seconds, rung.paces)  # type: ignore[method-assign]
+        train(run, metrics)
         rung.peak = peak_memory(rung.device)
     return rung
 
 
 @contextmanager
-def run_of(rung: Rung, strategy: str, world: World, folder: Path, **checkpoint: Any) -> Iterator[tuple[Job, Record]]:
+def run_of(
+    rung: Rung, strategy: str, world: World, folder: Path, **checkpoint: Any
+) -> Iterator[tuple[Run, Metrics]]:
     """A run as `launch.training.trainer` puts it together, with a line on its screen each ten steps, that saves only if it is told to."""
     config = Config(
         recipe="rung",
@@ -101,14 +109,14 @@ def run_of(rung: Rung, strategy: str, world: World, folder: Path, **checkpoint: 
         checkpoint=CheckpointOptions(every=NEVER, every_minutes=None, **checkpoint),
     )
     torch.backends.cudnn.benchmark = False  # torch's default: a run of rankzero leaves it so
-    place, run_dir = Place(), Path(mkdtemp(dir=folder))
-    watch = Watch(world, place, config.hang_timeout)
+    phase, run_dir = Phase(), Path(mkdtemp(dir=folder))
+    watchdog = Watchdog(world, phase, config.hang_timeout)
     try:
-        with (run_dir / "screen").open("w") as screen:
-            job = prepare(Settings(config, rung), world, place)
-            record = Record(job, run_dir, versions(), Screen(speaks=True, stream=screen))
-            yield job, record
-            record.settle()
-            record.close()
+        with (run_dir / "screen").open("w") as console:
+            run = prepare(Settings(config, rung), world, phase)
+            metrics = Metrics(run, run_dir, versions(), Console(speaks=True, stream=console))
+            yield run, metrics
+            metrics.finish()
+            metrics.close()
     finally:
-        watch.close()
+        watchdog.close()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from launch.reporting.throughput import Throughput, peak_flops, peak_memory
-from launch.state.run import Job
+from launch.state.run import Run
 from recipes.parts.data import Batch
 from strategies.precision import set_matmul_precision
 from tests.benchmarks.gpu_rows import WRONG, Bench, Row
@@ -130,7 +130,7 @@ def speed(bench: Bench, kind: str, rung: Rung, seconds: float) -> dict[str, Any]
     return {
         "batch": rung.batch,
         "ms": seconds * 1e3,
-        "rate": rung.count(one_sample(rung)) * rung.batch / seconds,
+        "rate": rung.num_items(one_sample(rung)) * rung.batch / seconds,
         "unit": f"{rung.unit}/s",
         "flops": flops,
         "mfu": flops / peak if peak else None,
@@ -142,7 +142,7 @@ def speed(bench: Bench, kind: str, rung: Rung, seconds: float) -> dict[str, Any]
 def flops_of_sample(bench: Bench, kind: str) -> float:
     """Of forward and backward, by the lowest rung: padding is no work done, nor is what a rung computes twice."""
     _, rung = next(rungs(bench, kind))
-    counted = Throughput(cast(Job, SimpleNamespace(recipe=rung)))
+    counted = Throughput(cast(Run, SimpleNamespace(recipe=rung)))
     counted.first = one_sample(rung)
     found = counted.flops()
     assert found is not None

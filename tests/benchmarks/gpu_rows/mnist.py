@@ -15,7 +15,14 @@ from typing import Any
 from tests.benchmarks.gpu_rows import WRONG, Bench, Row
 
 ROOT = Path(__file__).resolve().parents[3]
-WORDS = ("recipe=mnist", "data.name=mnist", "data.val=0", "precision=bf16", "batch_size=256", "micro_batch_size=256")
+WORDS = (
+    "recipe=mnist",
+    "data.name=mnist",
+    "data.val=0",
+    "precision=bf16",
+    "batch_size=256",
+    "micro_batch_size=256",
+)
 EPOCHS = 5
 GOAL = 0.99
 """test accuracy"""
@@ -30,7 +37,11 @@ def timed(bench: Bench) -> dict[str, Any]:
     """Seconds to the end of the command, import to export; no figure for a network that has not learnt."""
     with TemporaryDirectory() as folder:
         if not bench.rehearse:
-            return {"note": "give mnist=FOLDER"} if bench.mnist is None else command(bench.mnist, Path(folder), EPOCHS, GOAL)
+            return (
+                {"note": "give mnist=FOLDER"}
+                if bench.mnist is None
+                else command(bench.mnist, Path(folder), EPOCHS, GOAL)
+            )
         from tests.benchmarks.data import write_images
 
         write_images(Path(folder), 256)  # noise: nothing to learn
@@ -42,7 +53,9 @@ def command(data: str, folder: Path, epochs: int, goal: float) -> dict[str, Any]
     run_dir = folder / "run"
     words = [*WORDS, f"data.root={data}", f"epochs={epochs}", f"run_dir={run_dir}"]
     start = time.perf_counter()
-    ended = subprocess.run([sys.executable, "launch/run.py", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    ended = subprocess.run(
+        [sys.executable, "launch/run.py", *words], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     seconds = time.perf_counter() - start
     if ended.returncode:
         raise RuntimeError(f"exit code {ended.returncode}: {''.join(ended.stderr.strip().splitlines()[-1:])}")

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torchvision.models.resnet import Bottleneck
 
-from launch.data.loader import places
+from launch.data.loader import sample_indices
 from recipes.parts.data import Batch
 from recipes.parts.optim import decay_groups
 from recipes.parts.transformer import Attention, Decoder
@@ -69,13 +69,17 @@ class Rung(Workload):
             self.held = how_held(model)
         loss: Tensor = model(*batch)
         if noted:
-            self.first_losses.append(loss.detach().float() / self.count(batch))
+            self.first_losses.append(loss.detach().float() / self.num_items(batch))
         return loss
 
     def build_optimizer(self, model: nn.Module) -> Optimizer:
         """AdamW, slow enough for losses to stay comparable; torch's own choice of kernels unless `fused`."""
         return torch.optim.AdamW(
-            decay_groups(model), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True if self.fused else None
+            decay_groups(model),
+            lr=1e-4,
+            betas=(0.9, 0.95),
+            weight_decay=0.1,
+            fused=True if self.fused else None,
         )
 
     # for the raw loop -------------------------------------------------------------------------------------------------
@@ -96,10 +100,10 @@ class Rung(Workload):
 
     def order(self, steps: int) -> Tensor:
         """As in the base class, over as many epochs as it takes."""
-        indices = places(self.samples, 0, np.arange(steps * self.batch))[1]
+        indices = sample_indices(self.samples, 0, np.arange(steps * self.batch))[1]
         return torch.from_numpy(indices).view(steps, self.batch)
 
-    def loader(self, steps: int, setting: Setting, cut: bool = True) -> Iterator[Batch]:  # type: ignore[override]  # noqa: ARG002
+    def loader(self, steps: int, setting: Setting, batch_plan: bool = True) -> Iterator[Batch]:  # type: ignore[override]  # noqa: ARG002
         """Batches in the memory of the device, until a window has been measured."""
         return paced(self.on_device(), self.device, self.seconds, self.paces)
 
@@ -108,7 +112,9 @@ class Rung(Workload):
         tensors = [tensor.to(self.device) for tensor in self.build_data().train.tensors]  # type: ignore[attr-defined]
         tile = torch.arange(self.batch, device=self.device) % TILE
         yield from repeat([tensor[tile] for tensor in tensors], self.tiled)
-        for indices in cycle(self.order(128).to(self.device)):  # indices from the host would be waited for in each step
+        for indices in cycle(
+            self.order(128).to(self.device)
+        ):  # indices from the host would be waited for in each step
             yield [tensor[indices] for tensor in tensors]
 
 
@@ -170,7 +176,7 @@ class GPT2(Rung):
         """The rest is how it is trained."""
         return self.vocabulary, self.multiple, self.block, self.width, self.heads, self.layers, self.naive
 
-    def count_per_sample(self) -> int:
+    def items_per_sample(self) -> int:
         """Tokens predicted."""
         return self.block
 
@@ -208,7 +214,9 @@ class Classifier(nn.Module):
 
     def forward(self, pictures: Tensor, classes: Tensor) -> Tensor:
         """The loss."""
-        normal = (pictures.to(memory_format=self.layout).float() - 127.5) / 73.6  # of bytes that are all as likely
+        normal = (
+            pictures.to(memory_format=self.layout).float() - 127.5
+        ) / 73.6  # of bytes that are all as likely
         loss: Tensor = self.loss(self.network(normal), classes)
         return loss
 
@@ -252,14 +260,22 @@ class ResNet50(Pictures):
 
     def network(self) -> nn.Module:
         """torchvision's."""
-        network = torchvision.models.ResNet(Bottleneck, [1, 1, 1, 1] if self.toy else [3, 4, 6, 3], num_classes=self.classes)
+        network = torchvision.models.ResNet(
+            Bottleneck, [1, 1, 1, 1] if self.toy else [3, 4, 6, 3], num_classes=self.classes
+        )
         if self.toy:
-            network.layer3, network.layer4, network.fc = nn.Identity(), nn.Identity(), nn.Linear(512, self.classes)
+            network.layer3, network.layer4, network.fc = (
+                nn.Identity(),
+                nn.Identity(),
+                nn.Linear(512, self.classes),
+            )
         return network  # type: ignore[no-any-return]  # torchvision is not typed
 
     def build_optimizer(self, model: nn.Module) -> Optimizer:
         """SGD with momentum, slow enough for losses to stay comparable."""
-        return torch.optim.SGD(decay_groups(model), lr=1e-4, momentum=0.9, weight_decay=5e-5, fused=True if self.fused else None)
+        return torch.optim.SGD(
+            decay_groups(model), lr=1e-4, momentum=0.9, weight_decay=5e-5, fused=True if self.fused else None
+        )
 
 
 @dataclass(kw_only=True)

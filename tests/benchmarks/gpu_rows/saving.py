@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from rich.filesize import decimal
 
-from launch.reporting.metrics import Record
-from launch.runtime.rendezvous import connected
+from launch.reporting.metrics import Metrics
+from launch.runtime.rendezvous import process_group
 from launch.runtime.world import World
 from launch.training.loop import train
 from recipes.parts.data import Batch
@@ -31,7 +31,7 @@ SAVES = 6
 class Save(NamedTuple):
     """Seconds and bytes of one."""
 
-    stall: float
+    blocking_s: float
     """by the saver's clock: until the copies are queued"""
     copied: float
     """until they are made: the next step comes after them on the device"""
@@ -45,7 +45,7 @@ def rows(bench: Bench) -> Iterator[Row]:
 
 
 CLOCKS: dict[str, Callable[[Save], float]] = {
-    "stall that the saver reports": lambda save: save.stall,
+    "stall that the saver reports": lambda save: save.blocking_s,
     "until the device goes on": lambda save: save.copied,
 }
 
@@ -61,29 +61,31 @@ def against_floor(bench: Bench, seconds: Callable[[Save], float]) -> dict[str, A
 @cache
 def made(bench: Bench) -> list[Save]:
     """Saves of a run of GPT-2, a step between them, each of them on disk before the next."""
-    with connected(World(), "single") as world, TemporaryDirectory() as folder:
+    with process_group(World(), "single") as world, TemporaryDirectory() as folder:
         return fitting(top(bench, "gpt"), partial(saved, world, Path(folder)))
 
 
 def saved(world: World, folder: Path, rung: Rung) -> list[Save]:
     """Of one run."""
     saves: list[Save] = []
-    with run_of(rung, "single", world, folder, keep=1) as (job, record):
-        steps = job.train_steps
-        job.train_steps = lambda: saving(steps(), record, rung.device, saves)  # type: ignore[method-assign]
-        train(job, record)
+    with run_of(rung, "single", world, folder, keep=1) as (run, metrics):
+        steps = run.train_steps
+        run.train_steps = lambda: saving(steps(), metrics, rung.device, saves)  # type: ignore[method-assign]
+        train(run, metrics)
     return saves[1:]
 
 
-def saving(steps: Iterator[list[Batch]], record: Record, device: str, saves: list[Save]) -> Iterator[list[Batch]]:
+def saving(
+    steps: Iterator[list[Batch]], metrics: Metrics, device: str, saves: list[Save]
+) -> Iterator[list[Batch]]:
     """Pass `steps` on, and save between them."""
     yield from islice(steps, WARM_UP)
     for _ in range(SAVES):
         yield next(steps)
         start = now(device)
-        record.saver.save()
+        metrics.checkpoint_writer.save()
         seconds = now(device) - start
-        done = record.saver.wait()
+        done = metrics.checkpoint_writer.wait()
         assert done is not None
         assert not done.problem, done.problem
-        saves.append(Save(done.stall, seconds, done.size))
+        saves.append(Save(done.blocking_s, seconds, done.size))

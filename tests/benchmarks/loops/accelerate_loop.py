@@ -19,7 +19,7 @@ def run(workload: Workload, steps: int, setting: Setting) -> None:
     # with `cpu` it drops DeepSpeed in silence, without it takes itself for alone, and the ranks get the same data
     accelerator = Accelerator(cpu=not setting.stage, **plugins(workload, setting))
     model = workload.initial_model()
-    loader = workload.loader(steps, setting, cut=False)
+    loader = workload.loader(steps, setting, batch_plan=False)
     model, optimizer, loader = accelerator.prepare(model, workload.build_optimizer(model), loader)
     for step, batch in enumerate(loader, 1):
         loss = workload.mean_loss(model, batch)
@@ -36,7 +36,9 @@ def plugins(workload: Workload, setting: Setting) -> dict[str, Any]:
     if setting.strategy == "fsdp":
         blocks = {type(block).__name__ for block in workload.blocks(workload.build_model())}
         policy: dict[str, Any] = (
-            {"auto_wrap_policy": "transformer_based_wrap", "transformer_cls_names_to_wrap": list(blocks)} if blocks else {}
+            {"auto_wrap_policy": "transformer_based_wrap", "transformer_cls_names_to_wrap": list(blocks)}
+            if blocks
+            else {}
         )
         return {"fsdp_plugin": FullyShardedDataParallelPlugin(fsdp_version=2, **policy)}
     if setting.stage:

@@ -60,7 +60,9 @@ def compare(world: World, duel: Duel) -> tuple[list[tuple[float, float]], float,
 
         def once(name: str) -> Result:
             folder = Path(duel.folder) / f"{duel.name}-{duel.workload}-{duel.bare}-{next(numbers)}"
-            setting = Setting(strategy=duel.strategy, bare=duel.bare, rank=world.rank, ranks=world.world_size, folder=folder)
+            setting = Setting(
+                strategy=duel.strategy, bare=duel.bare, rank=world.rank, ranks=world.world_size, folder=folder
+            )
             workload = WORKLOADS[duel.workload](bare=duel.bare)
             workload.samples = (duel.steps + 1) * workload.batch
             gc.collect()

@@ -58,13 +58,18 @@ def run(workload: Workload, steps: int, setting: Setting) -> None:
         **strategy(workload, setting),
         **(BARE if setting.bare else {}),
     )
-    training = Training(workload.initial_model(), arguments, train_dataset=workload.build_data().train, data_collator=named)
+    training = Training(
+        workload.initial_model(),
+        arguments,
+        train_dataset=workload.build_data().train,
+        data_collator=list_named,
+    )
     training.workload = workload
     training.indices = workload.order(steps).flatten().tolist()
     training.train()
 
 
-def named(samples: list[Any]) -> dict[str, Tensor]:
+def list_named(samples: list[Any]) -> dict[str, Tensor]:
     """A batch by name: it takes no other."""
     inputs, targets = default_collate(samples)
     return {"inputs": inputs, "targets": targets}
@@ -74,7 +79,10 @@ def strategy(workload: Workload, setting: Setting) -> dict[str, Any]:
     """What it is told of the strategy."""
     if setting.strategy == "fsdp":
         blocks = [type(block).__name__ for block in workload.blocks(workload.build_model())]
-        return {"fsdp": "full_shard auto_wrap", "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": blocks[:1]}}
+        return {
+            "fsdp": "full_shard auto_wrap",
+            "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": blocks[:1]},
+        }
     if setting.stage:
         return {"deepspeed": {**deepspeed_config(setting.stage), "train_micro_batch_size_per_gpu": "auto"}}
     return {}

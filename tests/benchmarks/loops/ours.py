@@ -9,14 +9,14 @@ from torch.distributed import HashStore, Store
 
 from launch.cli.config import CheckpointOptions, Config, LogOptions
 from launch.cli.resolve import Settings
-from launch.reporting.console import Screen
-from launch.reporting.metrics import Record
-from launch.runtime.phase import Place
+from launch.reporting.console import Console
+from launch.reporting.metrics import Metrics
+from launch.runtime.phase import Phase
 from launch.runtime.rendezvous import meet
 from launch.runtime.world import World
 from launch.state.run import prepare
 from launch.training.loop import train
-from launch.watchdog.watchdog import Watch
+from launch.watchdog.watchdog import Watchdog
 from tests.benchmarks.loops import BOUND, Setting
 from tests.benchmarks.loops.workloads import Workload
 
@@ -34,7 +34,9 @@ stores: list[Store] = []
 
 def run(workload: Workload, steps: int, setting: Setting) -> None:
     """The last step saves, after the last stamp."""
-    world = World(rank=setting.rank, local_rank=setting.rank, world_size=setting.ranks, local_world_size=setting.ranks)
+    world = World(
+        rank=setting.rank, local_rank=setting.rank, world_size=setting.ranks, local_world_size=setting.ranks
+    )
     if not stores:
         stores.append(meet(world, 60.0) if setting.ranks > 1 else HashStore())
     world = World(**{**vars(world), "store": stores[0]})
@@ -47,13 +49,13 @@ def run(workload: Workload, steps: int, setting: Setting) -> None:
         clip_norm=BOUND,
         **(BARE if setting.bare else {}),
     )
-    place = Place()
-    watch = Watch(world, place, config.hang_timeout)
-    job = prepare(Settings(config, workload), world, place)
-    screen = Screen(speaks=setting.rank == 0 and not setting.bare, stream=sys.stdout)
+    phase = Phase()
+    watchdog = Watchdog(world, phase, config.hang_timeout)
+    run = prepare(Settings(config, workload), world, phase)
+    console = Console(speaks=setting.rank == 0 and not setting.bare, stream=sys.stdout)
     setting.folder.mkdir(parents=True, exist_ok=True)
-    record = Record(job, setting.folder, {"rankzero": "", "torch": ""}, screen)
-    train(job, record)
-    record.settle()
-    record.close()
-    watch.close()
+    metrics = Metrics(run, setting.folder, {"rankzero": "", "torch": ""}, console)
+    train(run, metrics)
+    metrics.finish()
+    metrics.close()
+    watchdog.close()

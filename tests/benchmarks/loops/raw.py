@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from recipes.base import Recipe
-from strategies.deepspeed_compat import prepared_deepspeed
+from strategies.deepspeed_compat import load_deepspeed
 from tests.benchmarks.loops import BOUND, Setting
 from tests.benchmarks.loops.workloads import Workload
 
@@ -18,7 +18,9 @@ from tests.benchmarks.loops.workloads import Workload
 def run(workload: Workload, steps: int, setting: Setting) -> None:
     """Unless it is to be bare, loss and norm are read once in ten steps, as one would for a line on the screen."""
     loader = workload.loader(steps, setting)
-    model, optimizer = spread(workload, workload.initial_model(), setting.strategy, workload.batch // setting.ranks)
+    model, optimizer = spread(
+        workload, workload.initial_model(), setting.strategy, workload.batch // setting.ranks
+    )
     for step, batch in enumerate(loader, 1):
         loss = workload.mean_loss(model, batch)
         if setting.stage:  # the engine clips and zeroes
@@ -47,7 +49,7 @@ def spread(recipe: Recipe, module: nn.Module, strategy: str, micro_batch: int) -
         return module, optimizer
     config = {**deepspeed_config(int(strategy[4:])), "train_micro_batch_size_per_gpu": micro_batch}
     device = next(module.parameters()).device
-    engine, *_ = prepared_deepspeed(device).initialize(model=module, optimizer=optimizer, config=config)
+    engine, *_ = load_deepspeed(device).initialize(model=module, optimizer=optimizer, config=config)
     return engine, optimizer
 
 

@@ -20,7 +20,7 @@ from recipes.parts.data import Batch, Splits
 from recipes.parts.permutation import Permutation
 from recipes.parts.text import stdlib_source
 from recipes.parts.transformer import Decoder
-from strategies.init_weights import initialise
+from strategies.init_weights import initialize
 from tests.benchmarks.loops import Setting
 
 CHECKED = 20
@@ -72,13 +72,13 @@ class Workload(Recipe):
 
     def mean_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """What everybody else calls the loss."""
-        return self.loss(model, batch) / self.count(batch)
+        return self.loss(model, batch) / self.num_items(batch)
 
     def initial_model(self) -> nn.Module:
         """The model with the weights that rankzero gives it under seed 0."""
         seed_device(0, "weights", "model")
         model = self.build_model()
-        initialise(model, 0)
+        initialize(model, 0)
         return model
 
     def order(self, steps: int) -> Tensor:
@@ -86,10 +86,10 @@ class Workload(Recipe):
         positions = torch.arange(steps * self.batch)
         return torch.from_numpy(Permutation(self.samples, 0, 0)(positions.numpy())).view(steps, self.batch)
 
-    def loader(self, steps: int, setting: Setting, cut: bool = True) -> DataLoader[Batch]:
+    def loader(self, steps: int, setting: Setting, batch_plan: bool = True) -> DataLoader[Batch]:
         """torch's own, of this rank's part of each batch; with `cut=False` of all parts in turn."""
         parts = self.order(steps).view(steps, setting.ranks, -1)
-        mine = parts[:, setting.rank] if cut else parts
+        mine = parts[:, setting.rank] if batch_plan else parts
         return DataLoader(
             self.build_data().train,  # type: ignore[arg-type]
             batch_size=self.batch // setting.ranks,
@@ -128,7 +128,7 @@ class GPT(Workload):
         windows = tokens.unfold(0, self.block + 1, self.block)
         return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
-    def count_per_sample(self) -> int:
+    def items_per_sample(self) -> int:
         return self.block
 
     def build_model(self) -> nn.Module:

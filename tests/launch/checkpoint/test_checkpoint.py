@@ -16,14 +16,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from launch.checkpoint import directory as shelf
-from launch.checkpoint.manifest import NAME, Damaged, Manifest
+from launch.checkpoint import directory
+from launch.checkpoint.manifest import NAME, DamagedCheckpoint, Manifest
 from launch.checkpoint.reader import Checkpoint
 from launch.checkpoint.resume import resume
-from launch.checkpoint.writer import NotSaved
-from launch.reporting.console import Screen
-from launch.reporting.metrics import Record
-from launch.state.run import Job
+from launch.checkpoint.writer import SaveError
+from launch.reporting.console import Console
+from launch.reporting.metrics import Metrics
+from launch.state.run import Run
 from launch.training.loop import train
 from tests.launch.jobs import alone, job_of, lines_of, series, trained
 from tests.ranks import World, run_ranks
@@ -39,11 +39,14 @@ def life(place: World, folder: Path, *words: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two ranks, with checkpoints of steps 4 and 6. Its tests work on copies."""
     folder = tmp_path_factory.mktemp("run")
     run_ranks(2, life, folder)
-    assert [path.name for path in shelf.committed(folder)] == ["step-00000004", "step-00000006"]
+    assert [path.name for path in directory.list_checkpoints(folder)] == [
+        "step-00000004",
+        "step-00000006",
+    ]
     return folder
 
 
@@ -99,55 +102,59 @@ DAMAGES: list[Callable[[Path, Path, random.Random], None]] = [
 
 
 def test_fifty_corruptions_are_found_before_a_tensor_is_read(
-    run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = job_of(alone(), "Fit", *WORDS)
+    run = job_of(alone(), "Fit", *WORDS)
     asked: list[Path] = []
     read = Checkpoint.read
-    monkeypatch.setattr(Checkpoint, "read", lambda self, *part: (asked.append(self.folder), read(self, *part))[1])
+    monkeypatch.setattr(
+        Checkpoint, "read", lambda self, *part: (asked.append(self.folder), read(self, *part))[1]
+    )
     for number, damage in enumerate(islice(cycle(DAMAGES), 50)):
         copy = tmp_path / str(number)
-        shutil.copytree(run, copy)
-        older, newest = shelf.committed(copy)
+        shutil.copytree(run_dir, copy)
+        older, newest = directory.list_checkpoints(copy)
         damage(newest, older, random.Random(number))
-        assert resume(job, copy) == older, f"{damage.__name__} {number}"
-        assert job.progress.step == 4
+        assert resume(run, copy) == older, f"{damage.__name__} {number}"
+        assert run.progress.step == 4
         assert set(asked) == {older}, "nothing of what is damaged reaches the model"
         told = capfd.readouterr().err
         assert told.startswith(f"rankzero: {newest}"), told
         assert told.endswith(f"; going back to {older}\n")
         assert told.count("\n") == 1
-        assert [path.name for path in shelf.named(copy)] == [older.name]
+        assert [path.name for path in directory.list_named(copy)] == [older.name]
         assert newest.with_name(newest.name + ".damaged").is_dir(), "set aside, not lost"
         asked.clear()
 
 
 def resumed(place: World, folder: Path, *words: str) -> int:
-    job = job_of(place, "Fit", *WORDS, *words)
-    resume(job, folder)
-    return job.progress.step
+    run = job_of(place, "Fit", *WORDS, *words)
+    resume(run, folder)
+    return run.progress.step
 
 
-def test_all_ranks_go_back_though_only_one_has_seen_the_damage(run: Path, tmp_path: Path) -> None:
-    shutil.copytree(run, tmp_path / "run")
-    path = shelf.committed(tmp_path / "run")[-1] / "rank-00001.safetensors"
+def test_all_ranks_go_back_though_only_one_has_seen_the_damage(run_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(run_dir, tmp_path / "run")
+    path = directory.list_checkpoints(tmp_path / "run")[-1] / "rank-00001.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
     assert run_ranks(2, resumed, tmp_path / "run") == [4, 4]
 
 
-def test_without_a_whole_one_the_run_does_not_start_afresh(run: Path, tmp_path: Path) -> None:
-    shutil.copytree(run, tmp_path / "run")
-    for folder in shelf.committed(tmp_path / "run"):
+def test_without_a_whole_one_the_run_does_not_start_afresh(run_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(run_dir, tmp_path / "run")
+    for folder in directory.list_checkpoints(tmp_path / "run"):
         next(folder.glob("*.safetensors")).unlink()
     for _ in range(2):  # nor at a second try
-        with pytest.raises(ValueError, match=r"rank-0000\d.safetensors is missing .* no whole checkpoint is left"):
+        with pytest.raises(
+            ValueError, match=r"rank-0000\d.safetensors is missing .* no whole checkpoint is left"
+        ):
             resume(job_of(alone(), "Fit", *WORDS), tmp_path / "run")
 
 
 def test_going_back_within_a_run_is_refused(run: Path) -> None:
-    older, newest = shelf.committed(run)
+    older, newest = directory.list_checkpoints(run)
     with pytest.raises(ValueError, match=f"would mix two runs.* remove {newest}"):
         resume(job_of(alone(), "Fit", *WORDS, f"resume={older}"), run)
 
@@ -168,12 +175,12 @@ def test_going_back_within_a_run_is_refused(run: Path) -> None:
 def test_a_manifest_that_cannot_be_true_is_refused(
     run: Path, tmp_path: Path, change: Callable[[Manifest], object], message: str
 ) -> None:
-    folder = shutil.copytree(shelf.committed(run)[-1], tmp_path / "copy")
+    folder = shutil.copytree(directory.list_checkpoints(run)[-1], tmp_path / "copy")
     manifest = Manifest.read(folder)
     change(manifest)
     manifest.check = lambda: None  # type: ignore[method-assign]
     manifest.write(folder)
-    with pytest.raises(Damaged, match=message):
+    with pytest.raises(DamagedCheckpoint, match=message):
         Manifest.read(folder)
 
 
@@ -188,20 +195,22 @@ def test_saves_are_recorded_with_their_times(run: Path) -> None:
 
 def test_what_is_saved_is_the_state_at_its_step(tmp_path: Path) -> None:
     """Training goes on while it is written: the copy must be complete before the next step."""
-    job = trained(job_of(alone(), "Fit", *WORDS, "checkpoint.every=1", "checkpoint.keep=6"), tmp_path / "often")
-    for folder in shelf.committed(tmp_path / "often"):
+    run = trained(
+        job_of(alone(), "Fit", *WORDS, "checkpoint.every=1", "checkpoint.keep=6"), tmp_path / "often"
+    )
+    for folder in directory.list_checkpoints(tmp_path / "often"):
         stopped = job_of(alone(), "Fit", *WORDS)
-        stopped.stop_at = shelf.step_of(folder)
+        stopped.stop_at = directory.step_of(folder)
         trained(stopped, tmp_path / folder.name)
-        again = shelf.committed(tmp_path / folder.name)[-1]
+        again = directory.list_checkpoints(tmp_path / folder.name)[-1]
         assert Manifest.read(folder).files[0].digest == Manifest.read(again).files[0].digest
-    assert job.progress.step == 6
+    assert run.progress.step == 6
 
 
 def on_the_clock(place: World, folder: Path) -> list[str]:
     words = ("checkpoint.every=1000", "checkpoint.every_minutes=0.00001", "checkpoint.keep=9")
     trained(job_of(place, "Fit", *WORDS, *words), folder, period=0.0)
-    return [path.name for path in shelf.committed(folder)]
+    return [path.name for path in directory.list_checkpoints(folder)]
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -212,14 +221,14 @@ def test_it_saves_by_the_clock_too(tmp_path: Path, world_size: int) -> None:
 
 
 def once_overdue(place: World, folder: Path) -> list[str]:
-    job = job_of(place, "Fit", *WORDS, "checkpoint.every=1000", "checkpoint.keep=9")
+    run = job_of(place, "Fit", *WORDS, "checkpoint.every=1000", "checkpoint.keep=9")
     if place.rank == 0:
         folder.mkdir()
-    record = Record(job, folder, {}, Screen(False))
-    record.agreement.period, record.saver.last = 0.0, -1e9
-    train(job, record)
-    record.settle()
-    return [path.name for path in shelf.committed(folder)]
+    metrics = Metrics(run, folder, {}, Console(False))
+    metrics.consensus.period, metrics.checkpoint_writer.last = 0.0, -1e9
+    train(run, metrics)
+    metrics.finish()
+    return [path.name for path in directory.list_checkpoints(folder)]
 
 
 def test_by_the_clock_it_saves_once(tmp_path: Path) -> None:
@@ -240,32 +249,32 @@ def full_disk(size: int) -> Iterator[None]:
 
 def interrupted(place: World, folder: Path, trouble: str) -> tuple[list[str], list[str]]:
     """A save before, one during and one after some trouble; the checkpoints after the second and after the third."""
-    job = job_of(place, "Fit", *WORDS)
-    record = Record(job, folder, {}, Screen(place.rank == 0))
-    step(job, record)
-    record.saved(record.saver.wait())
+    run = job_of(place, "Fit", *WORDS)
+    metrics = Metrics(run, folder, {}, Console(place.rank == 0))
+    step(run, metrics)
+    metrics.saved(metrics.checkpoint_writer.wait())
     if trouble == "vanished":
-        shelf.shelf(folder).rename(folder / "elsewhere") if place.rank == 0 else None
+        directory.checkpoints_dir(folder).rename(folder / "elsewhere") if place.rank == 0 else None
         torch.distributed.barrier()
-        step(job, record)
-        record.saved(record.saver.wait())
+        step(run, metrics)
+        metrics.saved(metrics.checkpoint_writer.wait())
         torch.distributed.barrier()
-        (folder / "elsewhere").rename(shelf.shelf(folder)) if place.rank == 0 else None
+        (folder / "elsewhere").rename(directory.checkpoints_dir(folder)) if place.rank == 0 else None
     else:
         with full_disk(100 if place.rank == 1 else 2**40):
-            step(job, record)
-            record.saved(record.saver.wait())
+            step(run, metrics)
+            metrics.saved(metrics.checkpoint_writer.wait())
     torch.distributed.barrier()
-    during = [path.name for path in shelf.shelf(folder).iterdir()]
+    during = [path.name for path in directory.checkpoints_dir(folder).iterdir()]
     torch.distributed.barrier()
-    step(job, record)
-    record.settle()
-    return during, [path.name for path in shelf.committed(folder)]
+    step(run, metrics)
+    metrics.finish()
+    return during, [path.name for path in directory.list_checkpoints(folder)]
 
 
-def step(job: Job, record: Record) -> None:
-    job.progress.step += 1
-    record.checkpoint()
+def step(run: Run, metrics: Metrics) -> None:
+    run.progress.step += 1
+    metrics.checkpoint()
 
 
 @pytest.mark.parametrize("trouble", ["full", "vanished"])
@@ -273,66 +282,80 @@ def test_a_save_that_fails_costs_nothing_but_itself(tmp_path: Path, trouble: str
     for during, after in run_ranks(2, interrupted, tmp_path, trouble):
         assert during == ["step-00000001"], "what was saved before, and no remains"
         assert after == ["step-00000001", "step-00000003"]
-    with Checkpoint(shelf.committed(tmp_path)[0]) as checkpoint:
+    with Checkpoint(directory.list_checkpoints(tmp_path)[0]) as checkpoint:
         checkpoint.verify()
 
 
 def test_a_run_whose_last_save_fails_does_not_end_well(tmp_path: Path) -> None:
-    job = job_of(alone(), "Fit", *WORDS, "checkpoint.every=4", "steps=6")
-    record = Record(job, tmp_path, {}, Screen(True))
-    job.stop_at = 4
-    train(job, record)
-    record.settle()
-    job.stop_at = None
-    (file,) = shelf.committed(tmp_path)[0].glob("*.safetensors")
+    run = job_of(alone(), "Fit", *WORDS, "checkpoint.every=4", "steps=6")
+    metrics = Metrics(run, tmp_path, {}, Console(True))
+    run.stop_at = 4
+    train(run, metrics)
+    metrics.finish()
+    run.stop_at = None
+    (file,) = directory.list_checkpoints(tmp_path)[0].glob("*.safetensors")
     with full_disk(file.stat().st_size - 1):  # metrics.jsonl is smaller
-        train(job, record)
-        with pytest.raises(NotSaved, match=r"step 6 was not saved: File too large: .*A rank writes about 716 bytes"):
-            record.settle()
-    assert [path.name for path in shelf.committed(tmp_path)] == ["step-00000004"]
+        train(run, metrics)
+        with pytest.raises(
+            SaveError, match=r"step 6 was not saved: File too large: .*A rank writes about 716 bytes"
+        ):
+            metrics.finish()
+    assert [path.name for path in directory.list_checkpoints(tmp_path)] == ["step-00000004"]
     assert len(series(tmp_path)) == 6
 
 
 # kept -------------------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_being_read_is_not_removed(run: Path, tmp_path: Path) -> None:
-    shutil.copytree(run, tmp_path / "run")
-    older, newest = shelf.committed(tmp_path / "run")
+def test_what_is_being_read_is_not_removed(run_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(run_dir, tmp_path / "run")
+    older, newest = directory.list_checkpoints(tmp_path / "run")
     with Checkpoint(older):
-        assert shelf.prune(tmp_path / "run", keep=1) == []
-    assert shelf.prune(tmp_path / "run", keep=1) == [older]
-    assert sorted(path.name for path in shelf.shelf(tmp_path / "run").iterdir()) == [newest.name]
+        assert directory.prune(tmp_path / "run", keep=1) == []
+    assert directory.prune(tmp_path / "run", keep=1) == [older]
+    assert sorted(path.name for path in directory.checkpoints_dir(tmp_path / "run").iterdir()) == [
+        newest.name
+    ]
 
 
-def test_the_newest_is_kept_whatever_lies_behind_it(run: Path, tmp_path: Path) -> None:
+def test_the_newest_is_kept_whatever_lies_behind_it(run_dir: Path, tmp_path: Path) -> None:
     """A run that went back must not lose its only good checkpoint to a newer one that is damaged."""
-    shutil.copytree(run, tmp_path / "run")
-    os.truncate(shelf.committed(tmp_path / "run")[-1] / "rank-00000.safetensors", 10)
-    job = job_of(alone(), "Fit", *WORDS, "checkpoint.every=5", "checkpoint.keep=1")
-    resume(job, tmp_path / "run")
-    job.stop_at = 5
-    trained(job, tmp_path / "run")
-    assert [path.name for path in shelf.committed(tmp_path / "run")] == ["step-00000005"]
+    shutil.copytree(run_dir, tmp_path / "run")
+    os.truncate(directory.list_checkpoints(tmp_path / "run")[-1] / "rank-00000.safetensors", 10)
+    run = job_of(alone(), "Fit", *WORDS, "checkpoint.every=5", "checkpoint.keep=1")
+    resume(run, tmp_path / "run")
+    run.stop_at = 5
+    trained(run, tmp_path / "run")
+    assert [path.name for path in directory.list_checkpoints(tmp_path / "run")] == ["step-00000005"]
 
 
-def test_what_a_kill_left_is_swept_up(run: Path, tmp_path: Path) -> None:
-    shutil.copytree(run, tmp_path / "run")
+def test_what_a_kill_left_is_swept_up(run_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(run_dir, tmp_path / "run")
     for name in (".step-00000008.partial", ".step-00000002.removed"):
-        (shelf.shelf(tmp_path / "run") / name).mkdir()
-        (shelf.shelf(tmp_path / "run") / name / "rank-00000.safetensors").write_bytes(b"half of i")
+        (directory.checkpoints_dir(tmp_path / "run") / name).mkdir()
+        (directory.checkpoints_dir(tmp_path / "run") / name / "rank-00000.safetensors").write_bytes(
+            b"half of i"
+        )
     assert resumed(alone(), tmp_path / "run") == 6
-    Record(job_of(alone(), "Fit", *WORDS), tmp_path / "run", {}, Screen(False))
-    assert sorted(path.name for path in shelf.shelf(tmp_path / "run").iterdir()) == ["step-00000004", "step-00000006"]
+    Metrics(job_of(alone(), "Fit", *WORDS), tmp_path / "run", {}, Console(False))
+    assert sorted(path.name for path in directory.checkpoints_dir(tmp_path / "run").iterdir()) == [
+        "step-00000004",
+        "step-00000006",
+    ]
 
 
 def test_the_format_is_open(run: Path) -> None:
     """JSON, and files that the safetensors package reads."""
-    for file in shelf.committed(run)[-1].glob("*.safetensors"):
+    for file in directory.list_checkpoints(run)[-1].glob("*.safetensors"):
         assert all(tensor.ndim == 1 for tensor in load_file(file).values())
-    found = json.loads((shelf.committed(run)[-1] / NAME).read_text())["manifest"]
+    found = json.loads((directory.list_checkpoints(run)[-1] / NAME).read_text())["manifest"]
     assert (found["step"], found["samples"]) == (6, 96)
     assert found["config"]["lr"] == 0.01
     assert found["optimizers"]["model"][0]["optimizer"] == "AdamW"
     weight = found["tensors"]["model/model/0.weight"]
-    assert (weight["dtype"], weight["shape"], weight["cuts"], weight["files"]) == ("F32", [8, 5], [0, 20, 40], [0, 1])
+    assert (weight["dtype"], weight["shape"], weight["cuts"], weight["files"]) == (
+        "F32",
+        [8, 5],
+        [0, 20, 40],
+        [0, 1],
+    )

@@ -9,11 +9,15 @@ import pytest
 import torch
 
 from launch.checkpoint.compare import compare
-from launch.checkpoint.directory import folder_of
+from launch.checkpoint.directory import checkpoint_dir
 from launch.checkpoint.reader import Checkpoint
 from tests.launch.checkpoints import CONFIG, GROUPS, call, state, write_checkpoint, write_run
 
-WEIGHTS = {"layer.weight": torch.arange(30.0).view(5, 6), "layer.bias": torch.ones(5), "count": torch.tensor(7)}
+WEIGHTS = {
+    "layer.weight": torch.arange(30.0).view(5, 6),
+    "layer.bias": torch.ones(5),
+    "count": torch.tensor(7),
+}
 
 
 @pytest.fixture
@@ -36,7 +40,7 @@ def other(made: Path, **changed: torch.Tensor) -> Path:
 
 
 def test_diff_of_equal_states(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "0 differ" in call(capsys, "diff", made, folder_of(made, 10))
+    assert "0 differ" in call(capsys, "diff", made, checkpoint_dir(made, 10))
     said = call(capsys, "diff", made, other(made))  # other ranks, and the configuration does not count
     assert "optim.lr  0.1 -> 0.2" in said
 
@@ -66,20 +70,41 @@ def test_diff_shows_the_first_unless_asked_for_all(made: Path, capsys: pytest.Ca
 
 def pair(folder: Path, first: dict[str, Any], second: dict[str, Any]) -> list[Checkpoint]:
     tensors = ({name: torch.as_tensor(value) for name, value in values.items()} for values in (first, second))
-    return [Checkpoint(write_checkpoint(folder / str(n), held, ranks=n + 1)) for n, held in enumerate(tensors)]
+    return [
+        Checkpoint(write_checkpoint(folder / str(n), held, ranks=n + 1)) for n, held in enumerate(tensors)
+    ]
 
 
 def test_what_differs(tmp_path: Path) -> None:
     nan, inf = float("nan"), float("inf")
     first, second = pair(
         tmp_path,
-        {"nan": [nan, 1.0], "one nan": [nan, 4.0], "inf": [inf, -inf], "signs": [inf], "zero": [0.0], "bool": [True, False]}
+        {
+            "nan": [nan, 1.0],
+            "one nan": [nan, 4.0],
+            "inf": [inf, -inf],
+            "signs": [inf],
+            "zero": [0.0],
+            "bool": [True, False],
+        }
         | {"large": [2**60], "gone": [1], "shape": [1, 2], "type": [1]},
-        {"nan": [nan, 1.0], "one nan": [2.0, 4.0], "inf": [inf, -inf], "signs": [-inf], "zero": [-0.0], "bool": [True, True]}
+        {
+            "nan": [nan, 1.0],
+            "one nan": [2.0, 4.0],
+            "inf": [inf, -inf],
+            "signs": [-inf],
+            "zero": [-0.0],
+            "bool": [True, True],
+        }
         | {"large": [2**60 + 1], "new": [1], "shape": [[1, 2]], "type": [1.0]},
     )
     found = compare(first, second)
-    assert {apart.name: apart.largest for apart in found.apart} == {"one nan": inf, "signs": inf, "bool": 1.0, "large": 0.0}
+    assert {apart.name: apart.largest for apart in found.apart} == {
+        "one nan": inf,
+        "signs": inf,
+        "bool": 1.0,
+        "large": 0.0,
+    }
     assert found.equal == 3
     assert {name for name, _, _ in found.tensors} == {"gone", "new", "shape", "type"}
     assert not found.same_state
@@ -88,7 +113,9 @@ def test_what_differs(tmp_path: Path) -> None:
 
 
 def test_diff_of_optimizers(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    groups = [{**GROUPS[0], "parameters": ["weight"], "settings": {**GROUPS[0]["settings"], "weight_decay": 0.0}}]  # type: ignore[dict-item]
+    groups = [
+        {**GROUPS[0], "parameters": ["weight"], "settings": {**GROUPS[0]["settings"], "weight_decay": 0.0}}
+    ]  # type: ignore[dict-item]
     write_run(made / "other", state("model", WEIGHTS), optimizers={"model": groups})
     said = call(capsys, "diff", made, made / "other", expect=1)
     assert "model, group 0: parameters.bias  in it -> (none)" in said

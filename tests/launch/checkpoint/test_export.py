@@ -115,7 +115,9 @@ def test_shards_and_their_index(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"w.{suffix}"
     with Checkpoint(written(tmp_path / "step", net=model)) as checkpoint:
         *shards, index = export_weights(checkpoint, path, shard_bytes=200)
-    assert [file.name for file in shards] == [f"w-{n:05d}-of-{len(shards):05d}.{suffix}" for n in range(1, len(shards) + 1)]
+    assert [file.name for file in shards] == [
+        f"w-{n:05d}-of-{len(shards):05d}.{suffix}" for n in range(1, len(shards) + 1)
+    ]
     assert len(shards) > 2
     assert index.name == f"w.{suffix}.index.json"
     content = json.loads(index.read_text())
@@ -168,7 +170,11 @@ def test_another_export_replaces_the_one_before(tmp_path: Path) -> None:
         assert not any(file.exists() for file in shards)
         assert export_weights(checkpoint, path, shard_bytes=200) == shards
     assert not path.exists()
-    assert {file.name for file in tmp_path.iterdir()} == {"step", "w-00001-of-mine.safetensors", *(f.name for f in shards)}
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "step",
+        "w-00001-of-mine.safetensors",
+        *(f.name for f in shards),
+    }
 
 
 def test_all_or_none(tmp_path: Path) -> None:
@@ -213,15 +219,25 @@ def large_folder(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.slow
 def test_memory_is_bounded(large_folder: Path) -> None:
     """A tensor of 400 MB, two of 100: no more than a few chunks of 32 MiB at a time."""
-    tensors = {f"net/model/{n}": torch.rand(numel) for n, numel in enumerate((25_000_000, 100_000_000, 25_000_000))}
+    tensors = {
+        f"net/model/{n}": torch.rand(numel) for n, numel in enumerate((25_000_000, 100_000_000, 25_000_000))
+    }
     write_checkpoint(large_folder / "step", tensors)
     for words in (("w.safetensors",), ("w.pt",), ("half.pt", "bf16")):
         asked = [sys.executable, "-c", MEASURE, "step", *words]
         done = subprocess.run(
-            asked, cwd=large_folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+            asked,
+            cwd=large_folder,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 0, done.stderr
         print(f"{words[0]}: {int(done.stdout) / 1e6:.0f} MB beyond the imports")
         assert 1e6 < int(done.stdout) < 150e6
-    for loaded in (load_file(large_folder / "w.safetensors"), torch.load(large_folder / "w.pt", mmap=True, weights_only=True)):
+    for loaded in (
+        load_file(large_folder / "w.safetensors"),
+        torch.load(large_folder / "w.pt", mmap=True, weights_only=True),
+    ):
         assert all(torch.equal(loaded[name.rpartition("/")[2]], tensor) for name, tensor in tensors.items())

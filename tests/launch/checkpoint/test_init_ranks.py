@@ -13,11 +13,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from launch.checkpoint import tensors
-from launch.checkpoint.init_weights import initialise
-from launch.checkpoint.name_matching import best_matching
-from launch.data.loader import steps_of
+from launch.checkpoint.init_weights import load_initial_weights
+from launch.checkpoint.name_matching import match_names
+from launch.data.loader import group_micro_batches
 from launch.training.loop import train_step
-from tests.launch.checkpoint.test_init_weights import Tensors, elsewhere, same, saved, tiny, unique, weights_of
+from tests.launch.checkpoint.test_init_weights import (
+    Tensors,
+    elsewhere,
+    same,
+    saved,
+    tiny,
+    unique,
+    weights_of,
+)
 from tests.launch.processes import TINY, call
 from tests.launch.tiny import FEATURES
 from tests.ranks import RanksFailed, World, run_ranks
@@ -40,22 +48,22 @@ from tests.ranks import RanksFailed, World, run_ranks
     ],
 )
 def test_names(there: str, here: str, expected: str | None) -> None:
-    found, _ = best_matching({name: (2,) for name in there.split()}, {name: (2,) for name in here.split()})
+    found, _ = match_names({name: (2,) for name in there.split()}, {name: (2,) for name in here.split()})
     expected = there if expected is None else expected
     assert [found.pairs[name] for name in here.split() if name in found.pairs] == expected.split()
 
 
 def test_of_two_prefixes_the_one_that_fits_by_shape() -> None:
     there = {"a.w": (2, 3), "b.w": (4, 5)}
-    found, rival = best_matching(there, {"w": (4, 5)})
+    found, rival = match_names(there, {"w": (4, 5)})
     assert found.pairs == {"w": "b.w"}
     assert not rival
-    assert "'module.'" in best_matching({"_orig_mod.w": (2,), "module.w": (2,)}, {"w": (2,)})[1]
+    assert "'module.'" in match_names({"_orig_mod.w": (2,), "module.w": (2,)}, {"w": (2,)})[1]
 
 
 def init_where_it_is(place: World, folder: Path) -> None:
     """The file is on the disk of rank zero only."""
-    job = tiny("Tied", "strategy=ddp", place=place)
+    run = tiny("Tied", "strategy=ddp", place=place)
     here = folder / f"disk-{place.rank}"
     here.symlink_to(folder / "there") if place.rank == 0 else here.mkdir()
     (folder / "there").mkdir(exist_ok=True)
@@ -64,7 +72,7 @@ def init_where_it_is(place: World, folder: Path) -> None:
     before = Path.cwd()
     try:
         os.chdir(here)
-        initialise(job, "a.pt")
+        load_initial_weights(run, "a.pt")
     finally:
         os.chdir(before)
 
@@ -89,34 +97,38 @@ class Begun:
 
 def begun(place: World, strategy: str, path: Path) -> Begun:
     """The weights as loaded, and two steps: the first shows what is computed with, the second what the optimizer updates."""
-    job = tiny("Tied", f"strategy={strategy}", place=place)
-    read, counted = 0, tensors.room
+    run = tiny("Tied", f"strategy={strategy}", place=place)
+    read, counted = 0, tensors.empty_tensor
 
     def counting(dtype: str, numel: int) -> tuple[Tensor, memoryview]:
         nonlocal read
         read += numel * tensors.DTYPES[dtype].itemsize
         return counted(dtype, numel)
 
-    tensors.room = counting
+    tensors.empty_tensor = counting
     try:
-        initialise(job, str(path))
+        load_initial_weights(run, str(path))
     finally:
-        tensors.room = counted
-    weights = {name: tensor.clone() for name, tensor in weights_of(job).items()}
+        tensors.empty_tensor = counted
+    weights = {name: tensor.clone() for name, tensor in weights_of(run).items()}
     losses = []
-    for batches, _ in zip(steps_of(job.train_loader(), job.cut.accumulation), range(2), strict=False):
-        losses.append(job.over_all_ranks(train_step(job, batches)[0])["model"].item())
-        job.progress.step += 1
+    for batches, _ in zip(
+        group_micro_batches(run.train_loader(), run.batch_plan.accumulation_steps), range(2), strict=False
+    ):
+        losses.append(run.reduced_losses(train_step(run, batches)[0])["model"].item())
+        run.progress.step += 1
     return Begun(weights, read, losses)
 
 
 def by_hand(model: nn.Module) -> list[float]:
     """The same two steps in raw PyTorch."""
-    job, losses = tiny("Tied"), []
+    run, losses = tiny("Tied"), []
     first, *others = model.parameters()
     groups: list[dict[str, Any]] = [{"params": [first]}, {"params": others, "lr": 0.005}]
     optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9)
-    for batches, _ in zip(steps_of(job.train_loader(), job.cut.accumulation), range(2), strict=False):
+    for batches, _ in zip(
+        group_micro_batches(run.train_loader(), run.batch_plan.accumulation_steps), range(2), strict=False
+    ):
         parts = [(model(inputs) - targets).square().sum() / 8 for inputs, targets in batches]
         torch.stack(parts).sum().backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -126,14 +138,21 @@ def by_hand(model: nn.Module) -> list[float]:
 
 
 STRATEGIES = [
-    pytest.param(strategy, ranks, id=strategy, marks=[] if strategy in ("single", "fsdp", "zero3") else [pytest.mark.slow])
+    pytest.param(
+        strategy,
+        ranks,
+        id=strategy,
+        marks=[] if strategy in ("single", "fsdp", "zero3") else [pytest.mark.slow],
+    )
     for strategy, ranks in (("single", 1), ("ddp", 2), ("fsdp", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2))
 ]
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "a.pt"])
 @pytest.mark.parametrize(("strategy", "ranks"), STRATEGIES)
-def test_each_rank_reads_what_it_keeps_and_trains_with_it(tmp_path: Path, strategy: str, ranks: int, name: str) -> None:
+def test_each_rank_reads_what_it_keeps_and_trains_with_it(
+    tmp_path: Path, strategy: str, ranks: int, name: str
+) -> None:
     held = unique(elsewhere())
     path = saved(tmp_path / name, held)
     found = run_ranks(ranks, begun, strategy, path)

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from launch.checkpoint.init_weights import initialise
-from launch.state.run import Job
+from launch.checkpoint.init_weights import load_initial_weights
+from launch.state.run import Run
 from recipes.parts.data import Splits
 from tests.launch.jobs import alone, job_of, trained
 from tests.launch.tiny import FEATURES, Fit, Points
@@ -26,9 +26,11 @@ WORDS = ("steps=8", "batch_size=8", "micro_batch_size=4", "optimizer=sgd", "drop
 Tensors = dict[str, Tensor]
 
 
-def tiny(recipe: str, *words: str, place: World | None = None) -> Job:
+def tiny(recipe: str, *words: str, place: World | None = None) -> Run:
     """A run of one of the recipes below."""
-    return job_of(place or alone(), "", f"recipe=tests.launch.checkpoint.test_init_weights:{recipe}", *WORDS, *words)
+    return job_of(
+        place or alone(), "", f"recipe=tests.launch.checkpoint.test_init_weights:{recipe}", *WORDS, *words
+    )
 
 
 class Wide(nn.Module):
@@ -101,11 +103,11 @@ def unique(model: nn.Module) -> Tensors:
     return {name: tensor for name, tensor in model.state_dict().items() if name != "head.weight"}
 
 
-def weights_of(job: Job) -> Tensors:
-    many = len(job.strategies) > 1
+def weights_of(run: Run) -> Tensors:
+    many = len(run.strategies) > 1
     return {
         f"{model}.{name}" if many else name: tensor
-        for model, strategy in job.strategies.items()
+        for model, strategy in run.strategies.items()
         for name, tensor in strategy.export().items()
     }
 
@@ -144,7 +146,9 @@ def saved(path: Path, content: Any, **how: Any) -> Path:
 SOURCES: dict[str, Callable[[Path], Path]] = {
     "safetensors": lambda folder: saved(folder / "a.safetensors", unique(elsewhere())),
     "torch": lambda folder: saved(folder / "a.pt", elsewhere().state_dict()),
-    "old torch": lambda folder: saved(folder / "a.pth", elsewhere().state_dict(), _use_new_zipfile_serialization=False),
+    "old torch": lambda folder: saved(
+        folder / "a.pth", elsewhere().state_dict(), _use_new_zipfile_serialization=False
+    ),
     "nested": lambda folder: saved(
         folder / "a.ckpt",
         {
@@ -155,10 +159,16 @@ SOURCES: dict[str, Callable[[Path], Path]] = {
         },
     ),
     "a name of its own": lambda folder: saved(folder / "a.pt", {"net": elsewhere().state_dict(), "epoch": 3}),
-    "parameters": lambda folder: saved(folder / "a.pt", dict(elsewhere().named_parameters()) | dict(elsewhere().named_buffers())),
+    "parameters": lambda folder: saved(
+        folder / "a.pt", dict(elsewhere().named_parameters()) | dict(elsewhere().named_buffers())
+    ),
     "ddp": lambda folder: saved(folder / "a.pt", prefixed("module.", elsewhere().state_dict())),
-    "compiled": lambda folder: saved(folder / "a.pt", prefixed("_orig_mod.module.", elsewhere().state_dict())),
-    "in a larger model": lambda folder: saved(folder / "a.pt", prefixed("net.body.", elsewhere().state_dict())),
+    "compiled": lambda folder: saved(
+        folder / "a.pt", prefixed("_orig_mod.module.", elsewhere().state_dict())
+    ),
+    "in a larger model": lambda folder: saved(
+        folder / "a.pt", prefixed("net.body.", elsewhere().state_dict())
+    ),
     "sharded": sharded,
     "folder of shards": lambda folder: sharded(folder).parent,
     "folder": lambda folder: saved(folder / "only.safetensors", unique(elsewhere())).parent,
@@ -168,9 +178,9 @@ SOURCES: dict[str, Callable[[Path], Path]] = {
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_what_weights_may_lie_in(tmp_path: Path, source: str) -> None:
-    job = tiny("Tied")
-    words = initialise(job, str(SOURCES[source](tmp_path)))
-    same(weights_of(job), unique(elsewhere()))
+    run = tiny("Tied")
+    words = load_initial_weights(run, str(SOURCES[source](tmp_path)))
+    same(weights_of(run), unique(elsewhere()))
     assert "(11 of 11 tensors" in words
     assert ("without 'net.body.'" in words) == (source == "in a larger model")
     assert ("[state_dict]" in words) == (source == "nested")
@@ -178,19 +188,19 @@ def test_what_weights_may_lie_in(tmp_path: Path, source: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_the_type_is_converted(tmp_path: Path, dtype: torch.dtype) -> None:
-    job = tiny("Tied")
+    run = tiny("Tied")
     held = {name: t.to(dtype) if t.is_floating_point() else t for name, t in unique(elsewhere()).items()}
-    initialise(job, str(saved(tmp_path / "a.safetensors", held)))
-    same(weights_of(job), unique(elsewhere()), dtype)
+    load_initial_weights(run, str(saved(tmp_path / "a.safetensors", held)))
+    same(weights_of(run), unique(elsewhere()), dtype)
 
 
 @pytest.mark.parametrize("name", ["module.weight", "head.weight"])
 def test_a_tied_tensor_may_have_either_name(tmp_path: Path, name: str) -> None:
     held = unique(elsewhere())
     held[name] = held.pop("module.weight")
-    job = tiny("Tied")
-    assert "(11 of 11 tensors)" in initialise(job, str(saved(tmp_path / "a.safetensors", held)))
-    same(weights_of(job), unique(elsewhere()))
+    run = tiny("Tied")
+    assert "(11 of 11 tensors)" in load_initial_weights(run, str(saved(tmp_path / "a.safetensors", held)))
+    same(weights_of(run), unique(elsewhere()))
 
 
 def run_of(place: World, recipe: str, strategy: str, folder: Path) -> Tensors:
@@ -198,9 +208,9 @@ def run_of(place: World, recipe: str, strategy: str, folder: Path) -> Tensors:
 
 
 def init_of(place: World, recipe: str, strategy: str, path: Path, *words: str) -> tuple[str, Tensors]:
-    job = tiny(recipe, f"strategy={strategy}", *words, place=place)
-    said = initialise(job, str(path))
-    return said, weights_of(job)
+    run = tiny(recipe, f"strategy={strategy}", *words, place=place)
+    said = load_initial_weights(run, str(path))
+    return said, weights_of(run)
 
 
 def test_a_run_or_its_checkpoint(tmp_path: Path) -> None:
@@ -212,7 +222,10 @@ def test_a_run_or_its_checkpoint(tmp_path: Path) -> None:
         same(found, expected)
     # one model of two; and a model that ties no longer what was tied
     said, found = init_of(alone(), "Untied", "single", tmp_path, "init_partial=true")
-    assert "12 of 12 tensors, its names without 'student.'; of no use to the model: 2 (teacher.bias, teacher.weight)" in said
+    assert (
+        "12 of 12 tensors, its names without 'student.'; of no use to the model: 2 (teacher.bias, teacher.weight)"
+        in said
+    )
     assert all(torch.equal(found[name], expected[f"student.{name}"]) for name in unique(elsewhere()))
     assert torch.equal(found["head.weight"], expected["student.module.weight"])
     file = next(checkpoints[-1].glob("rank-00001*"))
@@ -226,7 +239,10 @@ def test_a_run_or_its_checkpoint(tmp_path: Path) -> None:
 def test_one_model_of_several(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.safetensors", unique(elsewhere()))
     before = weights_of(tiny("Two"))
-    with pytest.raises(ValueError, match=r"its names put under 'student.'; not in the file: 2 \(teacher.weight, teacher.bias\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"its names put under 'student.'; not in the file: 2 \(teacher.weight, teacher.bias\)",
+    ):
         init_of(alone(), "Two", "single", path)
     _, found = init_of(alone(), "Two", "single", path, "init_partial=true")
     same(found, before | prefixed("student.", unique(elsewhere())))
@@ -245,27 +261,36 @@ def test_one_model_of_several(tmp_path: Path) -> None:
 def other_head(model: Wide) -> Tensors:
     """As after another task: another head, one more layer, one less."""
     held = unique(model) | {"out.weight": torch.zeros(7, 33), "extra.weight": torch.ones(2)}
-    return {name: tensor for name, tensor in held.items() if name not in ("stem.bias", "norm.num_batches_tracked")}
+    return {
+        name: tensor for name, tensor in held.items() if name not in ("stem.bias", "norm.num_batches_tracked")
+    }
 
 
 def test_differences_are_listed_and_refused(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.safetensors", other_head(elsewhere()))
     with pytest.raises(ValueError, match="fits") as refused:
-        initialise(tiny("Tied"), str(path))
+        load_initial_weights(tiny("Tied"), str(path))
     assert str(refused.value).endswith(
         "a.safetensors: it fits 8 of 10 tensors; not in the file: 1 (stem.bias); of no use to the model: 1 "
         "(extra.weight); of another shape: 1 (out.weight 1x33, in the file 7x33). If that is meant, say init_partial=true"
     )
-    job = tiny("Tied", "init_partial=true")
-    before = weights_of(job)
-    assert "8 of 10 tensors; not in the file: 1 (stem.bias)" in initialise(job, str(path))
+    run = tiny("Tied", "init_partial=true")
+    before = weights_of(run)
+    assert "8 of 10 tensors; not in the file: 1 (stem.bias)" in load_initial_weights(run, str(path))
     kept = ("stem.bias", "out.weight", "norm.num_batches_tracked")
-    same(weights_of(job), {name: before[name] if name in kept else t for name, t in unique(elsewhere()).items()})
+    same(
+        weights_of(run),
+        {name: before[name] if name in kept else t for name, t in unique(elsewhere()).items()},
+    )
 
 
 def test_the_counter_of_batchnorm_may_be_missing(tmp_path: Path) -> None:
-    held = {name: tensor for name, tensor in elsewhere().state_dict().items() if name != "norm.num_batches_tracked"}
-    assert "(10 of 10 tensors)" in initialise(tiny("Tied"), str(saved(tmp_path / "a.pt", held)))
+    held = {
+        name: tensor
+        for name, tensor in elsewhere().state_dict().items()
+        if name != "norm.num_batches_tracked"
+    }
+    assert "(10 of 10 tensors)" in load_initial_weights(tiny("Tied"), str(saved(tmp_path / "a.pt", held)))
 
 
 def outward(folder: Path) -> Path:
@@ -290,16 +315,25 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda folder: saved(folder / "a.pt", {"model": elsewhere().state_dict(), "args": Namespace(lr=1)}),
         "it holds argparse.Namespace, not weights alone",
     ),
-    "another file": (lambda folder: written(folder / "a.pt", b"hello world"), "neither a safetensors nor a whole torch file"),
+    "another file": (
+        lambda folder: written(folder / "a.pt", b"hello world"),
+        "neither a safetensors nor a whole torch file",
+    ),
     "an empty file": (lambda folder: written(folder / "a.safetensors", b""), "is no safetensors file"),
     "a list": (lambda folder: saved(folder / "a.pt", [torch.ones(2)]), "no state_dict in it"),
-    "two": (lambda folder: saved(folder / "a.pt", {"g": {"a": torch.ones(1)}, "d": {"a": torch.ones(1)}}), r"\(g, d\)"),
+    "two": (
+        lambda folder: saved(folder / "a.pt", {"g": {"a": torch.ones(1)}, "d": {"a": torch.ones(1)}}),
+        r"\(g, d\)",
+    ),
     "another model": (
         lambda folder: saved(folder / "a.pt", {"x": torch.ones(2)}),
         "nothing in it fits the model; not in the file",
     ),
     "an index that leads out": (outward, "leads out of its folder"),
-    "an index of nothing": (lambda folder: written(folder / "a.safetensors.index.json", b"[]"), "it has no weight_map"),
+    "an index of nothing": (
+        lambda folder: written(folder / "a.safetensors.index.json", b"[]"),
+        "it has no weight_map",
+    ),
 }
 
 
@@ -308,6 +342,6 @@ def test_what_cannot_be_read_is_refused_in_one_line(tmp_path: Path, case: str) -
     make, message = REFUSED[case]
     path = make(tmp_path)
     with pytest.raises(ValueError, match=message) as refused:
-        initialise(tiny("Tied", "init_partial=true"), str(path))
+        load_initial_weights(tiny("Tied", "init_partial=true"), str(path))
     assert str(refused.value).startswith(f"init={path}")
     assert len(str(refused.value).splitlines()) == 1

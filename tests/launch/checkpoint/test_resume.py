@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_model
 from torch import nn
 
-from launch.checkpoint.directory import committed
+from launch.checkpoint.directory import list_checkpoints
 from launch.checkpoint.manifest import Manifest
 from launch.checkpoint.reader import Checkpoint
 from launch.checkpoint.resume import resume
@@ -20,7 +20,15 @@ from tests.launch.processes import TINY, Ended, call, finish, start
 from tests.launch.tiny import FEATURES
 from tests.ranks import World, run_ranks
 
-COMMAND = (f"recipe={TINY}:Broken", "held_out=7", "batch_size=16", "steps=12", "checkpoint.every=5", "eval.every=3", "workers=0")
+COMMAND = (
+    f"recipe={TINY}:Broken",
+    "held_out=7",
+    "batch_size=16",
+    "steps=12",
+    "checkpoint.every=5",
+    "eval.every=3",
+    "workers=0",
+)
 """its own `run_dir=` comes on top; with KILL_AT=9 in the environment it ends in step 9 by SIGKILL, once KILL_AFTER is there"""
 
 
@@ -29,11 +37,16 @@ def lives(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended, Ended,
     """A run without interruption in `whole`, one killed in step 9 and started again in `killed`; the killed, the second."""
     folder = tmp_path_factory.mktemp("lives")
     kill = {"KILL_AT": "9", "KILL_AFTER": "killed/checkpoints/step-00000005"}
-    both = (start(*COMMAND, "run_dir=whole", cwd=folder), start(*COMMAND, "run_dir=killed", cwd=folder, env=kill))
+    both = (
+        start(*COMMAND, "run_dir=whole", cwd=folder),
+        start(*COMMAND, "run_dir=killed", cwd=folder, env=kill),
+    )
     whole, killed = (finish(process) for process in both)
     # what a save that was cut off leaves: newer than the last whole checkpoint, and never to be taken
     (folder / "killed" / "checkpoints" / ".step-00000008.partial").mkdir()
-    (folder / "killed" / "checkpoints" / ".step-00000008.partial" / "rank-00000.safetensors").write_bytes(b"cut o")
+    (folder / "killed" / "checkpoints" / ".step-00000008.partial" / "rank-00000.safetensors").write_bytes(
+        b"cut o"
+    )
     (folder / "killed" / "checkpoints" / "step-00000007").mkdir()  # renamed by nobody of ours: no manifest
     with (folder / "killed" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "lo')
@@ -87,7 +100,10 @@ def test_nothing_in_a_run_directory_is_pickled(lives: tuple[Path, Ended, Ended, 
         head = path.read_bytes()[:64]
         assert not head.startswith((b"\x80", b"PK")), path
         assert path.suffix != ".safetensors" or head[8:9] == b"{"
-    assert sorted(path.name for path in (folder / "whole" / "checkpoints").iterdir()) == ["step-00000010", "step-00000012"]
+    assert sorted(path.name for path in (folder / "whole" / "checkpoints").iterdir()) == [
+        "step-00000010",
+        "step-00000012",
+    ]
     assert sorted(path.name for path in (folder / "whole").iterdir()) == [
         "checkpoints",
         "config.yaml",
@@ -105,7 +121,15 @@ def test_resume_path_starts_another_run_from_a_checkpoint(lives: tuple[Path, End
     assert series(folder / "branch") == series(folder / "whole")[10:]
 
 
-WORDS = ("batch_size=16", "micro_batch_size=4", "steps=10", "checkpoint.every=4", "batchnorm=true", "held_out=6", "eval.every=2")
+WORDS = (
+    "batch_size=16",
+    "micro_batch_size=4",
+    "steps=10",
+    "checkpoint.every=4",
+    "batchnorm=true",
+    "held_out=6",
+    "eval.every=2",
+)
 
 
 BATCHNORM, ADAM = ("optimizer=sgd",), ("batchnorm=false",)
@@ -114,16 +138,16 @@ BATCHNORM, ADAM = ("optimizer=sgd",), ("batchnorm=false",)
 
 def life(place: World, folder: Path, words: tuple[str, ...], stop_at: int | None) -> str:
     """A life of the run in `folder`, to its end or to `stop_at`; says where it started."""
-    job = job_of(place, "Fit", *WORDS, *words)
-    found = resume(job, folder)
-    job.stop_at = stop_at
-    trained(job, folder)
+    run = job_of(place, "Fit", *WORDS, *words)
+    found = resume(run, folder)
+    run.stop_at = stop_at
+    trained(run, folder)
     return "new" if found is None else found.name
 
 
 def progress(folder: Path) -> dict[str, Any]:
     """What the newest checkpoint says."""
-    return Manifest.read(committed(folder)[-1]).progress
+    return Manifest.read(list_checkpoints(folder)[-1]).progress
 
 
 @pytest.mark.parametrize(
@@ -135,12 +159,16 @@ def progress(folder: Path) -> dict[str, Any]:
         pytest.param(4, 1, ADAM, marks=pytest.mark.slow),
     ],
 )
-def test_the_next_life_may_have_another_number_of_ranks(tmp_path: Path, before: int, after: int, words: tuple[str, ...]) -> None:
+def test_the_next_life_may_have_another_number_of_ranks(
+    tmp_path: Path, before: int, after: int, words: tuple[str, ...]
+) -> None:
     run_ranks(1, life, tmp_path / "whole", words, None)
     assert run_ranks(before, life, tmp_path / "run", words, 6)[0] == "new"
     assert run_ranks(after, life, tmp_path / "run", words, None)[0] == "step-00000006"
     for name in ("loss", "grad_norm", "eval/loss"):
-        assert series(tmp_path / "run", name) == pytest.approx(series(tmp_path / "whole", name), rel=1e-5), name
+        assert series(tmp_path / "run", name) == pytest.approx(series(tmp_path / "whole", name), rel=1e-5), (
+            name
+        )
     assert len(series(tmp_path / "whole")) == 10
     found, expected = progress(tmp_path / "run"), progress(tmp_path / "whole")
     assert found["best"] == pytest.approx(expected["best"], rel=1e-5)
@@ -151,21 +179,25 @@ def test_a_checkpoint_holds_the_running_statistics_of_all_ranks(tmp_path: Path) 
     found = {}
     for ranks in (1, 2):
         folder = tmp_path / str(ranks)
-        run_ranks(ranks, life, folder, ("optimizer=sgd", "held_out=0"), 6)  # no evaluation: it would synchronise them too
+        run_ranks(
+            ranks, life, folder, ("optimizer=sgd", "held_out=0"), 6
+        )  # no evaluation: it would synchronise them too
         with Checkpoint(folder / "checkpoints" / "step-00000006") as saved:
             found[ranks] = [saved.read(f"model/model/1.running_{name}", 0, 8) for name in ("mean", "var")]
     torch.testing.assert_close(found[2], found[1], rtol=1e-5, atol=1e-6)
 
 
 def test_the_optimizer_comes_along(tmp_path: Path) -> None:
-    job = trained(job_of(alone(), "Fit", *WORDS), tmp_path)
+    run = trained(job_of(alone(), "Fit", *WORDS), tmp_path)
     again = job_of(alone(), "Fit", *WORDS)
     resume(again, tmp_path)
-    for mine, theirs in zip(again.models["model"].parameters(), job.models["model"].parameters(), strict=True):
-        states = [run.strategies["model"].optimizer.state[p] for run, p in ((again, mine), (job, theirs))]
+    for mine, theirs in zip(
+        again.models["model"].parameters(), run.models["model"].parameters(), strict=True
+    ):
+        states = [run.strategies["model"].optimizer.state[p] for run, p in ((again, mine), (run, theirs))]
         assert states[0].keys() == states[1].keys() == {"step", "exp_avg", "exp_avg_sq"}
         assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
-    assert again.progress.state() == job.progress.state()
+    assert again.progress.state() == run.progress.state()
 
 
 @pytest.mark.parametrize(
@@ -176,7 +208,9 @@ def test_the_optimizer_comes_along(tmp_path: Path) -> None:
         (("size=30",), "50 training samples, now 30"),
     ],
 )
-def test_a_run_that_would_not_continue_the_curve_is_refused(tmp_path: Path, words: tuple[str, ...], message: str) -> None:
+def test_a_run_that_would_not_continue_the_curve_is_refused(
+    tmp_path: Path, words: tuple[str, ...], message: str
+) -> None:
     trained(job_of(alone(), "Fit", *WORDS), tmp_path)
     with pytest.raises(ValueError, match=message):
         resume(job_of(alone(), "Fit", *WORDS, *words), tmp_path)
@@ -192,7 +226,16 @@ def test_the_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
 
 def test_only_the_newest_are_kept_and_the_best(tmp_path: Path) -> None:
     trained(job_of(alone(), "Fit", *WORDS, "checkpoint.every=1", "checkpoint.keep=2"), tmp_path / "newest")
-    assert [path.name for path in committed(tmp_path / "newest")] == ["step-00000009", "step-00000010"]
-    words = ("eval.every=2", "lr=1e-12", "checkpoint.every=2", "checkpoint.keep=1", "checkpoint.best=true", "batchnorm=false")
-    trained(job_of(alone(), "Fit", *WORDS, *words), tmp_path / "best")  # no evaluation is better than the first
-    assert [path.name for path in committed(tmp_path / "best")] == ["step-00000002", "step-00000010"]
+    assert [path.name for path in list_checkpoints(tmp_path / "newest")] == ["step-00000009", "step-00000010"]
+    words = (
+        "eval.every=2",
+        "lr=1e-12",
+        "checkpoint.every=2",
+        "checkpoint.keep=1",
+        "checkpoint.best=true",
+        "batchnorm=false",
+    )
+    trained(
+        job_of(alone(), "Fit", *WORDS, *words), tmp_path / "best"
+    )  # no evaluation is better than the first
+    assert [path.name for path in list_checkpoints(tmp_path / "best")] == ["step-00000002", "step-00000010"]

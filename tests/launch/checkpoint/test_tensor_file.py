@@ -8,8 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from launch.checkpoint import tensor_file as ranges
-from launch.checkpoint import tensors
+from launch.checkpoint import tensor_file, tensors
 from launch.runtime.files import write_hashed
 
 TENSORS = {
@@ -24,27 +23,34 @@ TENSORS = {
 
 def test_safetensors_reads_what_we_write(tmp_path: Path) -> None:
     kinds = {name: (tensors.NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in TENSORS.items()}
-    header, placed, size = ranges.layout(kinds)
+    header, placed, size = tensor_file.layout(kinds)
     body = bytearray(size)
     for name, stored in placed.items():
-        body[stored.offset : stored.offset + stored.size] = bytes(TENSORS[name].reshape(-1).view(torch.uint8).numpy())
+        body[stored.offset : stored.offset + stored.size] = bytes(
+            TENSORS[name].reshape(-1).view(torch.uint8).numpy()
+        )
     write_hashed(tmp_path / "file", [header, body])
     found = load_file(tmp_path / "file")
     assert found.keys() == TENSORS.keys()
-    assert all(torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in TENSORS.items())
+    assert all(
+        torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype
+        for name, tensor in TENSORS.items()
+    )
 
 
 def test_we_read_what_safetensors_writes(tmp_path: Path) -> None:
     save_file(TENSORS, tmp_path / "file", metadata={"format": "pt"})
-    with ranges.RangeFile(tmp_path / "file") as file:
+    with tensor_file.TensorFile(tmp_path / "file") as file:
         assert file.tensors.keys() == TENSORS.keys()
         for name, tensor in TENSORS.items():
             assert torch.equal(file.read(name, 0, tensor.numel()).view(tensor.shape), tensor)
         assert file.read("wide", 2, 5).tolist() == [2.0, 3.0, 4.0]
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\xff" * 100, (2).to_bytes(8, "little") + b"[]", b"\x10" + b"\0" * 20])
+@pytest.mark.parametrize(
+    "content", [b"", b"PK\x03\x04", b"\xff" * 100, (2).to_bytes(8, "little") + b"[]", b"\x10" + b"\0" * 20]
+)
 def test_what_is_no_safetensors_file_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "file").write_bytes(content)
     with pytest.raises(ValueError, match="is no safetensors file"):
-        ranges.RangeFile(tmp_path / "file")
+        tensor_file.TensorFile(tmp_path / "file")

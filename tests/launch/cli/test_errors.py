@@ -70,7 +70,11 @@ def test_a_mistake_is_one_line_and_exit_code_2(folder: Path, mistake: str) -> No
 
 
 @pytest.mark.parametrize(
-    "mistake", [pytest.param(name, marks=[] if name == UNDER_TORCHRUN[0] else pytest.mark.slow) for name in UNDER_TORCHRUN]
+    "mistake",
+    [
+        pytest.param(name, marks=[] if name == UNDER_TORCHRUN[0] else pytest.mark.slow)
+        for name in UNDER_TORCHRUN
+    ],
 )
 def test_a_mistake_is_one_line_in_all_under_torchrun(folder: Path, mistake: str) -> None:
     ended = call(*words_of(mistake), cwd=folder, ranks=4, env={"PYTHONPATH": str(folder / "hidden")})
@@ -101,7 +105,9 @@ def test_help_tells_each_key_with_type_default_and_meaning(tmp_path: Path) -> No
     assert "torchrun --nproc_per_node=2" in general
     assert "model.depth" not in general
     assert re.search(r"^ +model.depth=18 +18\|34\|50\|101\|152 +\w", resnet, re.MULTILINE)
-    assert re.search(r"^ +optim.lr=0.02 +float +\w", resnet, re.MULTILINE), "the recipe's default, not that of its parts"
+    assert re.search(r"^ +optim.lr=0.02 +float +\w", resnet, re.MULTILINE), (
+        "the recipe's default, not that of its parts"
+    )
 
 
 @pytest.mark.parametrize("name", RECIPES)

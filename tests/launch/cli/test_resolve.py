@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from launch.cli.help import page
-from launch.cli.resolve import Settings, accumulation, find_recipe, resolve
+from launch.cli.resolve import Settings, accumulation_steps, find_recipe, resolve
 from launch.runtime.world import World
 from launch.training.run_dir import find_run_dir, start_run_dir
 from recipes.parts.optim import Optim
@@ -25,7 +25,10 @@ def resnet(*words: str, world: World | None = None) -> Settings:
 def said(message: str, *words: str, world: World | None = None) -> None:
     """The words are refused, in a message that holds `message`."""
     with pytest.raises(ValueError) as error:  # noqa: PT011  # the message is looked at here, as plain text
-        resolve(list(words) if any(word.startswith("recipe=") for word in words) else ["recipe=resnet", *words], world or World())
+        resolve(
+            list(words) if any(word.startswith("recipe=") for word in words) else ["recipe=resnet", *words],
+            world or World(),
+        )
     assert message in str(error.value)
 
 
@@ -81,8 +84,14 @@ def test_values(word: str, value: Any) -> None:
         ("batch_size=many", "batch_size=many is not int (default: 64)"),
         ("batch_size=1.5", "batch_size=1.5 is not int"),
         ("optim.lr=fast", "optim.lr=fast is not float (default: 0.02)"),
-        ("compile=perhaps", "compile=perhaps is not false|true|default|reduce-overhead|max-autotune (default: false)"),
-        ("activation_checkpointing=every:0", "activation_checkpointing=every:0 is not none|full|every:N|selective; give one"),
+        (
+            "compile=perhaps",
+            "compile=perhaps is not false|true|default|reduce-overhead|max-autotune (default: false)",
+        ),
+        (
+            "activation_checkpointing=every:0",
+            "activation_checkpointing=every:0 is not none|full|every:N|selective; give one",
+        ),
         ("precision=fp8", "precision=fp8 is not fp32|tf32|bf16|fp16"),
         ("strategy=dpp", "strategy=dpp is not single|ddp|fsdp|zero1|zero2|zero3|auto"),
         ("model.depth=19", "model.depth=19 is not 18|34|50|101|152"),
@@ -97,14 +106,18 @@ def test_a_bad_value(word: str, message: str) -> None:
     said(message, word)
 
 
-@pytest.mark.parametrize("name", ["epochs", "steps", "batch_size", "micro_batch_size", "clip_norm", "clip_value", "eval.every"])
+@pytest.mark.parametrize(
+    "name", ["epochs", "steps", "batch_size", "micro_batch_size", "clip_norm", "clip_value", "eval.every"]
+)
 @pytest.mark.parametrize("value", [0, -4])
 def test_numbers_that_must_be_positive(name: str, value: int) -> None:
     said(f"{name}={value}", f"{name}={value}")
     said(" must be greater than 0", f"{name}={value}")
 
 
-@pytest.mark.parametrize("word", ["checkpoint.every=0", "checkpoint.keep=0", "log.every=0", "workers=-1", "eval.patience=0"])
+@pytest.mark.parametrize(
+    "word", ["checkpoint.every=0", "checkpoint.keep=0", "log.every=0", "workers=-1", "eval.patience=0"]
+)
 def test_numbers_that_would_fail_later(word: str) -> None:
     said(word, word)
     said("must be", word)
@@ -171,7 +184,13 @@ def test_an_absent_file() -> None:
 
 
 def test_config_yaml_starts_the_same_run_again(tmp_path: Path) -> None:
-    words = ["recipe=resnet", "optim.lr=3e-4", "optim.nesterov=false", "schedule.name=multistep", "schedule.milestones=0.5,0.8"]
+    words = [
+        "recipe=resnet",
+        "optim.lr=3e-4",
+        "optim.nesterov=false",
+        "schedule.name=multistep",
+        "schedule.milestones=0.5,0.8",
+    ]
     first = resolve([*words, "steps=70", "clip_norm=0.5", f"run_dir={tmp_path / 'run'}"], World())
     start_run_dir(tmp_path / "run", first, World())
     content = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
@@ -196,7 +215,10 @@ def test_steps_and_epochs_replace_each_other(tmp_path: Path) -> None:
     file = tmp_path / "steps.yaml"
     file.write_text("steps: 7\n")
     assert (resnet(f"config={file}").config.epochs, resnet(f"config={file}").config.steps) == (None, 7)
-    assert (resnet(f"config={file}", "epochs=3").config.epochs, resnet(f"config={file}", "epochs=3").config.steps) == (3, None)
+    assert (
+        resnet(f"config={file}", "epochs=3").config.epochs,
+        resnet(f"config={file}", "epochs=3").config.steps,
+    ) == (3, None)
     said("say how long to train", f"recipe={TINY}:Sort")
 
 
@@ -206,16 +228,24 @@ def test_steps_and_epochs_replace_each_other(tmp_path: Path) -> None:
 )
 def test_accumulation_is_derived(words: list[str], ranks: int, result: int) -> None:
     world = World(world_size=ranks, local_world_size=ranks)
-    assert accumulation(resnet(*words, world=world).config, world) == result
+    assert accumulation_steps(resnet(*words, world=world).config, world) == result
     alone = resolve([f"recipe={TINY}:Sort", "steps=1", "batch_size=64"], world).config
-    assert accumulation(alone, world) == 1, "without a micro-batch the batch is cut once a rank"
+    assert accumulation_steps(alone, world) == 1, "without a micro-batch the batch is cut once a rank"
 
 
 @pytest.mark.parametrize(
     ("words", "world", "nearest"),
     [
-        (["batch_size=10", "micro_batch_size=4"], World(), ["batch_size=8", "batch_size=12", "micro_batch_size=5"]),
-        (["batch_size=64", "micro_batch_size=7"], World(), ["batch_size=63", "batch_size=70", "micro_batch_size=8"]),
+        (
+            ["batch_size=10", "micro_batch_size=4"],
+            World(),
+            ["batch_size=8", "batch_size=12", "micro_batch_size=5"],
+        ),
+        (
+            ["batch_size=64", "micro_batch_size=7"],
+            World(),
+            ["batch_size=63", "batch_size=70", "micro_batch_size=8"],
+        ),
         (["batch_size=30", "micro_batch_size=null"], FOUR, ["batch_size=28", "batch_size=32"]),
         (["batch_size=2", "micro_batch_size=null"], FOUR, ["batch_size=4"]),
         (["batch_size=64", "micro_batch_size=128"], FOUR, ["batch_size=512", "micro_batch_size=16"]),
@@ -225,7 +255,7 @@ def test_an_impossible_split_names_possible_ones(words: list[str], world: World,
     for message in nearest:
         said(message, *words, world=world)
         possible = [word for word in words if word.partition("=")[0] != message.partition("=")[0]]
-        accumulation(resnet(*possible, message, world=world).config, world)  # what is named works
+        accumulation_steps(resnet(*possible, message, world=world).config, world)  # what is named works
     with pytest.raises(ValueError, match="cannot be cut") as error:
         resnet(*words, world=world)
     assert "batch_size=0" not in str(error.value)
@@ -235,7 +265,10 @@ def test_an_impossible_split_names_possible_ones(words: list[str], world: World,
     ("words", "message"),
     [
         (["ddp.bucket_mb=1", "strategy=fsdp"], "ddp.bucket_mb has no effect under strategy=fsdp"),
-        (["fsdp.shard=grad"], "fsdp.shard has no effect under strategy=single; drop it, or use strategy=fsdp"),
+        (
+            ["fsdp.shard=grad"],
+            "fsdp.shard has no effect under strategy=single; drop it, or use strategy=fsdp",
+        ),
         (["zero.cpu_offload=true", "strategy=ddp"], "use strategy=zero1|zero2|zero3"),
         (["clip_norm=1", "clip_value=1"], "clip_norm and clip_value are both set"),
         (["optim.betas=0.5,0.6"], "optim.betas"),
@@ -310,7 +343,10 @@ def test_run_directories(tmp_path: Path) -> None:
     assert find_run_dir(settings) == tmp_path / "run"
     start_run_dir(tmp_path / "run", settings, World())
     assert find_run_dir(settings) == tmp_path / "run", "the same command continues it"
-    for word, message in (("recipe=gpt", "belongs to recipe=resnet, not gpt"), ("resume=none", "would overwrite it")):
+    for word, message in (
+        ("recipe=gpt", "belongs to recipe=resnet, not gpt"),
+        ("resume=none", "would overwrite it"),
+    ):
         with pytest.raises(ValueError, match=message):
             find_run_dir(resnet(f"run_dir={tmp_path / 'run'}", word))
     (tmp_path / "file").write_text("")

@@ -11,9 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from launch.checkpoint import console
-from launch.checkpoint import directory as shelf
-from launch.checkpoint.directory import folder_of
+from launch.checkpoint import console, directory
+from launch.checkpoint.directory import checkpoint_dir
 from launch.checkpoint.manifest import FileEntry, Manifest, TensorEntry
 from launch.checkpoint.reader import Checkpoint
 from launch.commands import ckpt
@@ -22,14 +21,24 @@ from tests.launch.checkpoints import CONFIG, GROUPS, call, state, write_checkpoi
 from tests.launch.processes import command
 
 CKPT = Path(ckpt.__file__)
-WEIGHTS = {"layer.weight": torch.arange(30.0).view(5, 6), "layer.bias": torch.ones(5), "count": torch.tensor(7)}
+WEIGHTS = {
+    "layer.weight": torch.arange(30.0).view(5, 6),
+    "layer.bias": torch.ones(5),
+    "count": torch.tensor(7),
+}
 IMPORTS = {"PYTHONPROFILEIMPORTTIME": "1"}
 
 
 def run(*words: str, cwd: Path, expect: int = 0, **env: str) -> subprocess.CompletedProcess[str]:
     """The real command, in `cwd`."""
     done = subprocess.run(
-        command(*words, run=CKPT), cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=60, check=False
+        command(*words, run=CKPT),
+        cwd=cwd,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert done.returncode == expect, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
@@ -60,26 +69,44 @@ def spoil(path: Path, position: int = -1) -> None:
 
 
 def test_list_inspect_and_prune_import_no_torch(made: Path) -> None:
-    for words in (["list", "run"], ["inspect", "run"], ["prune", "run", "keep=1"], ["--help"], ["prune", "run"]):
+    for words in (
+        ["list", "run"],
+        ["inspect", "run"],
+        ["prune", "run", "keep=1"],
+        ["--help"],
+        ["prune", "run"],
+    ):
         start = time.perf_counter()
         done = run(*words, cwd=made.parent, expect=2 if words == ["prune", "run"] else 0, **IMPORTS)
         print(f"{' '.join(words)}: {time.perf_counter() - start:.2f} s")
-        modules = [line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")]
+        modules = [
+            line.rpartition("|")[2].strip()
+            for line in done.stderr.splitlines()
+            if line.startswith("import time:")
+        ]
         assert "launch.checkpoint.directory" in modules
         assert not {"torch", "numpy", "safetensors"} & set(modules)
-    assert [step.name for step in shelf.committed(made)] == ["step-00000010", "step-00000030"]
+    assert [step.name for step in directory.list_checkpoints(made)] == [
+        "step-00000010",
+        "step-00000030",
+    ]
 
 
 def test_export_and_verify_as_users_call_them(made: Path) -> None:
     said = run("export", "run", "to=weights.safetensors", cwd=made.parent).stdout.splitlines()
     assert said[0].startswith("3 tensors of step 30")
     assert said[1] == 'load with: safetensors.torch.load_model(model, "weights.safetensors")'
-    assert all(torch.equal(tensor, WEIGHTS[name]) for name, tensor in load_file(made.parent / "weights.safetensors").items())
+    assert all(
+        torch.equal(tensor, WEIGHTS[name])
+        for name, tensor in load_file(made.parent / "weights.safetensors").items()
+    )
     assert len(run("verify", "run", cwd=made.parent).stdout.splitlines()) == 3
 
 
 def test_no_words_is_the_manual(tmp_path: Path) -> None:
-    assert run(cwd=tmp_path).stdout == run("--help", cwd=tmp_path).stdout == f"{(ckpt.__doc__ or '').strip()}\n"
+    assert (
+        run(cwd=tmp_path).stdout == run("--help", cwd=tmp_path).stdout == f"{(ckpt.__doc__ or '').strip()}\n"
+    )
     assert max(map(len, (ckpt.__doc__ or "").splitlines())) <= 130
 
 
@@ -87,12 +114,19 @@ def test_no_words_is_the_manual(tmp_path: Path) -> None:
 
 
 def test_list(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder_of(made, 20).joinpath("rank-00001.safetensors").unlink()
-    shelf.set_aside(folder_of(made, 30))
-    write_checkpoint(folder_of(made, 40), state("model", WEIGHTS), step=40, ranks=64, progress={"best_step": 10})
-    spoil(folder_of(made, 40) / "rank-00063.safetensors", 0)
+    checkpoint_dir(made, 20).joinpath("rank-00001.safetensors").unlink()
+    directory.quarantine(checkpoint_dir(made, 30))
+    write_checkpoint(
+        checkpoint_dir(made, 40), state("model", WEIGHTS), step=40, ranks=64, progress={"best_step": 10}
+    )
+    spoil(checkpoint_dir(made, 40) / "rank-00063.safetensors", 0)
     lines = [" ".join(line.split()) for line in call(capsys, "list", made).splitlines() if "step-" in line]
-    assert [line.split()[0] for line in lines] == ["step-00000010", "step-00000020", "step-00000040", "step-00000030.damaged"]
+    assert [line.split()[0] for line in lines] == [
+        "step-00000010",
+        "step-00000020",
+        "step-00000040",
+        "step-00000030.damaged",
+    ]
     assert lines[0].endswith("ddp x 3 complete best")
     assert lines[1].endswith("ddp x 3 damaged rank-00001.safetensors is missing (No such file or directory)")
     assert "ddp x 64 damaged rank-00063.safetensors has" in lines[2]
@@ -101,16 +135,18 @@ def test_list(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_list_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "is not a run" in call(capsys, "list", tmp_path, expect=2)
-    shelf.shelf(tmp_path).mkdir()
+    directory.checkpoints_dir(tmp_path).mkdir()
     assert "has no checkpoint yet" in call(capsys, "list", tmp_path)
 
 
-def test_what_the_run_removes_meanwhile(made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_run_removes_meanwhile(
+    made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Between the listing and the opening: the real race is too narrow to be met, so the removal is put into it."""
     reading = Manifest.read
 
     def removed_first(folder: Path) -> Manifest:
-        if folder == folder_of(made, 20):
+        if folder == checkpoint_dir(made, 20):
             remove_folder(folder)
         return reading(folder)
 
@@ -119,10 +155,10 @@ def test_what_the_run_removes_meanwhile(made: Path, capsys: pytest.CaptureFixtur
     assert "removed just now: the run goes on" in said
     assert "30" in said
     for words in (["inspect"], ["export", "to=w.pt"], ["verify"]):
-        write_checkpoint(folder_of(made, 20), WEIGHTS, step=20)
-        said = call(capsys, words[0], folder_of(made, 20), *words[1:], expect=2)
+        write_checkpoint(checkpoint_dir(made, 20), WEIGHTS, step=20)
+        said = call(capsys, words[0], checkpoint_dir(made, 20), *words[1:], expect=2)
         assert "step-00000020 has just been removed: its run goes on" in said
-    write_checkpoint(folder_of(made, 20), WEIGHTS, step=20)
+    write_checkpoint(checkpoint_dir(made, 20), WEIGHTS, step=20)
     said = call(capsys, "verify", made)  # of the others there are news
     assert said.count("is whole") == 2
     assert said.count("has just been removed") == 1
@@ -130,7 +166,7 @@ def test_what_the_run_removes_meanwhile(made: Path, capsys: pytest.CaptureFixtur
 
 def test_inspect(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = call(capsys, "inspect", made)
-    assert said.splitlines()[0] == str(folder_of(made, 30))
+    assert said.splitlines()[0] == str(checkpoint_dir(made, 30))
     for words in (
         "30 (1,920 samples, of a training set of 1,000)",
         "ddp x 3 (device cpu)",
@@ -144,7 +180,7 @@ def test_inspect(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert words in said
     row = next(line for line in said.splitlines() if "weights" in line)
     assert row.split() == ["model", "weights", "3", "36", "148", "bytes", "F32", "I64", "1", "to", "3"]
-    assert str(folder_of(made, 10)) in call(capsys, "inspect", folder_of(made, 10))
+    assert str(checkpoint_dir(made, 10)) in call(capsys, "inspect", checkpoint_dir(made, 10))
 
 
 # verify ------------------------------------------------------------------------------------------------------------------
@@ -152,32 +188,37 @@ def test_inspect(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_verify_names_each_damaged_file(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(capsys, "verify", made).count("is whole: 3 files") == 3
-    spoil(folder_of(made, 20) / "rank-00000.safetensors")
-    spoil(folder_of(made, 20) / "rank-00002.safetensors", 0)
-    spoil(folder_of(made, 30) / "manifest.json", 300)
+    spoil(checkpoint_dir(made, 20) / "rank-00000.safetensors")
+    spoil(checkpoint_dir(made, 20) / "rank-00002.safetensors", 0)
+    spoil(checkpoint_dir(made, 30) / "manifest.json", 300)
     said = call(capsys, "verify", made, expect=1)
     for name in ("step-00000020/rank-00000", "step-00000020/rank-00002", "step-00000030/manifest.json"):
         assert f"{name}" in said
     assert said.count("is damaged") == 3
     assert said.count("is whole") == 1
-    call(capsys, "verify", folder_of(made, 10))
-    call(capsys, "verify", folder_of(made, 20), expect=1)
+    call(capsys, "verify", checkpoint_dir(made, 10))
+    call(capsys, "verify", checkpoint_dir(made, 20), expect=1)
 
 
 # export ------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_damaged_checkpoint_is_not_exported(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    spoil(folder_of(made, 30) / "rank-00001.safetensors")
-    assert "rank-00001.safetensors is damaged" in call(capsys, "export", made, f"to={made / 'w.pt'}", expect=1)
+    spoil(checkpoint_dir(made, 30) / "rank-00001.safetensors")
+    assert "rank-00001.safetensors is damaged" in call(
+        capsys, "export", made, f"to={made / 'w.pt'}", expect=1
+    )
     assert [path.name for path in made.iterdir()] == ["checkpoints"]
-    call(capsys, "export", folder_of(made, 20), f"to={made / 'w.pt'}")
+    call(capsys, "export", checkpoint_dir(made, 20), f"to={made / 'w.pt'}")
 
 
 def test_export_of_several_models(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_checkpoint(made / "two", state("student", WEIGHTS) | state("teacher", WEIGHTS))
     said = call(capsys, "export", folder, f"to={made / 'w.pt'}", "shard_gb=1e-7")
-    assert f'accelerate.load_checkpoint_in_model(torch.nn.ModuleDict(models), "{made / "w.pt.index.json"}")' in said
+    assert (
+        f'accelerate.load_checkpoint_in_model(torch.nn.ModuleDict(models), "{made / "w.pt.index.json"}")'
+        in said
+    )
     said = call(capsys, "export", folder, f"to={made / 't.pt'}", "model=teacher", "dtype=fp16")
     loaded = torch.load(made / "t.pt", weights_only=True)
     assert {name: tensor.dtype for name, tensor in loaded.items() if name != "count"} == {
@@ -193,25 +234,40 @@ def test_export_of_several_models(made: Path, capsys: pytest.CaptureFixture[str]
 def test_prune(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for step in (40, 50):
         write_checkpoint(
-            folder_of(made, step), WEIGHTS, step=step, config={"checkpoint": {"best": True}}, progress={"best_step": 10}
+            checkpoint_dir(made, step),
+            WEIGHTS,
+            step=step,
+            config={"checkpoint": {"best": True}},
+            progress={"best_step": 10},
         )
-    with Checkpoint(folder_of(made, 20)):
+    with Checkpoint(checkpoint_dir(made, 20)):
         said = call(capsys, "prune", made, "keep=2").splitlines()
     assert [line.split()[0] for line in said] == ["kept", "kept", "removed", "kept", "kept"]
     assert said[0].endswith("step-00000010, the best")
     assert said[1].endswith("step-00000020, a process reads it")
-    assert [shelf.step_of(folder) for folder in shelf.committed(made)] == [10, 20, 40, 50]
+    assert [directory.step_of(folder) for folder in directory.list_checkpoints(made)] == [
+        10,
+        20,
+        40,
+        50,
+    ]
     call(capsys, "prune", made, "keep=9")
-    assert len(shelf.committed(made)) == 4
+    assert len(directory.list_checkpoints(made)) == 4
 
 
 def test_prune_leaves_something_to_go_on_from(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "keep=0 must be at least 1" in call(capsys, "prune", made, "keep=0", expect=2)
-    spoil(folder_of(made, 30) / "rank-00002.safetensors", 0)
-    assert "would keep nothing that is whole (rank-00002.safetensors" in call(capsys, "prune", made, "keep=1", expect=2)
-    assert len(shelf.committed(made)) == 3
+    spoil(checkpoint_dir(made, 30) / "rank-00002.safetensors", 0)
+    assert "would keep nothing that is whole (rank-00002.safetensors" in call(
+        capsys, "prune", made, "keep=1", expect=2
+    )
+    assert len(directory.list_checkpoints(made)) == 3
     call(capsys, "prune", made, "keep=2")
-    assert [shelf.step_of(folder) for folder in shelf.committed(made)] == [10, 20, 30]  # the first is the best
+    assert [directory.step_of(folder) for folder in directory.list_checkpoints(made)] == [
+        10,
+        20,
+        30,
+    ]  # the first is the best
 
 
 # mistakes ----------------------------------------------------------------------------------------------------------------
@@ -230,7 +286,10 @@ def test_prune_leaves_something_to_go_on_from(made: Path, capsys: pytest.Capture
         ("prune RUN/checkpoints/step-00000010 keep=1", "is not a run that has checkpoints"),
         ("inspect nowhere", "nowhere is neither a checkpoint nor a run that has one"),
         ("inspect lr/x=0.1", "lr/x=0.1 is neither a checkpoint nor a run"),
-        ("inspect RUN/checkpoints/step-00000011", "is not there, or no longer; the run has step-00000010, step-00000020"),
+        (
+            "inspect RUN/checkpoints/step-00000011",
+            "is not there, or no longer; the run has step-00000010, step-00000020",
+        ),
         ("export RUN", "to= must name a file to write that ends in .safetensors, .pt, .pth"),
         ("export RUN to=w.bin", "to=w.bin must name a file"),
         ("export RUN to=nowhere/w.pt", "there is no folder nowhere"),
@@ -239,7 +298,10 @@ def test_prune_leaves_something_to_go_on_from(made: Path, capsys: pytest.Capture
         ("export RUN to=w.pt shard=1", "shard is not a key of export; did you mean shard_gb?"),
         ("export RUN to=w.pt shard_gb=0", "shard_gb=0 must be a number of gigabytes, above 0"),
         ("export RUN to=w.pt dtype=int8", "dtype=int8 is not fp32|bf16|fp16|null"),
-        ("export RUN to=w.pt model=judge", "model=judge is not in the checkpoint of step 30, which holds model"),
+        (
+            "export RUN to=w.pt model=judge",
+            "model=judge is not in the checkpoint of step 30, which holds model",
+        ),
     ],
 )
 def test_mistakes(made: Path, capsys: pytest.CaptureFixture[str], words: str, said: str) -> None:
@@ -248,7 +310,9 @@ def test_mistakes(made: Path, capsys: pytest.CaptureFixture[str], words: str, sa
     assert said in call(capsys, *words.replace("RUN", str(made)).split(), expect=2)
 
 
-def test_a_path_may_hold_an_equals_sign(made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_may_hold_an_equals_sign(
+    made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     made.rename(made.with_name("lr=0.1"))
     monkeypatch.chdir(made.parent)
     assert "step-00000030" in call(capsys, "list", "lr=0.1")
@@ -272,7 +336,10 @@ def test_a_manifest_of_a_thousand_ranks(tmp_path: Path, capsys: pytest.CaptureFi
         tied={},
         versions={},
         writer={"strategy": "fsdp", "world_size": ranks},
-        files=[FileEntry(name=f"rank-{rank:05d}.safetensors", size=10**9, digest="0" * 32) for rank in range(ranks)],
+        files=[
+            FileEntry(name=f"rank-{rank:05d}.safetensors", size=10**9, digest="0" * 32)
+            for rank in range(ranks)
+        ],
         tensors={
             f"net/model/layers.{n}.weight": TensorEntry(
                 dtype="F32",
@@ -284,7 +351,7 @@ def test_a_manifest_of_a_thousand_ranks(tmp_path: Path, capsys: pytest.CaptureFi
             for n in range(1000)
         },
     )
-    folder = folder_of(tmp_path, 1)
+    folder = checkpoint_dir(tmp_path, 1)
     folder.mkdir(parents=True)
     manifest.write(folder)
     start = time.perf_counter()

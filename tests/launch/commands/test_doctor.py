@@ -16,9 +16,9 @@ import pytest
 import torch.distributed as dist
 
 from launch.commands import doctor
-from launch.diagnostics import cross_node as between
+from launch.diagnostics import cross_node
 from launch.diagnostics.exchange import Meeting
-from launch.runtime.store import NotMet, check_own, open_store, reach, within
+from launch.runtime.store import UnreachableError, check_own, open_store, reach, within
 from tests.launch.hosts import KNOWN, OURS, Host, by_hand, two_hosts
 from tests.launch.processes import Ended, command, finish
 
@@ -163,18 +163,21 @@ def test_the_term_signal_leaves_no_file(tmp_path: Path) -> None:
 
 
 def test_what_keeps_a_rank_from_the_master() -> None:
-    with pytest.raises(NotMet, match=r"cannot resolve MASTER_ADDR=nowhere.invalid"):
+    with pytest.raises(UnreachableError, match=r"cannot resolve MASTER_ADDR=nowhere.invalid"):
         reach("nowhere.invalid", 1, 0.1)
-    with pytest.raises(NotMet, match="nobody listens"):
+    with pytest.raises(UnreachableError, match="nobody listens"):
         reach("127.0.0.1", 1, 0.1)
-    with pytest.raises(NotMet, match=r"192.0.2.77.* is not an address of"):
+    with pytest.raises(UnreachableError, match=r"192.0.2.77.* is not an address of"):
         check_own("192.0.2.77", 1)
 
 
 @pytest.mark.slow
 def test_a_stranger_on_the_port_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launch.runtime.store.OPEN", 0.5)
-    with socket.create_server(("127.0.0.1", 0)) as server, pytest.raises(NotMet, match="something else than a store"):
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        pytest.raises(UnreachableError, match="something else than a store"),
+    ):
         open_store(("127.0.0.1", server.getsockname()[1]), "doctor")
 
 
@@ -182,7 +185,7 @@ def test_two_ranks_in_a_store(tmp_path: Path) -> None:
     """Clock and folder, of two nodes that are two threads."""
 
     def folder(rank: int, path: Path) -> Any:
-        return between.shared_folder(meetings[rank], [0, 1], path, "token")
+        return cross_node.shared_folder(meetings[rank], [0, 1], path, "token")
 
     def pair(first: Any, second: Any) -> tuple[Any, Any]:
         with ThreadPoolExecutor(2) as threads:
@@ -193,7 +196,9 @@ def test_two_ranks_in_a_store(tmp_path: Path) -> None:
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     client = dist.TCPStore("127.0.0.1", server.port, is_master=False, wait_for_workers=False)
     meetings = [Meeting(server, 0, [0, 1]), Meeting(client, 1, [0, 1])]
-    _, (ahead, error) = pair(lambda: between.clock(meetings[0], [0, 1]), lambda: between.clock(meetings[1], [0, 1]))
+    _, (ahead, error) = pair(
+        lambda: cross_node.clock(meetings[0], [0, 1]), lambda: cross_node.clock(meetings[1], [0, 1])
+    )
     assert abs(ahead) <= error + 0.01 < 1
     first, second = pair(lambda: folder(0, tmp_path), lambda: folder(1, tmp_path))
     assert (first["missing"], second["missing"]) == ([], [])
@@ -226,7 +231,9 @@ def test_two_hosts(tmp_path: Path) -> None:
     assert row(first, "shared folder").startswith("pass n1, n2")
     assert row(first, "clock").startswith("pass n2")
     # a veth has no speed of its own, a busy machine little
-    assert row(first, "bandwidth").startswith(("pass n1, n2 n1 - n2: all-reduce ", "warn n1, n2 n1 - n2: all-reduce "))
+    assert row(first, "bandwidth").startswith(
+        ("pass n1, n2 n1 - n2: all-reduce ", "warn n1, n2 n1 - n2: all-reduce ")
+    )
     assert first.code == second.code == int(" 0 fail" not in first.out)
     assert not second.out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["n1", "n2"]

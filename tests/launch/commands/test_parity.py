@@ -71,7 +71,12 @@ def parity(*words: str, expect: int) -> str:
     """What `launch/commands/parity.py` prints."""
     environment = {**os.environ, "COLUMNS": "120"}
     done = subprocess.run(
-        [sys.executable, str(COMMAND), *words], capture_output=True, text=True, timeout=600, env=environment, check=False
+        [sys.executable, str(COMMAND), *words],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=environment,
+        check=False,
     )
     assert done.returncode == expect, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -152,13 +157,19 @@ def assert_alike(found: list[Row], strategies: Sequence[str], each: int) -> None
         ("gan", EACH_KIND, THROUGHOUT),
     ],
 )
-def test_every_strategy_trains_our_recipes_alike(recipe: str, strategies: tuple[str, ...], words: tuple[str, ...]) -> None:
+def test_every_strategy_trains_our_recipes_alike(
+    recipe: str, strategies: tuple[str, ...], words: tuple[str, ...]
+) -> None:
     # the second step shows what the first has made of the weights, the weights in the end what the second has made of the moments
-    assert_alike(compared(strategies, f"recipe={recipe}", *words), strategies, 2 if "clip_norm=0.1" in words else 4)
+    assert_alike(
+        compared(strategies, f"recipe={recipe}", *words), strategies, 2 if "clip_norm=0.1" in words else 4
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("precision", "strategies"), [("bf16", ("ddp", "zero1", "zero3")), ("fp16", ("fsdp", "zero2"))])
+@pytest.mark.parametrize(
+    ("precision", "strategies"), [("bf16", ("ddp", "zero1", "zero3")), ("fp16", ("fsdp", "zero2"))]
+)
 def test_low_precision(theirs: str, precision: str, strategies: tuple[str, ...]) -> None:
     """Each strategy in one of the two: both in each are in tests/strategies/test_precision.py."""
     assert "autocast" in str(contract(precision))

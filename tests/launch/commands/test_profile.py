@@ -22,7 +22,7 @@ from launch.profiling.events import PHASE, STEP, kind_of_kernel, operations_of, 
 from launch.profiling.measure import Figures
 from launch.profiling.report import advise, notes, where
 from launch.profiling.timeline import Kind, Split, minus, split, union
-from launch.state.run import Job
+from launch.state.run import Run
 from tests.launch.jobs import alone, job_of
 from tests.launch.processes import LAUNCHERS, ROOT, TINY, command
 
@@ -57,20 +57,33 @@ def test_what_is_left_of_intervals_without_others() -> None:
 
 def test_communication_is_exposed_where_nothing_computes() -> None:
     found = split(
-        [(0, 4, "computing"), (3, 6, "communication"), (5, 7, "communication"), (6, 9, "copies"), (8, 12, "computing")], 0, 20
+        [
+            (0, 4, "computing"),
+            (3, 6, "communication"),
+            (5, 7, "communication"),
+            (6, 9, "copies"),
+            (8, 12, "computing"),
+        ],
+        0,
+        20,
     )
     assert found == Split(computing=8, communication=4, exposed=3, copies=3, exposed_copies=1, idle=8)
 
 
 def test_only_the_window_counts() -> None:
-    assert split([(-5, 1, "computing"), (9, 30, "communication"), (40, 50, "copies")], 0, 10) == Split(1, 1, 1, 0, 0, 8)
+    assert split([(-5, 1, "computing"), (9, 30, "communication"), (40, 50, "copies")], 0, 10) == Split(
+        1, 1, 1, 0, 0, 8
+    )
 
 
 def test_any_intervals_are_split_as_one_would_count_them() -> None:
     draw = random.Random(0)
     kinds: list[Kind] = ["computing", "communication", "copies"]
     for _ in range(200):
-        ran = [(start := draw.randrange(50), start + draw.randrange(12), draw.choice(kinds)) for _ in range(draw.randrange(15))]
+        ran = [
+            (start := draw.randrange(50), start + draw.randrange(12), draw.choice(kinds))
+            for _ in range(draw.randrange(15))
+        ]
         at = [{kind for start, end, kind in ran if start <= moment < end} for moment in range(10, 45)]
         assert split(ran, 10, 45) == Split(
             computing=sum("computing" in busy for busy in at),
@@ -85,7 +98,9 @@ def test_any_intervals_are_split_as_one_would_count_them() -> None:
 # events of a GPU ---------------------------------------------------------------------------------------------------------
 
 
-def on_host(name: str, start: float, end: float, kernels: Sequence[tuple[str, float]] = (), mark: bool = False) -> FunctionEvent:
+def on_host(
+    name: str, start: float, end: float, kernels: Sequence[tuple[str, float]] = (), mark: bool = False
+) -> FunctionEvent:
     event = FunctionEvent(0, name, 1, start, end, use_device="cuda", is_user_annotation=mark)
     for kernel, duration in kernels:
         event.append_kernel(kernel, 0, duration)
@@ -93,7 +108,9 @@ def on_host(name: str, start: float, end: float, kernels: Sequence[tuple[str, fl
 
 
 def on_gpu(name: str, start: float, end: float, mark: bool = False) -> FunctionEvent:
-    return FunctionEvent(0, name, 7, start, end, device_type=DeviceType.CUDA, use_device="cuda", is_user_annotation=mark)
+    return FunctionEvent(
+        0, name, 7, start, end, device_type=DeviceType.CUDA, use_device="cuda", is_user_annotation=mark
+    )
 
 
 def two_steps() -> Iterator[FunctionEvent]:
@@ -152,7 +169,10 @@ def test_a_profiler_that_recorded_no_step_says_so() -> None:
         ("Memcpy DtoH (Device -> Pinned)", "copies"),
         ("Memcpy DtoD (Device -> Device)", "computing"),
         ("Memset (Device)", "computing"),
-        ("void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float> >(int)", "computing"),
+        (
+            "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float> >(int)",
+            "computing",
+        ),
         ("Event Sync", None),
     ],
 )
@@ -169,54 +189,64 @@ def figures(**given: float) -> Figures:
     return Figures(**{**dict.fromkeys(Figures._fields, 0.0), **usual, **given})
 
 
-def advice(job: Job, *rows: Figures, gpu: bool = True) -> str:
-    return "\n".join(advise(replace(job, world=replace(job.world, device="cuda:0")) if gpu else job, rows))
+def advice(run: Run, *rows: Figures, gpu: bool = True) -> str:
+    return "\n".join(advise(replace(run, world=replace(run.world, device="cuda:0")) if gpu else run, rows))
 
 
 @pytest.fixture(scope="module")
-def job() -> Job:
+def run() -> Run:
     return job_of(alone(), "Fit", "batch_size=32", "micro_batch_size=8", "steps=5")
 
 
-def test_a_step_that_computes_needs_nothing(job: Job) -> None:
-    assert advice(job, figures()) == "nothing stands out: 90% of a step is computing; precision=bf16 or tf32 computes faster"
-    assert advice(job, figures(), gpu=False) == "nothing stands out: 90% of a step is computing"
+def test_a_step_that_computes_needs_nothing(run: Run) -> None:
+    assert (
+        advice(run, figures())
+        == "nothing stands out: 90% of a step is computing; precision=bf16 or tf32 computes faster"
+    )
+    assert advice(run, figures(), gpu=False) == "nothing stands out: 90% of a step is computing"
 
 
-def test_exposed_communication_names_keys_of_the_strategy(job: Job) -> None:
+def test_exposed_communication_names_keys_of_the_strategy(run: Run) -> None:
     row = figures(computing=70, exposed=20)
-    for strategy, word in {"ddp": "ddp.compress=bf16", "fsdp": "fsdp.shard=grad", "zero3": "strategy=zero2"}.items():
-        said = advice(replace(job, config=replace(job.config, strategy=strategy)), row, row)
+    for strategy, word in {
+        "ddp": "ddp.compress=bf16",
+        "fsdp": "fsdp.shard=grad",
+        "zero3": "strategy=zero2",
+    }.items():
+        said = advice(replace(run, config=replace(run.config, strategy=strategy)), row, row)
         assert said.startswith("20% of a step is exposed communication")
         assert word in said
         assert "micro_batch_size=16" in said
 
 
-def test_waiting_for_a_slow_rank_is_no_communication(job: Job) -> None:
-    rows = [figures(computing=60, communication=30, exposed=30), figures(computing=85, communication=5, exposed=5)] * 2
-    said = advice(job, *rows)
+def test_waiting_for_a_slow_rank_is_no_communication(run: Run) -> None:
+    rows = [
+        figures(computing=60, communication=30, exposed=30),
+        figures(computing=85, communication=5, exposed=5),
+    ] * 2
+    said = advice(run, *rows)
     assert "12.50 of 17.50 ms of exposed communication are waiting for a slower rank, rank 1" in said
     assert "5.00 ms" in "".join(notes(rows, gpu=True))
 
 
-def test_an_idle_gpu_is_told_what_fills_it(job: Job) -> None:
-    said = advice(job, figures(computing=60, idle=40))
+def test_an_idle_gpu_is_told_what_fills_it(run: Run) -> None:
+    said = advice(run, figures(computing=60, idle=40))
     assert said.startswith("40% of a step is idle")
     assert "compile=true" in said
-    waiting = advice(job, figures(computing=60, idle=40, data=30))
+    waiting = advice(run, figures(computing=60, idle=40, data=30))
     assert waiting.startswith("30% of a step is waiting for data")
-    assert "data" not in advice(job, figures(computing=99, idle=1, data=30)), "the host has time to wait"
+    assert "data" not in advice(run, figures(computing=99, idle=1, data=30)), "the host has time to wait"
 
 
-def test_copies_name_what_offloads(job: Job) -> None:
+def test_copies_name_what_offloads(run: Run) -> None:
     row = figures(computing=80, exposed_copies=10)
-    assert ".item()" in advice(job, row)
-    offloading = replace(job.config, fsdp=replace(job.config.fsdp, cpu_offload=True))
-    assert "fsdp.cpu_offload=false" in advice(replace(job, config=offloading), row)
+    assert ".item()" in advice(run, row)
+    offloading = replace(run.config, fsdp=replace(run.config.fsdp, cpu_offload=True))
+    assert "fsdp.cpu_offload=false" in advice(replace(run, config=offloading), row)
 
 
-def test_a_gpu_without_a_kernel_was_not_seen(job: Job) -> None:
-    assert "saw no kernel" in advice(job, figures(computing=0, idle=100))
+def test_a_gpu_without_a_kernel_was_not_seen(run: Run) -> None:
+    assert "saw no kernel" in advice(run, figures(computing=0, idle=100))
 
 
 def test_the_table_names_the_ranks_with_least_and_most() -> None:
@@ -234,7 +264,9 @@ def profile(cwd: Path, *words: str, ranks: int = 0, code: int = 0) -> tuple[str,
     clean = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
     environment = {**clean, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     line = command(*words, ranks=ranks, run=PROFILE)
-    ended = subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    ended = subprocess.run(
+        line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     assert ended.returncode == code, ended.stdout + ended.stderr
     return " ".join(ended.stdout.split()), ended.stderr
 
@@ -251,11 +283,15 @@ def trace_in(path: Path) -> list[dict[str, Any]]:
 
 def test_a_single_process(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(MINE)
-    said, warned = profile(tmp_path, "recipe=./mine.py", "workers=0", "epochs=1", "profile_steps=2", "warmup_steps=1")
+    said, warned = profile(
+        tmp_path, "recipe=./mine.py", "workers=0", "epochs=1", "profile_steps=2", "warmup_steps=1"
+    )
     assert not warned
     assert 99.8 < sum(shares(said, "computing", "outside of operations")) < 100.2
     assert 50 < sum(shares(said, "data", "forward", "backward", "optimizer step")) < 100.2
-    assert re.search(r"rank 0: operations calls a step ms a step share \W+aten::\w+ \d+ [\d.]+ [\d.]+% ", said)
+    assert re.search(
+        r"rank 0: operations calls a step ms a step share \W+aten::\w+ \d+ [\d.]+ [\d.]+% ", said
+    )
     assert "communication" not in said
     (trace,) = (tmp_path / "runs" / "profile" / "mine").glob("*-single-1.json.gz")
     assert str(trace.relative_to(tmp_path)) in said
@@ -269,7 +305,13 @@ def test_a_single_process(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_ranks_and_the_one_that_others_wait_for(tmp_path: Path, strategy: str) -> None:
-    slow = ("recipe=tests.launch.tiny:Fit", "epochs=1", "batch_size=16", f"strategy={strategy}", "chaos=slow:rank=1,step=1")
+    slow = (
+        "recipe=tests.launch.tiny:Fit",
+        "epochs=1",
+        "batch_size=16",
+        f"strategy={strategy}",
+        "chaos=slow:rank=1,step=1",
+    )
     said, _ = profile(tmp_path, *slow, "profile_steps=2", "warmup_steps=1", "trace=t.json.gz", ranks=2)
     assert shares(said, "exposed communication")[0] > 30, "half of the time, on one of two ranks"
     assert "waiting for a slower rank, rank 1" in said
@@ -288,7 +330,14 @@ def test_mnist(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_rank_that_fails_ends_all(tmp_path: Path) -> None:
     said, warned = profile(
-        tmp_path, f"recipe={TINY}:Broken", "fail=raise", "batch_size=10", "epochs=1", "trace=t.json.gz", ranks=2, code=1
+        tmp_path,
+        f"recipe={TINY}:Broken",
+        "fail=raise",
+        "batch_size=10",
+        "epochs=1",
+        "trace=t.json.gz",
+        ranks=2,
+        code=1,
     )
     ours = [line for line in warned.splitlines() if line.startswith("rankzero: ")]
     assert len(ours) == 1

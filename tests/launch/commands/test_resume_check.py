@@ -14,10 +14,9 @@ import pytest
 
 from launch.cli.resolve import Settings
 from launch.commands.resume_check import agree, own_keys, plan
-from launch.equivalence import subprocesses as lives
 from launch.equivalence.common import command, environment
 from launch.equivalence.compare_metrics import Row, compared, deviation, judge, same_files, wrong_steps
-from launch.equivalence.subprocesses import Layout, last_step, live
+from launch.equivalence.subprocesses import Layout, last_step, run_process
 from tests.launch.processes import MARK, TINY, offspring
 
 FIT = (f"recipe={TINY}:Fit", "workers=0", "batch_size=16")
@@ -46,7 +45,13 @@ def check(*words: str, cwd: Path, expect: int) -> str:
     """What `launch/commands/resume_check.py` prints."""
     found = {**os.environ, "COLUMNS": "80", "PYTHONPATH": str(Path(__file__).parents[3])}
     done = subprocess.run(
-        [*command("resume_check.py", 1), *words], capture_output=True, text=True, timeout=600, env=found, check=False, cwd=cwd
+        [*command("resume_check.py", 1), *words],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=found,
+        check=False,
+        cwd=cwd,
     )
     assert done.returncode == expect, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -62,7 +67,16 @@ def agreed(*words: str) -> tuple[Settings, list[str]]:
 
 
 def test_own_keys_are_taken_out_and_what_the_check_sets_itself() -> None:
-    words = ["recipe=gpt", "ranks=2,4", "strategies=single,fsdp", "compare=40", "all=true", "steps=9", "strategy=ddp", "seed=3"]
+    words = [
+        "recipe=gpt",
+        "ranks=2,4",
+        "strategies=single,fsdp",
+        "compare=40",
+        "all=true",
+        "steps=9",
+        "strategy=ddp",
+        "seed=3",
+    ]
     own, others = own_keys(words)
     assert (own.ranks, own.strategies, own.steps, own.all) == ([2, 4], ["single", "fsdp"], 40, True)
     assert others == ["recipe=gpt", "seed=3"]
@@ -128,8 +142,16 @@ def curve(*steps: int, **changes: float) -> list[dict[str, Any]]:
     """Lines of metrics.jsonl; `loss_7=...` says another loss in step 7."""
     lines: list[dict[str, Any]] = []
     for step in steps:
-        line = {"step": step, "loss": 2.0 / step, "lr": 0.1, "grad_norm": 1.0 / 3 * step, "time": time.time() + step}
-        line |= {name.rpartition("_")[0]: value for name, value in changes.items() if name.endswith(f"_{step}")}
+        line = {
+            "step": step,
+            "loss": 2.0 / step,
+            "lr": 0.1,
+            "grad_norm": 1.0 / 3 * step,
+            "time": time.time() + step,
+        }
+        line |= {
+            name.rpartition("_")[0]: value for name, value in changes.items() if name.endswith(f"_{step}")
+        }
         lines += [line, {"step": step, "checkpoint/write": time.time()}]
     return [*lines, {"step": max(steps), "eval/loss": 0.5, "eval/confusion": [[1.0]]}]
 
@@ -196,11 +218,17 @@ def test_a_run_that_does_not_repeat_itself_is_no_fault_of_resuming() -> None:
 
 def test_rounding_that_the_run_itself_blows_up_is_named() -> None:
     grown = {f"loss_{step}": 2.0 / step * (1 + 6e-8 * 20 ** (step - 6)) for step in range(6, 11)}
-    assert "growing 20-fold a step: this run is that sensitive" in judged(curve(*range(6, 11), **grown), FSDP).news[0]
+    assert (
+        "growing 20-fold a step: this run is that sensitive"
+        in judged(curve(*range(6, 11), **grown), FSDP).news[0]
+    )
 
 
 def test_numbers_stand_in_order_of_steps() -> None:
-    assert [number.step for number in compared(WHOLE[::-1], WHOLE, since=8) if number.name == "loss"] == [9, 10]
+    assert [number.step for number in compared(WHOLE[::-1], WHOLE, since=8) if number.name == "loss"] == [
+        9,
+        10,
+    ]
 
 
 def test_weights_are_compared_byte_by_byte(tmp_path: Path) -> None:
@@ -220,15 +248,22 @@ def test_a_kill_leaves_nothing_alive(tmp_path: Path) -> None:
     words = (f"recipe={TINY}:Broken", "pause=0.1", "workers=1", "steps=1000", "log.every=1")
     run_dir = tmp_path / "run"
     marked = environment(2) | {MARK: str(tmp_path)}
-    ended = live(words, Layout("ddp", 2), run_dir=run_dir, environment=marked, kill_when=lambda: last_step(run_dir) > 2)
+    ended = run_process(
+        words, Layout("ddp", 2), run_dir=run_dir, environment=marked, kill_when=lambda: last_step(run_dir) > 2
+    )
     assert (ended.how, ended.code, ended.trouble) == ("killed", -signal.SIGKILL, "")
     assert not offspring(tmp_path)
 
 
 def test_a_life_that_makes_no_step_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lives, "PATIENCE", 0.5)
+    monkeypatch.setattr(subprocesses, "PATIENCE", 0.5)
     marked = environment(1) | {MARK: str(tmp_path)}
-    ended = live([f"recipe={TINY}:Broken", "steps=1"], Layout("single", 1), run_dir=tmp_path / "run", environment=marked)
+    ended = run_process(
+        [f"recipe={TINY}:Broken", "steps=1"],
+        Layout("single", 1),
+        run_dir=tmp_path / "run",
+        environment=marked,
+    )
     assert ended.trouble == "no step for 0.5 s, so it was killed"
     assert not offspring(tmp_path)
 
@@ -236,7 +271,9 @@ def test_a_life_that_makes_no_step_is_ended(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.slow
 def test_our_recipe_passes_and_nothing_is_left(tmp_path: Path) -> None:
     printed = check(*FIT, "strategies=fsdp", f"run_dir={tmp_path / 'runs'}", cwd=tmp_path, expect=0)
-    assert len([line for line in printed.splitlines() if line.rstrip().endswith(" pass")]) == 3, "killed twice; on other ranks"
+    assert len([line for line in printed.splitlines() if line.rstrip().endswith(" pass")]) == 3, (
+        "killed twice; on other ranks"
+    )
     assert "3 of 3 passed" in printed
     assert all(len(line) <= 80 for line in printed.splitlines() if "x 2" in line)
     assert not (tmp_path / "runs").exists()
@@ -257,7 +294,14 @@ def test_a_run_that_does_not_resume_exactly_is_caught(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_that_dies_shows_its_own_error(tmp_path: Path) -> None:
-    words = (f"recipe={TINY}:Broken", "fail=raise", "fail_rank=0", "workers=0", "batch_size=16", "strategies=single")
+    words = (
+        f"recipe={TINY}:Broken",
+        "fail=raise",
+        "fail_rank=0",
+        "workers=0",
+        "batch_size=16",
+        "strategies=single",
+    )
     printed = check(*words, cwd=tmp_path, expect=1)
     assert "LookupError: the shelf is empty" in printed
     assert "the uninterrupted run: exit code 1, its error stands above" in printed

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset, TensorDataset, default_collate
 
-from launch.data.in_memory import Part, resident
-from launch.data.loader import Cut, InPlace, TrainSampler, loader
+from launch.data.in_memory import IndexedView, as_in_memory
+from launch.data.loader import BatchPlan, InMemoryLoader, TrainSampler, loader
 from launch.runtime.cpus import usable_cpus
 from launch.runtime.world import World
 from recipes.parts.augment import crop_and_mirror, rotate_and_move, uniform
-from recipes.parts.data import Resident
+from recipes.parts.data import InMemoryDataset
 from recipes.parts.images import Images
 from recipes.parts.permutation import GOLDEN, MASK, mix
 from recipes.parts.split import split
@@ -39,11 +39,14 @@ TENSORS = TensorDataset(torch.arange(40.0).view(20, 2), torch.arange(20))
     ids=["tensors", "subset", "split", "images", "smaller images", "text"],
 )
 def test_a_batch_holds_the_samples(dataset: Any) -> None:
-    whole = resident(dataset)
-    assert isinstance(whole, Resident)
+    whole = as_in_memory(dataset)
+    assert isinstance(whole, InMemoryDataset)
     assert len(whole) == len(dataset)
     indices = torch.tensor([2, 0, 1])
-    found, expected = whole.batch(indices, lambda: indices), default_collate([dataset[i] for i in indices.tolist()])
+    found, expected = (
+        whole.batch(indices, lambda: indices),
+        default_collate([dataset[i] for i in indices.tolist()]),
+    )
     assert len(found) == len(expected)
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs)
@@ -51,19 +54,19 @@ def test_a_batch_holds_the_samples(dataset: Any) -> None:
 
 
 def test_what_is_not_in_memory_is_read_one_by_one() -> None:
-    assert resident(Points(10)) is None
-    assert resident(split(Points(10)).train) is None
-    assert resident(None) is None
+    assert as_in_memory(Points(10)) is None
+    assert as_in_memory(split(Points(10)).train) is None
+    assert as_in_memory(None) is None
 
 
 def batches(micro: int, workers: int, start: int = 0) -> list[Tensor]:
     """The images of four steps of augmented training, one by one."""
-    train = resident(Images().build().train)
-    assert isinstance(train, Part)
-    cut = Cut(micro_batch_size=micro, accumulation=8 // micro, rank=0, world_size=1)
-    found = loader(train, TrainSampler(len(train), cut, 7, start, 4), 7, "train", workers, World())
-    assert isinstance(found, InPlace) == (workers == 0)
-    return [image for images, _ in islice(found, 4 * cut.accumulation) for image in images]
+    train = as_in_memory(Images().build().train)
+    assert isinstance(train, IndexedView)
+    batch_plan = BatchPlan(micro_batch_size=micro, accumulation_steps=8 // micro, rank=0, world_size=1)
+    found = loader(train, TrainSampler(len(train), batch_plan, 7, start, 4), 7, "train", workers, World())
+    assert isinstance(found, InMemoryLoader) == (workers == 0)
+    return [image for images, _ in islice(found, 4 * batch_plan.accumulation_steps) for image in images]
 
 
 def test_augmentation_does_not_depend_on_who_loads() -> None:
@@ -76,7 +79,7 @@ def test_augmentation_does_not_depend_on_who_loads() -> None:
 
 def test_uniform_draws_are_those_of_splitmix64() -> None:
     for seed in (0, 1, 2**62 + 5):
-        expected = [(mix((seed + turn * GOLDEN) & MASK) >> 40) / 2**24 for turn in (1, 2, 3)]
+        expected = [(mix((seed + micro_step * GOLDEN) & MASK) >> 40) / 2**24 for micro_step in (1, 2, 3)]
         assert uniform(torch.tensor([seed]), 3)[0].tolist() == expected
     many = uniform(torch.arange(20_000), 2)
     assert many.min() >= 0
@@ -91,7 +94,10 @@ def test_images_are_turned_and_moved_each_in_its_own_way() -> None:
     images[:, :, 10, 15] = 1.0  # five pixels to the right of the middle
     assert torch.allclose(rotate_and_move(images, torch.arange(50), 0, 0), images, atol=1e-5)
     weight = rotate_and_move(images, torch.arange(50), 90, 0).squeeze(1)
-    rows, columns = (weight * torch.arange(21.0)[:, None]).sum((1, 2)), (weight * torch.arange(21.0)).sum((1, 2))
+    rows, columns = (
+        (weight * torch.arange(21.0)[:, None]).sum((1, 2)),
+        (weight * torch.arange(21.0)).sum((1, 2)),
+    )
     mass = weight.sum((1, 2))
     radius = torch.hypot(rows / mass - 10, columns / mass - 10)
     assert torch.allclose(radius, torch.full((50,), 5.0), atol=0.3), "turned about the middle"
@@ -113,7 +119,9 @@ def test_crops_are_windows_and_half_are_mirrored() -> None:
     assert 70 < mirrored < 130
 
 
-@pytest.mark.parametrize(("text", "cpus"), [("max 100000", 64), ("200000 100000", 2), ("50000 100000", 1), ("", 64), (None, 64)])
+@pytest.mark.parametrize(
+    ("text", "cpus"), [("max 100000", 64), ("200000 100000", 2), ("50000 100000", 1), ("", 64), (None, 64)]
+)
 def test_a_container_that_may_use_two_cpus_has_two(
     text: str | None, cpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

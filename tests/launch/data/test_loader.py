@@ -13,7 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from launch.data.loader import Cut, EvalSampler, TrainSampler, default_workers, loader, steps_of, to_device
+from launch.data.loader import (
+    BatchPlan,
+    EvalSampler,
+    TrainSampler,
+    default_workers,
+    group_micro_batches,
+    loader,
+    to_device,
+)
 from launch.runtime.world import World
 from tests.launch.jobs import Draw, draws, pairs
 
@@ -23,16 +31,25 @@ BATCH, MICRO = 12, 3
 
 def global_batches(size: int, ranks: int, start: int, stop: int, seed: int = 0) -> list[list[list[Draw]]]:
     """The micro-batches of each global batch by position, collected from the samplers of all ranks."""
-    cuts = [Cut(micro_batch_size=MICRO, accumulation=BATCH // MICRO // ranks, rank=r, world_size=ranks) for r in range(ranks)]
-    dealt = [[pairs(draws) for draws in TrainSampler(size, cut, seed, start, stop)] for cut in cuts]
+    cuts = [
+        BatchPlan(
+            micro_batch_size=MICRO, accumulation_steps=BATCH // MICRO // ranks, rank=r, world_size=ranks
+        )
+        for r in range(ranks)
+    ]
+    dealt = [
+        [pairs(draws) for draws in TrainSampler(size, batch_plan, seed, start, stop)] for batch_plan in cuts
+    ]
     batches = []
     for step in range(stop - start):
         found = {
-            cut.position(turn): dealt[cut.rank][step * cut.accumulation + turn]
-            for cut in cuts
-            for turn in range(cut.accumulation)
+            batch_plan.micro_batch_index(micro_step): dealt[batch_plan.rank][
+                step * batch_plan.accumulation_steps + micro_step
+            ]
+            for batch_plan in cuts
+            for micro_step in range(batch_plan.accumulation_steps)
         }
-        batches.append([found[position] for position in sorted(found)])
+        batches.append([found[micro_batch_index] for micro_batch_index in sorted(found)])
     return batches
 
 
@@ -47,7 +64,9 @@ def test_the_order_does_not_depend_on_the_ranks_and_each_epoch_is_a_permutation(
     epochs = [[index for epoch, index in expected if epoch == number] for number in (0, 1)]
     for number, epoch in enumerate(epochs):
         assert sorted(epoch) == list(range(size))
-        assert expected[number * size : (number + 1) * size] == [(number, index) for index in epoch], "epochs follow each other"
+        assert expected[number * size : (number + 1) * size] == [(number, index) for index in epoch], (
+            "epochs follow each other"
+        )
     if size > 30:
         assert epochs[0] != epochs[1]
         assert epochs[0] != list(range(size))
@@ -62,8 +81,8 @@ def test_any_step_is_where_the_stream_would_be(start: int) -> None:
 
 
 def test_a_huge_data_set_costs_nothing() -> None:
-    cut = Cut(micro_batch_size=16, accumulation=2, rank=3, world_size=64)
-    sampler = TrainSampler(10**12, cut, 0, 4 * 10**8, 5 * 10**8)  # in its first epoch, and far into it
+    batch_plan = BatchPlan(micro_batch_size=16, accumulation_steps=2, rank=3, world_size=64)
+    sampler = TrainSampler(10**12, batch_plan, 0, 4 * 10**8, 5 * 10**8)  # in its first epoch, and far into it
     draws(1000, 0, 0, 10)  # numpy is imported before we measure
     tracemalloc.start()
     since = time.process_time()
@@ -90,12 +109,15 @@ def drawn(ranks: int, workers: int, start: int = 0) -> dict[Any, Any]:
     """What each (position in the stream) drew."""
     found: dict[Any, Any] = {}
     for rank in range(ranks):
-        cut = Cut(micro_batch_size=2, accumulation=4 // ranks, rank=rank, world_size=ranks)
-        batches = loader(Augmented(), TrainSampler(10, cut, 7, start, 3), 7, "train", workers, World())
-        for step, turns in enumerate(steps_of(batches, cut.accumulation), start):
-            for turn, (indices, *values) in enumerate(turns):
+        batch_plan = BatchPlan(micro_batch_size=2, accumulation_steps=4 // ranks, rank=rank, world_size=ranks)
+        batches = loader(Augmented(), TrainSampler(10, batch_plan, 7, start, 3), 7, "train", workers, World())
+        for step, turns in enumerate(group_micro_batches(batches, batch_plan.accumulation_steps), start):
+            for micro_step, (indices, *values) in enumerate(turns):
                 for i, index in enumerate(indices.tolist()):
-                    found[step, cut.position(turn), i] = (index, *(value[i].tolist() for value in values))
+                    found[step, batch_plan.micro_batch_index(micro_step), i] = (
+                        index,
+                        *(value[i].tolist() for value in values),
+                    )
     return found
 
 
@@ -106,7 +128,9 @@ def test_augmentation_is_a_function_of_seed_epoch_and_sample() -> None:
     assert drawn(2, 0) == drawn(4, 0) == alone, "ranks"
     assert drawn(1, 0, start=2) == {key: value for key, value in alone.items() if key[0] == 2}, "resumed"
     for column in range(1, 4):
-        assert len({str(value[column]) for value in alone.values()}) == len(alone), "no two draws are alike, in any generator"
+        assert len({str(value[column]) for value in alone.values()}) == len(alone), (
+            "no two draws are alike, in any generator"
+        )
 
 
 def test_augmentation_leaves_no_trace_of_the_run_before() -> None:
@@ -127,8 +151,15 @@ def test_evaluation_counts_each_sample_once(ranks: int, micro: int) -> None:
         for sampler in samplers:
             batches = [pairs(draws) for draws in sampler]
             assert len(batches) == len(sampler)
-            assert all(0 < len(batch) <= micro for batch in batches), "none is empty: a forward pass is a collective"
-            counted += [index for turn, batch in enumerate(batches) if sampler.counts(turn) for _, index in batch]
+            assert all(0 < len(batch) <= micro for batch in batches), (
+                "none is empty: a forward pass is a collective"
+            )
+            counted += [
+                index
+                for micro_step, batch in enumerate(batches)
+                if sampler.counts(micro_step)
+                for _, index in batch
+            ]
         assert sorted(counted) == list(range(size))
 
 

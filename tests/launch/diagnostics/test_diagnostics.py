@@ -13,10 +13,9 @@ from typing import Any
 
 import pytest
 
-from launch.diagnostics import bandwidth, gpus, machine, network, software, table
-from launch.diagnostics import cross_node as between
+from launch.diagnostics import bandwidth, cross_node, gpus, machine, network, software, table
 from launch.diagnostics.report import Finding, Report, findings_of_json, leaders_of, listed, nodes_of, tried
-from launch.runtime.store import NotMet, check_own
+from launch.runtime.store import UnreachableError, check_own
 from launch.runtime.world import World
 
 NETWORK: dict[str, Any] = {
@@ -40,7 +39,12 @@ def report(rank: int, host: str, local_rank: int = 0, **facts: Mapping[str, Any]
     """A healthy rank, except for `facts`."""
     healthy: dict[str, Any] = {
         "network": NETWORK,
-        "software": {"versions": VERSIONS, "executable": "/env/bin/python", "packages": "/env", "environment": {}},
+        "software": {
+            "versions": VERSIONS,
+            "executable": "/env/bin/python",
+            "packages": "/env",
+            "environment": {},
+        },
         "gpu": {"device": "cpu", "problem": "", "count": 0, "visible": None, "cuda": None},
         "gpus": [],
         "cpu": {"cpus": [0, 1, 2, 3], "quota": None, "machine_cpus": 4, "threads": 1},
@@ -59,7 +63,12 @@ def only(findings: list[Finding]) -> Finding:
 
 
 def test_checks_of_this_machine(tmp_path: Path) -> None:
-    found = [*machine.shared_memory(), *machine.open_files(), *machine.locked_memory(), *machine.disk(tmp_path / "a" / "b")]
+    found = [
+        *machine.shared_memory(),
+        *machine.open_files(),
+        *machine.locked_memory(),
+        *machine.disk(tmp_path / "a" / "b"),
+    ]
     assert [finding.check for finding in found] == ["shared memory", "open files", "disk"]
     assert all(finding.found and (finding.status == "pass") == (not finding.fix) for finding in found)
     assert found[-1].found.startswith(f"{tmp_path} (")
@@ -94,10 +103,16 @@ def test_extensions(tmp_path: Path) -> None:
     packages, build = tmp_path / "mine", tmp_path / "cache" / "cpu_adam"
     build.mkdir(parents=True)
     assert not list(machine.extensions(build.parent, str(packages)))
-    (build / "build.ninja").write_text(f"cflags = -isystem {packages}/torch/include -isystem {packages}/torch/include/TH\n")
+    (build / "build.ninja").write_text(
+        f"cflags = -isystem {packages}/torch/include -isystem {packages}/torch/include/TH\n"
+    )
     assert only(list(machine.extensions(build.parent, str(packages)))).status == "pass"
     other = only(list(machine.extensions(build.parent, "/other")))
-    assert (other.status, str(packages) in other.found, "TORCH_EXTENSIONS_DIR=" in other.fix) == ("warn", True, True)
+    assert (other.status, str(packages) in other.found, "TORCH_EXTENSIONS_DIR=" in other.fix) == (
+        "warn",
+        True,
+        True,
+    )
     (build / "lock").touch()
     os.utime(build / "lock", (0, 0))
     source = packages / "torch" / "utils" / "cpp_extension.py"
@@ -109,7 +124,9 @@ def test_extensions(tmp_path: Path) -> None:
 
 
 def test_software_of_this_machine() -> None:
-    facts = software.facts({"NCCL_DEBUG": "INFO", "HOME": "/", "GLOO_SOCKET_IFNAME": "eth0", "CUDA_VISIBLE_DEVICES": "0,1"})
+    facts = software.facts(
+        {"NCCL_DEBUG": "INFO", "HOME": "/", "GLOO_SOCKET_IFNAME": "eth0", "CUDA_VISIBLE_DEVICES": "0,1"}
+    )
     assert {"python", "torch", "code"} <= facts["versions"].keys()
     assert facts["environment"] == {"NCCL_DEBUG": "INFO", "CUDA_VISIBLE_DEVICES": "2 device(s)"}
 
@@ -119,7 +136,9 @@ def test_a_port_that_is_taken() -> None:
         port = server.getsockname()[1]
         found = only(list(network.free_port(port)))
         assert f"by process {os.getpid()}" in found.found
-        with pytest.raises(NotMet, match=f"port {port} cannot be had .*; export MASTER_PORT={port + 1}"):
+        with pytest.raises(
+            UnreachableError, match=f"port {port} cannot be had .*; export MASTER_PORT={port + 1}"
+        ):
             check_own("localhost", port)
     assert only(list(network.free_port(port))).status == "pass"
 
@@ -158,7 +177,10 @@ def test_the_interface_that_torch_takes(facts: dict[str, Any], status: str, word
 
 
 def test_names_do_not_matter_on_one_node() -> None:
-    assert only(network.names([report(0, "n1", network={"resolves": ["127.0.1.1"]})], several=False)).status == "pass"
+    assert (
+        only(network.names([report(0, "n1", network={"resolves": ["127.0.1.1"]})], several=False)).status
+        == "pass"
+    )
 
 
 def test_nodes_that_are_one_machine() -> None:
@@ -180,7 +202,10 @@ def test_the_link() -> None:
 
 
 def with_versions(*torch: str) -> list[Report]:
-    return [report(n, f"n{n}", software={"versions": {**VERSIONS, "torch": version}}) for n, version in enumerate(torch)]
+    return [
+        report(n, f"n{n}", software={"versions": {**VERSIONS, "torch": version}})
+        for n, version in enumerate(torch)
+    ]
 
 
 def test_versions_that_differ() -> None:
@@ -223,7 +248,9 @@ def test_gpus() -> None:
 def test_gpus_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in for nvidia-smi: there is no GPU here."""
     smi = tmp_path / "nvidia-smi"
-    smi.write_text(f"#!/bin/sh\ncase $1 in *apps*) echo 'GPU-0, 999999, python'; echo 'GPU-1, {os.getpid()}, python';; esac\n")
+    smi.write_text(
+        f"#!/bin/sh\ncase $1 in *apps*) echo 'GPU-0, 999999, python'; echo 'GPU-1, {os.getpid()}, python';; esac\n"
+    )
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     busy = [{**H100[0], "used": 40_000}, H100[1]]
@@ -240,31 +267,39 @@ def test_gpus_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ranks_that_are_missing() -> None:
     world = World(world_size=4, local_world_size=2, launcher="srun")
     reports = [report(0, "localhost"), report(1, "localhost", 1)]
-    found = between.present(reports, world, {"SLURM_STEP_NODELIST": "localhost,nowhere.invalid"})
-    assert found.found == "expected 4 ranks on localhost, nowhere.invalid; saw 0-1 from localhost, none from nowhere.invalid"
+    found = cross_node.present(reports, world, {"SLURM_STEP_NODELIST": "localhost,nowhere.invalid"})
+    assert (
+        found.found
+        == "expected 4 ranks on localhost, nowhere.invalid; saw 0-1 from localhost, none from nowhere.invalid"
+    )
     assert found.fix.startswith("nowhere.invalid cannot be resolved from here")
-    assert between.present(reports, world, {}).found == "expected 4 ranks; saw 0-1 from localhost, not 2-3"
-    assert between.present(reports, World(world_size=2), {}).status == "pass"
+    assert cross_node.present(reports, world, {}).found == "expected 4 ranks; saw 0-1 from localhost, not 2-3"
+    assert cross_node.present(reports, World(world_size=2), {}).status == "pass"
 
 
 def test_lists_of_hosts() -> None:
-    assert between.hosts_of({"SLURM_STEP_NODELIST": "n[1-2,07],m1,k[098-100]-ib"}) == [
+    assert cross_node.hosts_of({"SLURM_STEP_NODELIST": "n[1-2,07],m1,k[098-100]-ib"}) == [
         *("n1", "n2", "n07", "m1", "k098-ib", "k099-ib", "k100-ib")
     ]
-    assert between.hosts_of({}) == []
+    assert cross_node.hosts_of({}) == []
 
 
 def test_clocks() -> None:
-    good, slow, wrong = between.clocks({"n2": (0.002, 0.001), "n3": (-5.0, 0.001), "n4": (90.0, 0.5)}, "n1")
+    good, slow, wrong = cross_node.clocks(
+        {"n2": (0.002, 0.001), "n3": (-5.0, 0.001), "n4": (90.0, 0.5)}, "n1"
+    )
     assert (good.status, good.found) == ("pass", "at most 2.0 ms from n1 (± 1.0 ms)")
     assert (slow.status, slow.found, slow.nodes) == ("warn", "5.0 s behind n1 (± 1.0 ms)", ("n3",))
     assert (wrong.status, wrong.found) == ("fail", "90.0 s ahead of n1 (± 500.0 ms)")
-    assert only(between.clocks({"n2": (3.0, 2.5)}, "n1")).status == "pass"  # the error may be all of it
+    assert only(cross_node.clocks({"n2": (3.0, 2.5)}, "n1")).status == "pass"  # the error may be all of it
 
 
 def test_a_folder_that_is_not_shared(tmp_path: Path) -> None:
-    looked = {"n1": {"missing": [1], "problem": "", "seconds": 5}, "n2": {"missing": [], "problem": "", "seconds": 0}}
-    bad, good = between.one_folder(looked, {0: "n1", 1: "n2"}, str(tmp_path))
+    looked = {
+        "n1": {"missing": [1], "problem": "", "seconds": 5},
+        "n2": {"missing": [], "problem": "", "seconds": 0},
+    }
+    bad, good = cross_node.one_folder(looked, {0: "n1", 1: "n2"}, str(tmp_path))
     assert (bad.status, bad.nodes) == ("fail", ("n1",))
     assert bad.found == f"{tmp_path}: sees nothing of what n2 wrote there"
     assert good.status == "pass"
@@ -278,7 +313,10 @@ def test_bandwidth_is_judged_by_the_link() -> None:
     reports = [report(n, f"n{n}") for n in range(4)]
     found = bandwidth.judge([result(0, 1), result(1, 2, 2e8), result(2, 3, problem="timed out")], reports)
     assert [finding.status for finding in found] == ["pass", "warn", "fail"]
-    assert found[0].found == "n0 - n1: all-reduce 1 GB/s, all-gather 0.5 GB/s; the link has 10 Gb/s, that is 1.25 GB/s"
+    assert (
+        found[0].found
+        == "n0 - n1: all-reduce 1 GB/s, all-gather 0.5 GB/s; the link has 10 Gb/s, that is 1.25 GB/s"
+    )
     assert found[2].found == "n2 - n3: timed out"
     fast = [report(n, f"n{n}", network={"speed": 400_000}) for n in range(2)]
     assert only(bandwidth.judge([result(0, 1)], fast)).status == "pass"  # gloo fills no such link

@@ -31,8 +31,8 @@ def test_percentiles_are_within_a_percent() -> None:
 
 
 def test_flops_are_those_of_the_textbook() -> None:
-    with prepared(Dense(width=64, layers=3, samples=16)) as (job, _):
-        throughput = Throughput(job)
+    with prepared(Dense(width=64, layers=3, samples=16)) as (run, _):
+        throughput = Throughput(run)
         throughput.first = [torch.empty(16, 64, device="meta")] * 2
         # each layer: forward, gradient of the weights, and of the input but for the first
         assert throughput.flops() == 2 * 16 * 64 * 64 * (3 + 3 + 2)
@@ -44,8 +44,8 @@ def test_a_model_that_needs_numbers_is_not_counted() -> None:
             loss = super().loss(model, batch)
             return loss if loss > 1 else 2 * loss
 
-    with prepared(Depends(width=8, samples=4)) as (job, _):
-        throughput = Throughput(job)
+    with prepared(Depends(width=8, samples=4)) as (run, _):
+        throughput = Throughput(run)
         throughput.first = [torch.empty(4, 8, device="meta")] * 2
         assert throughput.flops() is None
 
@@ -56,8 +56,8 @@ def test_waiting_for_data_is_told_from_the_steps() -> None:
             time.sleep(0.02)
             yield [[torch.zeros(16, 8)]]
 
-    with prepared(Dense(samples=16)) as (job, _):
-        throughput = Throughput(job)
+    with prepared(Dense(samples=16)) as (run, _):
+        throughput = Throughput(run)
         for number, _ in enumerate(throughput.watch(slow())):
             time.sleep(0.5 if number == 0 else 0.01)  # the first compiles
             throughput.stepped(first=number == 0)
@@ -80,14 +80,24 @@ def test_the_parts_of_the_start_add_up() -> None:
 
 def test_no_peak_hides_another() -> None:
     names = list(PEAKS)
-    assert not [(a, b) for i, a in enumerate(names) for b in names[i + 1 :] if a in b], "the more special first"
+    assert not [(a, b) for i, a in enumerate(names) for b in names[i + 1 :] if a in b], (
+        "the more special first"
+    )
 
 
 @pytest.mark.slow
 def test_the_summary_says_it(tmp_path: Path) -> None:
-    ended = call(f"recipe={TINY}:Fit", "steps=12", "batch_size=16", "log.every=5", "run_dir=run", cwd=tmp_path)
+    ended = call(
+        f"recipe={TINY}:Fit", "steps=12", "batch_size=16", "log.every=5", "run_dir=run", cwd=tmp_path
+    )
     assert ended.code == 0, ended.err
-    for words in ("99 % of them within", "of the time waiting for data", "GFLOP/s a rank", "peak memory", "first step"):
+    for words in (
+        "99 % of them within",
+        "of the time waiting for data",
+        "GFLOP/s a rank",
+        "peak memory",
+        "first step",
+    ):
         assert words in ended.out
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(line["samples_per_second"] > 0 for line in lines if "loss" in line)
@@ -110,10 +120,10 @@ def test_no_garbage_is_collected_in_a_step() -> None:
     assert gc.isenabled()
     gc.callbacks.append(note)
     try:
-        with prepared(Looks(samples=16)) as (job, record):
-            job.splits.val = job.splits.train
-            job.stop_at = 12
-            train(job, record)
+        with prepared(Looks(samples=16)) as (run, metrics):
+            run.splits.val = run.splits.train
+            run.stop_at = 12
+            train(run, metrics)
     finally:
         gc.callbacks.remove(note)
     assert seen == {"train": False, "eval": True}
@@ -124,8 +134,8 @@ def test_no_garbage_is_collected_in_a_step() -> None:
 def test_a_run_that_stops_is_saved_before_anything_is_summed_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """The time that a scheduler leaves is for saving: counting the operations of a large model may take longer."""
     monkeypatch.setattr(Throughput, "in_words", lambda _: pytest.fail("summed up"))
-    with prepared(Dense(samples=16)) as (job, record):
-        job.stop_at = 2
-        train(job, record)
-        record.settle()
-        assert record.saves[-1].step == 2
+    with prepared(Dense(samples=16)) as (run, metrics):
+        run.stop_at = 2
+        train(run, metrics)
+        metrics.finish()
+        assert metrics.saves[-1].step == 2

@@ -22,7 +22,14 @@ pytestmark = pytest.mark.slow
 
 STEPS, HANG, PORT = 28, 6, 29500
 WORDS = (
-    *(f"recipe={TINY}:Broken", f"steps={STEPS}", "batch_size=16", "micro_batch_size=8", "workers=1", "run_dir=run"),
+    *(
+        f"recipe={TINY}:Broken",
+        f"steps={STEPS}",
+        "batch_size=16",
+        "micro_batch_size=8",
+        "workers=1",
+        "run_dir=run",
+    ),
     *("checkpoint.every=4", "log.every=1", "start_timeout=20", f"hang_timeout={HANG}"),
 )
 SLOWLY = "pause=0.2"
@@ -43,10 +50,15 @@ def hosts(tmp_path: Path) -> Iterator[list[Host]]:
 
 def without_launcher(hosts: Sequence[Host], cwd: Path, *words: str) -> list[subprocess.Popen[str]]:
     """A rank on each of `hosts`, of a run on two."""
-    return [start_on(host, [str(RUN), *WORDS, *words], cwd, by_hand(rank, "n1", PORT)) for rank, host in enumerate(hosts)]
+    return [
+        start_on(host, [str(RUN), *WORDS, *words], cwd, by_hand(rank, "n1", PORT))
+        for rank, host in enumerate(hosts)
+    ]
 
 
-def torchrun(hosts: Sequence[Host], cwd: Path, *words: str, nodes: str, conf: str) -> list[subprocess.Popen[str]]:
+def torchrun(
+    hosts: Sequence[Host], cwd: Path, *words: str, nodes: str, conf: str
+) -> list[subprocess.Popen[str]]:
     """A torchrun on each of `hosts`; n1 holds their rendezvous."""
     elastic = (
         "-m",
@@ -74,8 +86,14 @@ def in_step(step: int, cwd: Path, processes: Sequence[subprocess.Popen[str]]) ->
     """Wait until a run has made `step`, and a checkpoint before it is whole."""
     until = time.monotonic() + 60
     run_dir = cwd / "run"
-    while not (run_dir / "metrics.jsonl").exists() or len(series(run_dir)) < step or not list(run_dir.glob("checkpoints/step-*")):
-        assert all(process.poll() is None for process in processes), [finish(process).err for process in processes]
+    while (
+        not (run_dir / "metrics.jsonl").exists()
+        or len(series(run_dir)) < step
+        or not list(run_dir.glob("checkpoints/step-*"))
+    ):
+        assert all(process.poll() is None for process in processes), [
+            finish(process).err for process in processes
+        ]
         assert time.monotonic() < until
         time.sleep(0.02)
 
@@ -94,7 +112,10 @@ def ends(hosts: Sequence[Host], processes: Sequence[subprocess.Popen[str]], with
     left = [" ".join(process.cmdline()) for host in hosts for process in host.processes()]
     for host in hosts:
         host.kill()  # else whoever has inherited the pipes would keep them open
-    done = [replace(finish(process), seconds=ended.get(number, within)) for number, process in enumerate(processes)]
+    done = [
+        replace(finish(process), seconds=ended.get(number, within))
+        for number, process in enumerate(processes)
+    ]
     assert not left, (left, done)
     return done
 
@@ -178,7 +199,9 @@ def test_the_host_of_rank_zero_dies(tmp_path: Path, hosts: list[Host], losses: l
     goes_on(hosts, tmp_path, losses)
 
 
-def test_the_host_that_is_left_goes_on_by_itself(tmp_path: Path, hosts: list[Host], losses: list[float]) -> None:
+def test_the_host_that_is_left_goes_on_by_itself(
+    tmp_path: Path, hosts: list[Host], losses: list[float]
+) -> None:
     conf = "join_timeout=60,last_call_timeout=3,keep_alive_interval=1"
     running = torchrun(hosts, tmp_path, SLOWLY, nodes="1:2", conf=conf)
     in_step(9, tmp_path, running)

@@ -14,35 +14,51 @@ from typing import Any
 import pytest
 from torch.distributed import PrefixStore, TCPStore
 
-from launch.runtime.rendezvous import NotAllThere, different, roll_call
+from launch.runtime.rendezvous import RendezvousError, different, roll_call
 from launch.runtime.store import spans
 from launch.runtime.world import World
 from tests.launch.processes import ROOT, TINY, Ended, finish, free_port, start
 
-SAME = {"host": "n1", "gpu": "", "world_size": 2, "python": "3.12", "torch": "2.14.1", "rankzero": "0.1.0"} | dict.fromkeys(
-    ("deepspeed", "code", "words"), "same"
-)
+SAME = {
+    "host": "n1",
+    "gpu": "",
+    "world_size": 2,
+    "python": "3.12",
+    "torch": "2.14.1",
+    "rankzero": "0.1.0",
+} | dict.fromkeys(("deepspeed", "code", "words"), "same")
 
 
 @pytest.fixture
 def store() -> TCPStore:
-    return TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20))
+    return TCPStore(
+        "127.0.0.1", 0, None, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20)
+    )
 
 
-def called(store: TCPStore, reports: list[Mapping[str, Any]], world_size: int, timeout: float = 1.0) -> list[str]:
+def called(
+    store: TCPStore, reports: list[Mapping[str, Any]], world_size: int, timeout: float = 1.0
+) -> list[str]:
     """What each rank hears; ranks are threads, each with a connection of its own."""
     heard = [""] * len(reports)
     times = [0.0] * len(reports)
-    connected = threading.Barrier(len(reports))
+    process_group = threading.Barrier(len(reports))
 
     def rank(number: int) -> None:
-        mine = TCPStore("127.0.0.1", store.port, None, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60))
+        mine = TCPStore(
+            "127.0.0.1",
+            store.port,
+            None,
+            is_master=False,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=60),
+        )
         world = replace(World(rank=number, world_size=world_size), store=PrefixStore("0", mine))
-        connected.wait()
+        process_group.wait()
         since = time.monotonic()
         try:
             roll_call(world, reports[number], timeout)
-        except NotAllThere as error:
+        except RendezvousError as error:
             heard[number] = str(error)
         times[number] = time.monotonic() - since
 
@@ -80,7 +96,9 @@ def test_who_differs_is_named(store: TCPStore, key: str, words: str) -> None:
     other = {**SAME, "host": "n2", key: "other"}
     heard = called(store, [SAME, SAME, other, SAME], 4)
     assert heard[1].startswith(words)
-    assert heard[1].endswith(f"be the same on all ranks: {SAME[key]} on rank 0-1, 3 (n1); other on rank 2 (n2)")
+    assert heard[1].endswith(
+        f"be the same on all ranks: {SAME[key]} on rank 0-1, 3 (n1); other on rank 2 (n2)"
+    )
 
 
 def test_a_gpu_that_two_ranks_claim_is_named() -> None:
@@ -101,7 +119,10 @@ def test_spans() -> None:
 
 @pytest.mark.slow
 def test_512_ranks_meet_in_seconds(store: TCPStore) -> None:
-    assert called(store, [{**SAME, "host": f"n{rank // 8}"} for rank in range(512)], 512, timeout=30) == [""] * 512
+    assert (
+        called(store, [{**SAME, "host": f"n{rank // 8}"} for rank in range(512)], 512, timeout=30)
+        == [""] * 512
+    )
 
 
 # real processes -----------------------------------------------------------------------------------------------------------
@@ -111,7 +132,9 @@ def alone(cwd: Path, rank: int, *words: str, port: int) -> Ended:
     """One rank of two, the other of which never comes."""
     place = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
     meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return finish(start(f"recipe={TINY}:Fit", "steps=1", "start_timeout=2", *words, cwd=cwd, env={**place, **meet}))
+    return finish(
+        start(f"recipe={TINY}:Fit", "steps=1", "start_timeout=2", *words, cwd=cwd, env={**place, **meet})
+    )
 
 
 def test_a_rank_without_the_others_says_so_and_ends(tmp_path: Path) -> None:

@@ -13,11 +13,23 @@ TORCHRUN = {
     "TORCHELASTIC_RUN_ID": "none",
 }
 SRUN = {
-    **{"SLURM_PROCID": "3", "SLURM_LOCALID": "0", "SLURM_NODEID": "1", "SLURM_STEP_NUM_TASKS": "5", "SLURM_STEP_NUM_NODES": "2"},
-    **{"SLURM_STEP_TASKS_PER_NODE": "3,2", "SLURM_STEP_NODELIST": "gpu[07-08]", "SLURM_JOB_ID": "42", "SLURM_STEP_ID": "1"},
+    **{
+        "SLURM_PROCID": "3",
+        "SLURM_LOCALID": "0",
+        "SLURM_NODEID": "1",
+        "SLURM_STEP_NUM_TASKS": "5",
+        "SLURM_STEP_NUM_NODES": "2",
+    },
+    **{
+        "SLURM_STEP_TASKS_PER_NODE": "3,2",
+        "SLURM_STEP_NODELIST": "gpu[07-08]",
+        "SLURM_JOB_ID": "42",
+        "SLURM_STEP_ID": "1",
+    },
 }
 MPIRUN = {
-    f"OMPI_COMM_WORLD_{name}": value for name, value in (("RANK", "1"), ("SIZE", "2"), ("LOCAL_RANK", "1"), ("LOCAL_SIZE", "2"))
+    f"OMPI_COMM_WORLD_{name}": value
+    for name, value in (("RANK", "1"), ("SIZE", "2"), ("LOCAL_RANK", "1"), ("LOCAL_SIZE", "2"))
 }
 
 
@@ -47,7 +59,13 @@ def test_tasks_of_uneven_nodes(text: str, tasks: list[int]) -> None:
 
 
 def test_the_launcher_can_be_said() -> None:
-    both = {**SRUN, **TORCHRUN, "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}
+    both = {
+        **SRUN,
+        **TORCHRUN,
+        "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_PROCID": "1",
+    }
     assert seen(both)[0] == "torchrun", "what was started inside the other is nearer"
     assert seen(both, "srun")[:2] == ("srun", 1)
     assert seen(both, "python") == ("python", 0, 0, 1, 1, 0)
@@ -61,11 +79,22 @@ def test_the_launcher_can_be_said() -> None:
         ({**TORCHRUN, "RANK": "8"}, "rank 8 of 8.* that cannot be"),
         ({**TORCHRUN, "LOCAL_RANK": "4"}, "local rank 4 of 4.* that cannot be"),
         (
-            {**TORCHRUN, "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "2(x2)", "SLURM_PROCID": "1"},
+            {
+                **TORCHRUN,
+                "SLURM_STEP_NUM_TASKS": "4",
+                "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+                "SLURM_PROCID": "1",
+            },
             r"srun started 2 tasks on this node, and each of them torchrun with 4 rank\(s\): srun --ntasks-per-node=1 torchrun",
         ),
         (
-            {**TORCHRUN, "WORLD_SIZE": "4", "RANK": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2"},
+            {
+                **TORCHRUN,
+                "WORLD_SIZE": "4",
+                "RANK": "1",
+                "SLURM_STEP_NUM_TASKS": "2",
+                "SLURM_STEP_NUM_NODES": "2",
+            },
             "on 2 nodes, but each trains by itself",
         ),
     ],
@@ -85,7 +114,9 @@ def test_where_ranks_without_torchrun_meet() -> None:
     ):
         assert slurm_rendezvous({**SRUN, "SLURM_STEP_NODELIST": hosts})["MASTER_ADDR"] == first
     other = {**SRUN, "SLURM_JOB_ID": "43"}
-    assert slurm_rendezvous(SRUN)["MASTER_PORT"] != slurm_rendezvous(other)["MASTER_PORT"], "two jobs may share a node"
+    assert slurm_rendezvous(SRUN)["MASTER_PORT"] != slurm_rendezvous(other)["MASTER_PORT"], (
+        "two jobs may share a node"
+    )
     assert mpi_rendezvous(MPIRUN)["MASTER_ADDR"] == "127.0.0.1"
     with pytest.raises(ValueError, match="mpirun -x MASTER_ADDR=HOST"):
         mpi_rendezvous({**MPIRUN, "OMPI_COMM_WORLD_SIZE": "4"})

@@ -24,14 +24,17 @@ def batches() -> Tensor:
 
 def running(place: ranks.World) -> tuple[Tensor, Tensor, float | None]:
     """Mean and variance after all steps, and the momentum of a layer that averages cumulatively."""
-    layer, cumulative = nn.BatchNorm1d(5, momentum=MOMENTUM).double(), nn.BatchNorm1d(5, momentum=None).double()
+    layer, cumulative = (
+        nn.BatchNorm1d(5, momentum=MOMENTUM).double(),
+        nn.BatchNorm1d(5, momentum=None).double(),
+    )
     statistics = RunningStatistics([nn.Sequential(layer, cumulative)])
-    accumulation = MICRO_BATCHES // place.world_size
+    accumulation_steps = MICRO_BATCHES // place.world_size
     for step in batches():
-        for turn in range(accumulation):
-            statistics.share(turn, accumulation)
-            cumulative(layer(step[turn * place.world_size + place.rank]))
-    statistics.synchronise(World(rank=place.rank, world_size=place.world_size))
+        for micro_step in range(accumulation_steps):
+            statistics.set_momentum(micro_step, accumulation_steps)
+            cumulative(layer(step[micro_step * place.world_size + place.rank]))
+    statistics.synchronize(World(rank=place.rank, world_size=place.world_size))
     assert layer.running_mean is not None
     assert layer.running_var is not None
     return layer.running_mean, layer.running_var, cumulative.momentum
@@ -51,5 +54,5 @@ def test_one_step_moves_them_once_by_the_mean_of_its_batch_statistics() -> None:
 
 def test_without_accumulation_nothing_is_touched() -> None:
     layer = nn.BatchNorm1d(5, momentum=MOMENTUM)
-    RunningStatistics([layer]).share(0, 1)
+    RunningStatistics([layer]).set_momentum(0, 1)
     assert layer.momentum == pytest.approx(MOMENTUM)

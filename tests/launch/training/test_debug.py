@@ -19,7 +19,7 @@ from torch import nn
 from launch.cli.resolve import resolve
 from launch.reporting.model_table import TABLE_ROWS, rows, tables, tree
 from launch.runtime.world import World
-from launch.state.run import Job, prepare
+from launch.state.run import Run, prepare
 from launch.training.overfit import overfit
 from tests.launch.processes import TINY, call, command
 
@@ -107,7 +107,9 @@ def test_it_makes_the_first_steps_of_the_run_and_no_others(recipe: Path, plain: 
     assert "it can be overfitted" in ended.out
     # bit by bit, though the models were built twice and one was trained in between
     assert losses(tmp_path / "runs" / "debug" / "small") == losses(plain)[:8]
-    assert [line.split()[1] for line in ended.out.splitlines() if line.startswith("step ")][:8] == [f"{n}/8" for n in range(1, 9)]
+    assert [line.split()[1] for line in ended.out.splitlines() if line.startswith("step ")][:8] == [
+        f"{n}/8" for n in range(1, 9)
+    ]
 
 
 @pytest.mark.slow
@@ -141,14 +143,14 @@ def test_two_ranks_and_a_wrong_number_are_refused(recipe: Path, tmp_path: Path) 
 # the table ----------------------------------------------------------------------------------------------------------------
 
 
-def job_of(*words: str) -> Job:
+def job_of(*words: str) -> Run:
     return prepare(resolve(["epochs=1", "debug=true", *words], World()), World())
 
 
-def table(job: Job) -> list[list[str]]:
+def table(run: Run) -> list[list[str]]:
     """The rows of the tables, each as its columns."""
-    batch = next(iter(job.train_loader()))
-    return [re.split(r" {2,}", line.strip()) for line in tables(job, batch)]
+    batch = next(iter(run.train_loader()))
+    return [re.split(r" {2,}", line.strip()) for line in tables(run, batch)]
 
 
 def test_the_table_tells_module_shape_dtype_and_parameters() -> None:
@@ -172,7 +174,9 @@ def test_equal_blocks_are_one_row(recipe: Path) -> None:
 
 
 def test_what_is_not_called_frozen_or_tied_is_named() -> None:
-    model = nn.ModuleDict({"first": nn.Linear(2, 2), "idle": nn.Linear(3, 3), "last": nn.Linear(2, 2, bias=False)})
+    model = nn.ModuleDict(
+        {"first": nn.Linear(2, 2), "idle": nn.Linear(3, 3), "last": nn.Linear(2, 2, bias=False)}
+    )
     model["last"].weight = model["first"].weight
     model["idle"].requires_grad_(False)
     found = list(rows(tree("model", model, {}), 1))
@@ -182,8 +186,8 @@ def test_what_is_not_called_frozen_or_tied_is_named() -> None:
 
 @pytest.mark.parametrize(("depth", "blocks"), [(18, 8), (34, 16)])
 def test_a_resnet_fits_one_screen_and_each_block_shows(depth: int, blocks: int) -> None:
-    job = job_of("recipe=resnet", f"model.depth={depth}", "batch_size=2", "micro_batch_size=2")
-    lines = list(tables(job, next(iter(job.train_loader()))))
+    run = job_of("recipe=resnet", f"model.depth={depth}", "batch_size=2", "micro_batch_size=2")
+    lines = list(tables(run, next(iter(run.train_loader()))))
     assert len(lines) <= TABLE_ROWS + 5
     assert sum(" BasicBlock " in line for line in lines) == blocks
 
@@ -191,8 +195,8 @@ def test_a_resnet_fits_one_screen_and_each_block_shows(depth: int, blocks: int) 
 # overfitting one batch ----------------------------------------------------------------------------------------------------
 
 
-def tried(job: Job) -> str:
-    return "\n".join(overfit(job, next(iter(job.train_loader()))))
+def tried(run: Run) -> str:
+    return "\n".join(overfit(run, next(iter(run.train_loader()))))
 
 
 def test_a_loss_that_ignores_the_parameters_is_told(recipe: Path) -> None:
@@ -213,9 +217,9 @@ def test_a_learning_rate_too_low_is_told(recipe: Path) -> None:
 
 
 def test_parameters_without_gradient_are_named(recipe: Path) -> None:
-    job = job_of(f"recipe={recipe}")
-    job.strategies["model"].module.register_parameter("extra", nn.Parameter(torch.ones(1)))
-    assert "  no gradient reaches extra: is it used?" in tried(job)
+    run = job_of(f"recipe={recipe}")
+    run.strategies["model"].module.register_parameter("extra", nn.Parameter(torch.ones(1)))
+    assert "  no gradient reaches extra: is it used?" in tried(run)
 
 
 def test_several_losses_are_not_tried() -> None:
@@ -231,7 +235,10 @@ def test_without_a_terminal_the_traceback_is_told_once(recipe: Path, tmp_path: P
     assert ended.code == 1
     assert ended.err.count("rankzero: rank 0 on ") == 1
     assert "(Pdb)" not in ended.out
-    assert json.loads((tmp_path / "runs" / "debug" / "small" / "failure.json").read_text())["error"] == "RuntimeError"
+    assert (
+        json.loads((tmp_path / "runs" / "debug" / "small" / "failure.json").read_text())["error"]
+        == "RuntimeError"
+    )
 
 
 @pytest.mark.slow
@@ -244,7 +251,9 @@ def test_a_nan_of_the_backward_pass_is_traced_to_its_line(recipe: Path, tmp_path
 
 @pytest.mark.slow
 def test_pdb_stands_in_the_users_frame(recipe: Path, tmp_path: Path) -> None:
-    said, code = at_a_terminal(command(f"recipe={recipe}", "debug=true", "inputs=9"), tmp_path, ["p hidden.shape", "q"])
+    said, code = at_a_terminal(
+        command(f"recipe={recipe}", "debug=true", "inputs=9"), tmp_path, ["p hidden.shape", "q"]
+    )
     assert "small.py(23)forward()" in said
     assert "torch.Size([4, 8])" in said
     assert said.count("rankzero: rank 0 on ") == 1
@@ -266,7 +275,10 @@ def at_a_terminal(words: list[str], cwd: Path, answers: list[str], timeout: floa
     os.close(theirs)
     said, read, deadline = b"", 0, time.monotonic() + timeout
     try:
-        while time.monotonic() < deadline and select.select([ours], [], [], max(deadline - time.monotonic(), 0))[0]:
+        while (
+            time.monotonic() < deadline
+            and select.select([ours], [], [], max(deadline - time.monotonic(), 0))[0]
+        ):
             try:
                 said += os.read(ours, 65536)
             except OSError:  # the other end is closed: the process has ended

@@ -22,22 +22,29 @@ SOME_SIZES = (1, 4, 13, 37)
 CUT = ("batch_size=36", "micro_batch_size=3", "steps=1")
 
 
-def scores(place: World, recipe: str, sizes: list[int]) -> list[dict[str, Any]]:
-    job = job_of(place, recipe, "held_out=2", *CUT)
+def scores(phase: World, recipe: str, sizes: list[int]) -> list[dict[str, Any]]:
+    run = job_of(phase, recipe, "held_out=2", *CUT)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # a rank without samples of its own is nothing to warn about
-        return [evaluate(job, Points(size, classes=recipe == "Sort")) for size in sizes]
+        warnings.simplefilter(
+            "error", UserWarning
+        )  # a rank without samples of its own is nothing to warn about
+        return [evaluate(run, Points(size, classes=recipe == "Sort")) for size in sizes]
 
 
 def by_hand(recipe: str, size: int) -> dict[str, Any]:
     """The whole data set in one batch, raw PyTorch and torchmetrics, in float64."""
-    points, model = Points(size, classes=recipe == "Sort"), job_of(alone(), recipe, *CUT).models["model"].eval()
+    points, model = (
+        Points(size, classes=recipe == "Sort"),
+        job_of(alone(), recipe, *CUT).models["model"].eval(),
+    )
     with torch.no_grad():
         outputs = model(points.inputs).double()
     if recipe == "Sort":
         return {
             "loss": F.cross_entropy(outputs, points.targets).item(),
-            "accuracy": classification.MulticlassAccuracy(CLASSES, average="micro")(outputs, points.targets).item(),
+            "accuracy": classification.MulticlassAccuracy(CLASSES, average="micro")(
+                outputs, points.targets
+            ).item(),
             "f1": classification.MulticlassF1Score(CLASSES, average="macro")(outputs, points.targets).item(),
             "confusion": classification.MulticlassConfusionMatrix(CLASSES)(outputs, points.targets).tolist(),
         }
@@ -51,21 +58,29 @@ def by_hand(recipe: str, size: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("recipe", ["Sort", "Fit"])
-@pytest.mark.parametrize("tried", [SOME_SIZES, pytest.param(ALL_SIZES, marks=pytest.mark.slow)], ids=["some", "all"])
+@pytest.mark.parametrize(
+    "tried", [SOME_SIZES, pytest.param(ALL_SIZES, marks=pytest.mark.slow)], ids=["some", "all"]
+)
 def test_any_number_of_ranks_gives_the_numbers_of_one_exactly(recipe: str, tried: Sequence[int]) -> None:
     sizes = [size for size in tried if recipe == "Sort" or size > 1]  # R2 of one sample is not defined
     expected = run_ranks(1, scores, recipe, sizes)[0]
     for ranks in (2, 3, 4):
         for found in run_ranks(ranks, scores, recipe, sizes):
             for size, mine, single in zip(sizes, found, expected, strict=True):
-                loss, single_loss = (torch.tensor(score.pop("loss"), dtype=torch.float32) for score in (dict(mine), dict(single)))
+                loss, single_loss = (
+                    torch.tensor(score.pop("loss"), dtype=torch.float32)
+                    for score in (dict(mine), dict(single))
+                )
                 assert torch.equal(loss, single_loss), (ranks, size)
                 assert {**mine, "loss": 0} == {**single, "loss": 0}, (ranks, size)
     if recipe == "Sort":
         assert [sum(map(sum, score["confusion"])) for score in expected] == sizes, "the count is the size"
     for size, score in zip(sizes, expected, strict=True):
         for name, value in by_hand(recipe, size).items():
-            assert score[name] == (value if name == "confusion" else pytest.approx(value, rel=1e-5)), (name, size)
+            assert score[name] == (value if name == "confusion" else pytest.approx(value, rel=1e-5)), (
+                name,
+                size,
+            )
     assert len({score["loss"] for score in expected}) == len(sizes), "the test can tell sizes apart"
 
 
@@ -76,6 +91,6 @@ def test_metrics_work_without_a_process_group() -> None:
 
 
 def test_the_models_are_in_training_mode_again() -> None:
-    job = job_of(alone(), "Fit", "held_out=4", *CUT)
-    evaluate(job, Points(4))
-    assert job.models["model"].training
+    run = job_of(alone(), "Fit", "held_out=4", *CUT)
+    evaluate(run, Points(4))
+    assert run.models["model"].training

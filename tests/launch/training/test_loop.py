@@ -18,18 +18,24 @@ from tests.ranks import World, run_ranks
 Numbers = dict[str, Any]
 
 
-def numbers(place: World, folder: Path, recipe: str, words: tuple[str, ...]) -> Numbers:
+def numbers(phase: World, folder: Path, recipe: str, words: tuple[str, ...]) -> Numbers:
     """Losses, gradient norms and final tensors of a run, on rank zero."""
-    job = trained(job_of(place, recipe, *words), folder)
-    job.statistics.synchronise(job.world)
-    weights = {f"{name}.{key}": value for name, held in job.strategies.items() for key, value in held.export().items()}
-    if place.rank > 0:
+    run = trained(job_of(phase, recipe, *words), folder)
+    run.statistics.synchronize(run.world)
+    weights = {
+        f"{name}.{key}": value
+        for name, held in run.strategies.items()
+        for key, value in held.export().items()
+    }
+    if phase.rank > 0:
         return {}
     return {"loss": series(folder), "grad_norm": series(folder, "grad_norm"), "weights": weights}
 
 
 def on(ranks: int, folder: Path, recipe: str, *words: str) -> Numbers:
-    found: Numbers = run_ranks(ranks, numbers, folder / f"{recipe}-{ranks}-{len(list(folder.iterdir()))}", recipe, words)[0]
+    found: Numbers = run_ranks(
+        ranks, numbers, folder / f"{recipe}-{ranks}-{len(list(folder.iterdir()))}", recipe, words
+    )[0]
     return found
 
 
@@ -45,13 +51,24 @@ def assert_equal(found: Numbers, expected: Numbers, tolerance: float = 1e-5) -> 
 
 def test_ranks_do_not_show(tmp_path: Path) -> None:
     """Dropout, BatchNorm and augmentation on; 50 samples, so that batches of 16 straddle the epochs."""
-    words = ("batch_size=16", "micro_batch_size=4", "steps=8", "batchnorm=true", "dropout=0.3", "optimizer=sgd", "clip_norm=1")
+    words = (
+        "batch_size=16",
+        "micro_batch_size=4",
+        "steps=8",
+        "batchnorm=true",
+        "dropout=0.3",
+        "optimizer=sgd",
+        "clip_norm=1",
+    )
     single = on(1, tmp_path, "Fit", *words)
     assert "model.1.running_mean" in single["weights"]
     for ranks in (2, 4):
         assert_equal(on(ranks, tmp_path, "Fit", *words), single)
     assert on(1, tmp_path, "Fit", *words)["loss"] == single["loss"], "the same run again: the same bits"
-    for other in ("seed=1", "noise=0"):  # so that it is seen in the first steps already that the augmentation was on
+    for other in (
+        "seed=1",
+        "noise=0",
+    ):  # so that it is seen in the first steps already that the augmentation was on
         assert on(1, tmp_path, "Fit", *words, "steps=2", other)["loss"] != single["loss"][:2]
 
 
@@ -87,23 +104,23 @@ def test_counts_that_differ_from_batch_to_batch(tmp_path: Path, ranks: int) -> N
 
 
 def test_the_loss_on_record_is_the_mean_over_what_was_counted(tmp_path: Path) -> None:
-    job = job_of(alone(), "Masked", "batch_size=16", "steps=1", "dropout=0", "noise=0", "micro_batch_size=4")
+    run = job_of(alone(), "Masked", "batch_size=16", "steps=1", "dropout=0", "noise=0", "micro_batch_size=4")
     points, indices = Points(50), [index for _, index in draws(50, 0, 0, 16)]
     inputs, targets = points.inputs[indices], points.targets[indices]
     weights = (inputs > 0).sum(1, keepdim=True)
-    expected = ((job.models["model"](inputs) - targets).square() * weights).sum() / weights.sum()
-    trained(job, tmp_path / "run")
+    expected = ((run.models["model"](inputs) - targets).square() * weights).sum() / weights.sum()
+    trained(run, tmp_path / "run")
     assert series(tmp_path / "run") == pytest.approx([expected.item()], rel=1e-6)
 
 
 def test_the_schedule_reaches_each_group_in_its_ratio(tmp_path: Path) -> None:
     words = ("schedule.name=cosine", "schedule.warmup=2", "lr=0.5", "optimizer=sgd")
-    job = job_of(alone(), "Fit", "batch_size=16", "steps=10", *words)
-    groups = job.strategies["model"].optimizer.param_groups
+    run = job_of(alone(), "Fit", "batch_size=16", "steps=10", *words)
+    groups = run.strategies["model"].optimizer.param_groups
     for step in range(10):
-        job.progress.step = step
-        rate = set_learning_rate(job)
-        assert rate == groups[0]["lr"] == pytest.approx(0.5 * job.recipe.schedule.factor(step, 10))
+        run.progress.step = step
+        rate = set_learning_rate(run)
+        assert rate == groups[0]["lr"] == pytest.approx(0.5 * run.recipe.schedule.factor(step, 10))
         assert groups[1]["lr"] == pytest.approx(rate / 2)
     trained(job_of(alone(), "Fit", "batch_size=16", "steps=10", *words), tmp_path / "run")
     rates = series(tmp_path / "run", "lr")
@@ -113,10 +130,19 @@ def test_the_schedule_reaches_each_group_in_its_ratio(tmp_path: Path) -> None:
 
 def test_plateau_and_early_stopping(tmp_path: Path) -> None:
     """A learning rate too small to move a weight: no evaluation is better than the first."""
-    words = ("lr=1e-12", "schedule.name=plateau", "schedule.patience=1", "schedule.gamma=0.5", "eval.every=1", "eval.patience=4")
-    job = trained(job_of(alone(), "Fit", "held_out=10", "batch_size=10", "steps=20", *words), tmp_path / "run")
+    words = (
+        "lr=1e-12",
+        "schedule.name=plateau",
+        "schedule.patience=1",
+        "schedule.gamma=0.5",
+        "eval.every=1",
+        "eval.patience=4",
+    )
+    run = trained(
+        job_of(alone(), "Fit", "held_out=10", "batch_size=10", "steps=20", *words), tmp_path / "run"
+    )
     assert series(tmp_path / "run", "lr") == pytest.approx([1e-12, 1e-12, 1e-12, 5e-13, 5e-13])
-    assert (job.progress.step, job.progress.best_step, job.stopping_early) == (5, 1, True)
+    assert (run.progress.step, run.progress.best_step, run.stopping_early) == (5, 1, True)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000005"]
 
 
@@ -131,24 +157,28 @@ def test_a_line_of_the_record(tmp_path: Path) -> None:
     lines = [line for line in lines_of(tmp_path / "run") if "loss" in line]
     names = ["step", "epoch", "samples", "loss", "lr", "grad_norm", "samples_per_second", "time"]
     assert all(list(line) == names for line in lines)
-    assert [line["step"] for line in lines] == list(range(1, 8)), "2 epochs of 50 samples are 7 steps of 16, the last one full"
+    assert [line["step"] for line in lines] == list(range(1, 8)), (
+        "2 epochs of 50 samples are 7 steps of 16, the last one full"
+    )
     assert lines[-1]["samples"] == 7 * 16
     assert lines[-1]["epoch"] == pytest.approx(7 * 16 / 50)
-    assert all(torch.tensor(line["loss"], dtype=torch.float32).item() == line["loss"] for line in lines), "exact float32"
+    assert all(torch.tensor(line["loss"], dtype=torch.float32).item() == line["loss"] for line in lines), (
+        "exact float32"
+    )
 
 
-def on_record_in_each_step(place: World, folder: Path, *words: str) -> list[int]:
+def on_record_in_each_step(phase: World, folder: Path, *words: str) -> list[int]:
     """How many steps metrics.jsonl holds when the loss of each step is computed."""
-    job = job_of(place, "Fit", "batch_size=8", "steps=7", *words)
-    compute, found = job.recipe.loss, list[int]()
+    run = job_of(phase, "Fit", "batch_size=8", "steps=7", *words)
+    compute, found = run.recipe.loss, list[int]()
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
-        if place.rank == 0:  # which has made the file
+        if phase.rank == 0:  # which has made the file
             found.append(len((folder / "metrics.jsonl").read_text().splitlines()))
         return compute(model, batch)
 
-    job.recipe.loss = loss  # type: ignore[method-assign]  # it looks on, and computes the same
-    trained(job, folder)
+    run.recipe.loss = loss  # type: ignore[method-assign]  # it looks on, and computes the same
+    trained(run, folder)
     return found
 
 
@@ -171,7 +201,9 @@ def test_two_models_are_a_raw_loop(tmp_path: Path) -> None:
     student = network(0.2, batchnorm=False)
     seed_device(0, "weights", "judge")
     judge, points = nn.Linear(FEATURES, 1), Points(50)
-    optimizers = {name: torch.optim.SGD(m.parameters(), lr=0.05) for name, m in (("student", student), ("judge", judge))}
+    optimizers = {
+        name: torch.optim.SGD(m.parameters(), lr=0.05) for name, m in (("student", student), ("judge", judge))
+    }
     expected: dict[str, list[float]] = {"judge": [], "student": []}
     for step in range(6):
         indices = [index for _, index in draws(50, 0, step * 16, (step + 1) * 16)]

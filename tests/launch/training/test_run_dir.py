@@ -15,13 +15,15 @@ import pytest
 from launch.cli.resolve import resolve
 from launch.runtime.world import World
 from launch.training.run_dir import default_run_dir, find_run_dir, refuse_to_loop, start_run_dir
-from launch.watchdog import failure_report as verdicts
+from launch.watchdog import failure_report
 from tests.launch.processes import ROOT, TINY
 
 
 def failed(run_dir: Path, step: int = 5, message: str = "the shelf is empty") -> dict[str, Any]:
     """The end of a life, and the beginning of the next; what the life has left."""
-    verdicts.keep({"kind": "exception", "step": step, "error": "LookupError", "message": message}, run_dir)
+    failure_report.write_once(
+        {"kind": "exception", "step": step, "error": "LookupError", "message": message}, run_dir
+    )
     left: dict[str, Any] = json.loads((run_dir / "failure.json").read_text())
     return left
 
@@ -33,7 +35,8 @@ def test_a_run_that_fails_in_the_same_way_again_and_again_is_not_started_again(t
         start_run_dir(tmp_path / "run", settings, World())
         assert failed(tmp_path / "run")["repeated"] == life
     with pytest.raises(
-        ValueError, match=r"the last 3 lives of run_dir=.* all failed at step 5 with LookupError: the shelf .* remove"
+        ValueError,
+        match=r"the last 3 lives of run_dir=.* all failed at step 5 with LookupError: the shelf .* remove",
     ):
         find_run_dir(settings)
     (tmp_path / "run" / "failure.json").unlink()
@@ -52,7 +55,9 @@ def test_another_failure_is_not_a_loop(tmp_path: Path) -> None:
 def test_a_rank_that_torchrun_restarts_finds_its_run_again(tmp_path: Path) -> None:
     def life(number: int, agent: str = "none_xyz", **more: str) -> Path:
         path = f"/tmp/torchelastic_abc/{agent}/attempt_{number}/0/error.json"
-        return default_run_dir(tmp_path, {"TORCHELASTIC_ERROR_FILE": path, "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2", **more})
+        return default_run_dir(
+            tmp_path, {"TORCHELASTIC_ERROR_FILE": path, "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2", **more}
+        )
 
     first = life(0)
     first.mkdir()
@@ -65,10 +70,11 @@ def test_a_rank_that_torchrun_restarts_finds_its_run_again(tmp_path: Path) -> No
 
 
 def test_two_runs_that_start_in_the_same_second_do_not_share_a_directory() -> None:
-    code = (
-        "from pathlib import Path; from launch.training.run_dir import default_run_dir; print(default_run_dir(Path('runs'), {}))"
-    )
-    both = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    code = "from pathlib import Path; from launch.training.run_dir import default_run_dir; print(default_run_dir(Path('runs'), {}))"
+    both = [
+        subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
     names = {process.communicate(timeout=30)[0] for process in both}
     assert len(names) == 2
     assert all(re.fullmatch(r"runs/\d{8}-\d{6}-[0-9a-f]{4}\n", name) for name in names)

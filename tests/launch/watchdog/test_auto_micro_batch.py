@@ -12,10 +12,10 @@ import yaml
 
 from launch.cli.config import Config
 from launch.cli.resolve import resolve
-from launch.runtime.phase import Place
-from launch.runtime.restarts import former_lives, life
+from launch.runtime.phase import Phase
+from launch.runtime.restarts import attempt_id, restart_count
 from launch.runtime.world import World
-from launch.watchdog import auto_micro_batch as memory
+from launch.watchdog import auto_micro_batch
 from tests.launch.jobs import lines_of, series, undisturbed
 from tests.launch.processes import TINY, Ended, call, finish, free_port, offspring, start
 
@@ -28,40 +28,47 @@ def two() -> World:
 
 
 @pytest.mark.parametrize(
-    ("batch", "now", "smaller"), [(64, 32, 16), (64, 1, None), (36, 18, 9), (36, 9, 3), (28, 14, 7), (28, 7, 2), (10, 5, 1)]
+    ("batch", "now", "smaller"),
+    [(64, 32, 16), (64, 1, None), (36, 18, 9), (36, 9, 3), (28, 14, 7), (28, 7, 2), (10, 5, 1)],
 )
 def test_sizes_that_cut_the_batch_on_two_ranks(batch: int, now: int, smaller: int | None) -> None:
-    assert memory.smaller(Config(batch_size=batch, micro_batch_size=now), two()) == smaller
+    assert auto_micro_batch.smaller(Config(batch_size=batch, micro_batch_size=now), two()) == smaller
 
 
-@pytest.mark.parametrize(("found", "ranks", "size"), [(None, 2, 32), (8, 2, 8), (8, 1, 8), (32, 4, 16), ("auto", 1, 64)])
+@pytest.mark.parametrize(
+    ("found", "ranks", "size"), [(None, 2, 32), (8, 2, 8), (8, 1, 8), (32, 4, 16), ("auto", 1, 64)]
+)
 def test_a_size_that_was_found_is_begun_with(tmp_path: Path, found: Any, ranks: int, size: int) -> None:
     if found is not None:
         (tmp_path / "config.yaml").write_text(yaml.safe_dump({"micro_batch_size": found}))
-    assert memory.first_size(Config(batch_size=64), World(world_size=ranks), tmp_path) == size
+    assert auto_micro_batch.first_size(Config(batch_size=64), World(world_size=ranks), tmp_path) == size
 
 
 def test_what_is_no_lack_of_memory_or_not_helped_by_a_smaller_batch_stays_a_failure() -> None:
     config, full = Config(batch_size=8, micro_batch_size=8), torch.OutOfMemoryError("CUDA out of memory.")
-    here = Place(step=3, phase="backward")
-    found = memory.verdict_on(full, config, World(), here)
+    here = Phase(step=3, name="backward")
+    found = auto_micro_batch.verdict_on(full, config, World(), here)
     assert found is not None
     assert found["micro_batch_size"] == 4
-    assert memory.verdict_on(RuntimeError("shapes differ"), config, World(), here) is None
-    assert memory.verdict_on(full, config, World(), Place(step=3, phase="save")) is None
-    assert memory.verdict_on(full, config, World(), Place()) is None, "the model itself is too large"
-    assert memory.verdict_on(full, Config(batch_size=8, micro_batch_size=1), World(), here) is None
+    assert auto_micro_batch.verdict_on(RuntimeError("shapes differ"), config, World(), here) is None
+    assert auto_micro_batch.verdict_on(full, config, World(), Phase(step=3, name="save")) is None
+    assert auto_micro_batch.verdict_on(full, config, World(), Phase()) is None, (
+        "the model itself is too large"
+    )
+    assert auto_micro_batch.verdict_on(full, Config(batch_size=8, micro_batch_size=1), World(), here) is None
 
 
 def test_lives_are_told_apart_and_counted() -> None:
     environment = {"TORCHELASTIC_RESTART_COUNT": "1", "RANKZERO_RESTART_COUNT": "2"}
-    assert (former_lives({}), former_lives(environment)) == (0, 3)
-    assert len({life({}), life(environment), life({"RANKZERO_RESTART_COUNT": "1"})}) == 3
+    assert (restart_count({}), restart_count(environment)) == (0, 3)
+    assert len({attempt_id({}), attempt_id(environment), attempt_id({"RANKZERO_RESTART_COUNT": "1"})}) == 3
 
 
 @pytest.mark.parametrize("other", ["ddp.static_graph=true", "compile=reduce-overhead"])
 def test_what_forbids_accumulation_is_refused(other: str) -> None:
-    with pytest.raises(ValueError, match=f"micro_batch_size=auto may lead to accumulation, and {other} does not go with it"):
+    with pytest.raises(
+        ValueError, match=f"micro_batch_size=auto may lead to accumulation, and {other} does not go with it"
+    ):
         resolve([*AUTO, other], two())
 
 
@@ -72,9 +79,7 @@ def gone_on(cwd: Path, ended: Ended, rank: int, was: int, now: int) -> None:
     """The run has come to its end with the smaller size, and says so once."""
     assert ended.code == 0, ended.err
     assert len(ended.ours) == 1, ended.err
-    told = (
-        rf"rank {rank} on \S+ ran out of memory in step 5, forward, with micro_batch_size={was}; all ranks begin again with {now}"
-    )
+    told = rf"rank {rank} on \S+ ran out of memory in step 5, forward, with micro_batch_size={was}; all ranks begin again with {now}"
     assert re.search(told, ended.ours[0])
     assert "(continues run/checkpoints/step-00000003 at step 3)" in ended.out
     assert yaml.safe_load((cwd / "run" / "config.yaml").read_text())["micro_batch_size"] == now
@@ -90,7 +95,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
 
 
 @pytest.mark.slow
-def test_a_process_that_runs_out_of_memory_goes_on_with_half_the_micro_batch(tmp_path: Path, whole: list[float]) -> None:
+def test_a_process_that_runs_out_of_memory_goes_on_with_half_the_micro_batch(
+    tmp_path: Path, whole: list[float]
+) -> None:
     gone_on(tmp_path, call(*AUTO, "chaos=oom:rank=0,step=5", cwd=tmp_path), 0, 16, 8)
     assert series(tmp_path / "run") == pytest.approx(whole, rel=1e-6), "the curve is the same"
     again = call(*AUTO, "steps=9", cwd=tmp_path)
@@ -99,7 +106,9 @@ def test_a_process_that_runs_out_of_memory_goes_on_with_half_the_micro_batch(tmp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "zero3"])  # the other rank waits in backward, or in forward
-def test_all_ranks_under_torchrun_begin_again_together(tmp_path: Path, whole: list[float], strategy: str) -> None:
+def test_all_ranks_under_torchrun_begin_again_together(
+    tmp_path: Path, whole: list[float], strategy: str
+) -> None:
     ended = call(*AUTO, f"strategy={strategy}", "chaos=oom:rank=1,step=5", cwd=tmp_path, ranks=2, timeout=180)
     gone_on(tmp_path, ended, 1, 8, 4)
     assert series(tmp_path / "run") == pytest.approx(whole, rel=1e-5)
@@ -109,9 +118,16 @@ def test_all_ranks_under_torchrun_begin_again_together(tmp_path: Path, whole: li
 @pytest.mark.parametrize("rank", [0, 1])
 def test_ranks_whose_store_is_rank_zeros_own_begin_again_too(tmp_path: Path, rank: int) -> None:
     """Started without torchrun; `resume=none` is for the first life."""
-    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    phase = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
     words = (*AUTO, "resume=none", f"chaos=oom:rank={rank},step=5")
-    processes = [start(*words, cwd=tmp_path, env={**place, "RANK": str(n), "LOCAL_RANK": str(n)}) for n in range(2)]
+    processes = [
+        start(*words, cwd=tmp_path, env={**phase, "RANK": str(n), "LOCAL_RANK": str(n)}) for n in range(2)
+    ]
     first, second = (finish(process, timeout=120) for process in processes)
     assert (second.code, second.out, second.ours) == (0, "", [])
     gone_on(tmp_path, first, rank, 8, 4)
@@ -120,7 +136,13 @@ def test_ranks_whose_store_is_rank_zeros_own_begin_again_too(tmp_path: Path, ran
 @pytest.mark.slow
 def test_memory_that_really_runs_out_is_halved_until_it_suffices(tmp_path: Path) -> None:
     ended = call(
-        f"recipe={TINY}:Greedy", "batch_size=16", "steps=3", "micro_batch_size=auto", "run_dir=run", cwd=tmp_path, timeout=120
+        f"recipe={TINY}:Greedy",
+        "batch_size=16",
+        "steps=3",
+        "micro_batch_size=auto",
+        "run_dir=run",
+        cwd=tmp_path,
+        timeout=120,
     )
     assert ended.code == 0, ended.err
     assert [line.rpartition(" ")[2] for line in ended.ours] == ["8", "4"]
@@ -131,7 +153,13 @@ def test_memory_that_really_runs_out_is_halved_until_it_suffices(tmp_path: Path)
 @pytest.mark.slow
 def test_what_does_not_fit_one_by_one_is_a_failure(tmp_path: Path) -> None:
     ended = call(
-        f"recipe={TINY}:Greedy", "gigabytes=6", "batch_size=2", "steps=3", "micro_batch_size=auto", "run_dir=run", cwd=tmp_path
+        f"recipe={TINY}:Greedy",
+        "gigabytes=6",
+        "batch_size=2",
+        "steps=3",
+        "micro_batch_size=auto",
+        "run_dir=run",
+        cwd=tmp_path,
     )
     assert ended.code == 1
     assert "all ranks begin again with 1" in ended.ours[0]

@@ -47,7 +47,9 @@ def test_an_exception_on_one_rank_is_told_once_and_ends_the_job(tmp_path: Path) 
     ours, _, of_torchrun = ended.err.partition("Root Cause (first observed failure)")
     assert ours.count('raise LookupError("the shelf is empty")') == 1, "the line that raised, once"
     assert "batch   5 x 5 float32, 5 x 1 float32" in ours
-    assert "step 3, forward: LookupError: the shelf is empty" in of_torchrun, "its report names the cause as well"
+    assert "step 3, forward: LookupError: the shelf is empty" in of_torchrun, (
+        "its report names the cause as well"
+    )
     verdict = failure(tmp_path)
     assert (verdict["rank"], verdict["step"], verdict["error"]) == (1, 3, "LookupError")
     failed_after = time.time() - verdict["time"]
@@ -78,8 +80,12 @@ def test_a_nan_loss_names_step_rank_and_module(tmp_path: Path) -> None:
     ended = fails(tmp_path, "nan")
     assert ended.code == 1
     assert len(ended.ours) == 1, ended.err
-    assert re.search(r"at step 3: micro-batch 0 of rank 1, first in module model\.0 \(Poisonable\)", ended.ours[0])
-    assert 'Traceback (most recent call last):\n  File "' + str(ROOT) not in ended.err, "a verdict needs no traceback"
+    assert re.search(
+        r"at step 3: micro-batch 0 of rank 1, first in module model\.0 \(Poisonable\)", ended.ours[0]
+    )
+    assert 'Traceback (most recent call last):\n  File "' + str(ROOT) not in ended.err, (
+        "a verdict needs no traceback"
+    )
     assert failure(tmp_path)["step"] == 3
     assert set(re.findall(r"exitcode *: (-?\d+)", ended.err)) <= {"1", "-15"}
 
@@ -89,7 +95,9 @@ def test_a_nan_loss_that_is_read_an_interval_later_names_step_and_parameter(tmp_
     ended = fails(tmp_path, "nan", "log.every=5")
     assert ended.code == 1
     assert len(ended.ours) == 1, ended.err
-    assert re.search(r"the loss is nan at step 3; first bad parameter by step 5: model\.0\.weight", ended.ours[0])
+    assert re.search(
+        r"the loss is nan at step 3; first bad parameter by step 5: model\.0\.weight", ended.ours[0]
+    )
     assert [loss == loss for loss in losses(tmp_path)] == [True, True, False, False, False]
     assert not list((tmp_path / "run").glob("checkpoints/step-*")), "nothing spoilt was saved"
 
@@ -108,7 +116,9 @@ def test_a_nan_gradient_of_a_finite_loss_names_the_parameter(tmp_path: Path) -> 
     ended = fails(tmp_path, "gradient")
     assert ended.code == 1
     assert len(ended.ours) == 1, ended.err
-    assert re.search(r"gradient norm is nan at step 3, the loss being finite; .* model\.0\.weight", ended.ours[0])
+    assert re.search(
+        r"gradient norm is nan at step 3, the loss being finite; .* model\.0\.weight", ended.ours[0]
+    )
     assert failure(tmp_path)["step"] == 3
 
 
@@ -138,7 +148,14 @@ def test_a_rank_that_is_killed_ends_the_job(tmp_path: Path) -> None:
 def busy(cwd: Path, ranks: int = 2) -> subprocess.Popen[str]:
     """A run that goes on for minutes, after its first steps."""
     process = start(
-        f"recipe={TINY}:Broken", "pause=0.05", "run_dir=run", "batch_size=10", "steps=9999", "log.every=1", cwd=cwd, ranks=ranks
+        f"recipe={TINY}:Broken",
+        "pause=0.05",
+        "run_dir=run",
+        "batch_size=10",
+        "steps=9999",
+        "log.every=1",
+        cwd=cwd,
+        ranks=ranks,
     )
     deadline = time.monotonic() + 60
     while not (cwd / "run" / "metrics.jsonl").exists() or len(losses(cwd)) < 3:

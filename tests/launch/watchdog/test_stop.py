@@ -12,14 +12,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.checkpoint.directory import committed, step_of
+from launch.checkpoint.directory import list_checkpoints, step_of
 from launch.checkpoint.resume import resume
-from launch.reporting.console import Screen
-from launch.reporting.metrics import Record
+from launch.reporting.console import Console
+from launch.reporting.metrics import Metrics
 from launch.runtime.world import World as LaunchWorld
 from launch.training.loop import train
 from launch.watchdog import stop as stops
-from launch.watchdog.consensus import Agreement
+from launch.watchdog.consensus import Consensus
 from launch.watchdog.stop import StopRequest
 from tests.launch.jobs import job_of, lines_of, series, undisturbed
 from tests.launch.processes import TINY, Ended, call, finish, offspring, start
@@ -43,16 +43,16 @@ class AfterSo(StopRequest):
         return bool(self.reason)
 
 
-def life(place: World, folder: Path, asked: int, who: int) -> tuple[str, int, bool]:
+def life(phase: World, folder: Path, asked: int, who: int) -> tuple[str, int, bool]:
     """A life in which rank `who` wishes to stop at question `asked`: why and when it ended, and if it owes an evaluation."""
-    job = job_of(place, "Fit", *WORDS)
-    resume(job, folder)
+    run = job_of(phase, "Fit", *WORDS)
+    resume(run, folder)
     folder.mkdir(exist_ok=True)
-    record = Record(job, folder, {}, Screen(False), AfterSo(asked) if place.rank == who else StopRequest())
-    record.agreement.period = 0.0  # the ranks ask each other after each step, however short it is
-    why = train(job, record)
-    record.settle()
-    return why, job.progress.step, job.progress.unevaluated
+    metrics = Metrics(run, folder, {}, Console(False), AfterSo(asked) if phase.rank == who else StopRequest())
+    metrics.consensus.period = 0.0  # the ranks ask each other after each step, however short it is
+    why = train(run, metrics)
+    metrics.finish()
+    return why, run.progress.step, run.progress.unevaluated
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("asked", [2, pytest.param(5, marks=pytest.mark.slow), 6, pytest.param(7, marks=pytest.mark.slow), 8])
+@pytest.mark.parametrize(
+    "asked", [2, pytest.param(5, marks=pytest.mark.slow), 6, pytest.param(7, marks=pytest.mark.slow), 8]
+)
 def test_all_ranks_stop_at_the_same_step_and_go_on(tmp_path: Path, whole: Path, asked: int) -> None:
     """Between steps, and in the evaluation after step 5, which is then made in the next life."""
     never = 10**9
@@ -71,7 +73,7 @@ def test_all_ranks_stop_at_the_same_step_and_go_on(tmp_path: Path, whole: Path, 
     assert len({(step, owed) for _, step, owed in first}) == 1
     assert [why for why, *_ in first] == ["a signal to another rank", "a test"]
     _, step, owed = first[0]
-    assert [step_of(path) for path in committed(tmp_path / "run")][-1] == step < 12
+    assert [step_of(path) for path in list_checkpoints(tmp_path / "run")][-1] == step < 12
     assert owed == (asked in (5, 6)), "the wish is heard one question later, in the evaluation"
     assert [why for why, *_ in run_ranks(2, life, tmp_path / "run", never, 0)] == ["", ""]
     for name in ("loss", "grad_norm", "eval/loss"):
@@ -87,15 +89,15 @@ def test_an_evaluation_that_is_cut_off_twice_is_made_in_the_third_life(tmp_path:
         assert series(tmp_path / "run", name) == series(tmp_path / "whole", name), name
 
 
-def early(place: World, folder: Path, asked: int) -> tuple[int, list[str]]:
+def early(phase: World, folder: Path, asked: int) -> tuple[int, list[str]]:
     """A life of a run that no evaluation finds better than the first: it stops early after step 10."""
-    job = job_of(place, "Fit", *WORDS, "lr=1e-12", "eval.patience=1", "batchnorm=false", "checkpoint.keep=9")
-    resume(job, folder)
+    run = job_of(phase, "Fit", *WORDS, "lr=1e-12", "eval.patience=1", "batchnorm=false", "checkpoint.keep=9")
+    resume(run, folder)
     folder.mkdir(exist_ok=True)
-    record = Record(job, folder, {}, Screen(False), AfterSo(asked))
-    train(job, record)
-    record.settle()
-    return job.progress.step, [path.name for path in committed(folder)]
+    metrics = Metrics(run, folder, {}, Console(False), AfterSo(asked))
+    train(run, metrics)
+    metrics.finish()
+    return run.progress.step, [path.name for path in list_checkpoints(folder)]
 
 
 def test_a_run_that_has_stopped_early_makes_no_further_step(tmp_path: Path) -> None:
@@ -107,9 +109,9 @@ def test_a_run_that_has_stopped_early_makes_no_further_step(tmp_path: Path) -> N
     assert run_ranks(1, early, tmp_path / "cut", 10**9)[0][0] == 10
 
 
-def hear(place: World, wishes: list[list[str]]) -> list[set[str]]:
-    agreement = Agreement(LaunchWorld(rank=place.rank, world_size=place.world_size), ["save", "stop"])
-    return [*(agreement.exchange(wish if place.rank == 1 else []) for wish in wishes), agreement.close()]
+def hear(phase: World, requests: list[list[str]]) -> list[set[str]]:
+    consensus = Consensus(LaunchWorld(rank=phase.rank, world_size=phase.world_size), ["save", "stop"])
+    return [*(consensus.exchange(wish if phase.rank == 1 else []) for wish in requests), consensus.close()]
 
 
 def test_a_wish_of_one_rank_is_heard_by_all_a_step_later() -> None:
@@ -117,11 +119,13 @@ def test_a_wish_of_one_rank_is_heard_by_all_a_step_later() -> None:
     assert heard[0] == heard[1] == heard[2] == [set(), set(), {"stop"}, set(), {"save", "stop"}]
 
 
-def listen(place: World, calls: int, period: float) -> list[int]:
+def listen(phase: World, calls: int, period: float) -> list[int]:
     """In which of `calls` calls a lasting wish of rank one was heard: those after a question."""
-    agreement = Agreement(LaunchWorld(rank=place.rank, world_size=place.world_size), ["save", "stop"], period)
-    heard = [call for call in range(calls) if agreement.exchange(["stop"] if place.rank == 1 else [], seldom=True)]
-    agreement.close()
+    consensus = Consensus(LaunchWorld(rank=phase.rank, world_size=phase.world_size), ["save", "stop"], period)
+    heard = [
+        call for call in range(calls) if consensus.exchange(["stop"] if phase.rank == 1 else [], seldom=True)
+    ]
+    consensus.close()
     return heard
 
 
@@ -134,11 +138,11 @@ def test_long_steps_are_asked_after_each() -> None:
     assert run_ranks(2, listen, 10, 0.0) == [list(range(1, 10))] * 2
 
 
-def evaluation_between(place: World) -> list[int]:
-    agreement = Agreement(LaunchWorld(rank=place.rank, world_size=place.world_size), ["stop"], 1e9)
+def evaluation_between(phase: World) -> list[int]:
+    consensus = Consensus(LaunchWorld(rank=phase.rank, world_size=phase.world_size), ["stop"], 1e9)
     for _ in range(60):
-        agreement.exchange([], seldom=True)
-    return [call for call in range(6) if agreement.exchange(["stop"] if place.rank == 1 else [])]
+        consensus.exchange([], seldom=True)
+    return [call for call in range(6) if consensus.exchange(["stop"] if phase.rank == 1 else [])]
 
 
 def test_in_an_evaluation_each_batch_asks() -> None:
@@ -147,7 +151,15 @@ def test_in_an_evaluation_each_batch_asks() -> None:
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [("90", 5400), ("1:30", 90), ("2:00:00", 7200), ("1-00", 86400), ("1-12", 129600), ("1-0:30", 88200), ("2-1:02:03", 176523)],
+    [
+        ("90", 5400),
+        ("1:30", 90),
+        ("2:00:00", 7200),
+        ("1-00", 86400),
+        ("1-12", 129600),
+        ("1-0:30", 88200),
+        ("2-1:02:03", 176523),
+    ],
 )
 def test_max_time_is_written_as_slurm_does(text: str, seconds: int) -> None:
     assert stops.seconds(text) == seconds
@@ -178,7 +190,15 @@ def test_the_margin_before_the_limit_follows_what_a_save_takes() -> None:
 
 # real signals -------------------------------------------------------------------------------------------------------------
 
-BUSY = (f"recipe={TINY}:Broken", "pause=0.05", "run_dir=run", "batch_size=10", "steps=60", "log.every=1", "workers=1")
+BUSY = (
+    f"recipe={TINY}:Broken",
+    "pause=0.05",
+    "run_dir=run",
+    "batch_size=10",
+    "steps=60",
+    "log.every=1",
+    "workers=1",
+)
 
 
 def busy(cwd: Path, *words: str, ranks: int = 0) -> subprocess.Popen[str]:
@@ -196,7 +216,7 @@ def stopped(cwd: Path, ended: Ended, reason: str) -> int:
     """The step at which a run has stopped; checks what it left behind."""
     note = json.loads((cwd / "run" / "stopped.json").read_text())
     assert note["reason"] == reason
-    assert step_of(committed(cwd / "run")[-1]) == note["step"] < 60
+    assert step_of(list_checkpoints(cwd / "run")[-1]) == note["step"] < 60
     assert f"stopped ({reason}); step {note['step']} is saved" in ended.err
     assert not offspring(cwd), "no data worker outlives the run"
     assert not [path for path in (cwd / "run" / "checkpoints").iterdir() if path.name.startswith(".")]
@@ -239,7 +259,9 @@ def test_torchrun_hands_a_signal_on_to_all_ranks(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all(tmp_path: Path) -> None:
     process = busy(tmp_path, ranks=2)
-    next(worker for worker in offspring(tmp_path) if worker.environ().get("RANK") == "1").send_signal(signal.SIGUSR1)
+    next(worker for worker in offspring(tmp_path) if worker.environ().get("RANK") == "1").send_signal(
+        signal.SIGUSR1
+    )
     ended = finish(process)
     stopped(tmp_path, ended, "a signal to another rank")
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from launch.runtime.phase import Place
+from launch.runtime.phase import Phase
 from launch.runtime.world import World
-from launch.watchdog import failure_report as verdicts
+from launch.watchdog import failure_report
 from launch.watchdog import watchdog as watches
-from launch.watchdog.heartbeats import Others
+from launch.watchdog.heartbeats import Heartbeats
 from tests.launch.jobs import series, undisturbed
 from tests.launch.processes import TINY, Ended, call, finish, offspring, start
 
@@ -27,7 +27,9 @@ HANG = "hang_timeout=4"
 
 def struck(cwd: Path, chaos: str, *words: str, ranks: int = 2) -> Ended:
     """A run that the fault `chaos` meets, in step 9 if it does not say when; nothing may be left of it."""
-    ended = call(*FIT, f"chaos={chaos}" + ("" if "step" in chaos else ",step=9"), *words, cwd=cwd, ranks=ranks)
+    ended = call(
+        *FIT, f"chaos={chaos}" + ("" if "step" in chaos else ",step=9"), *words, cwd=cwd, ranks=ranks
+    )
     assert not offspring(cwd)
     assert len(ended.ours) == 1, ended.err
     return ended
@@ -42,7 +44,9 @@ def failure(cwd: Path) -> dict[str, Any]:
 def test_a_hang_says_who_is_where(tmp_path: Path) -> None:
     ended = struck(tmp_path, "stall:rank=1", HANG)
     assert ended.code == 1
-    assert re.search(r"no rank has made progress for 4 s \(hang_timeout=4\); they are not in the same place", ended.ours[0])
+    assert re.search(
+        r"no rank has made progress for 4 s \(hang_timeout=4\); they are not in the same place", ended.ours[0]
+    )
     assert re.search(r"^  rank 0: step 9, backward, ", ended.err, re.MULTILINE)
     assert re.search(r"^  rank 1: step 9, forward, chaos.py:\d+ in stall$", ended.err, re.MULTILINE)
     assert "in stall" in "".join(failure(tmp_path)["stacks"].values()), "the whole stacks are kept"
@@ -57,7 +61,9 @@ def test_a_hang_of_a_single_process_is_found_too(tmp_path: Path) -> None:
 
 def check_killed(cwd: Path, rank: int) -> None:
     ended = struck(cwd, f"kill:rank={rank}")
-    assert re.search(rf"rank {rank} on .* ended without a word; rank {1 - rank} is in step 9", ended.ours[0]), ended.err
+    assert re.search(
+        rf"rank {rank} on .* ended without a word; rank {1 - rank} is in step 9", ended.ours[0]
+    ), ended.err
     assert failure(cwd)["lost"] == [rank]
 
 
@@ -83,11 +89,15 @@ def test_out_of_memory_comes_with_a_hint(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_torn_checkpoint_costs_no_more_than_itself(tmp_path: Path) -> None:
-    seldom = "checkpoint.every=100"  # none is in flight when it strikes: that one would come after the torn one
+    seldom = (
+        "checkpoint.every=100"  # none is in flight when it strikes: that one would come after the torn one
+    )
     struck(tmp_path, "torn_checkpoint:rank=1,step=290", seldom)
     again = call(*FIT, seldom, "steps=294", cwd=tmp_path)
     assert again.code == 0, again.err
-    torn = re.search(r"(run/checkpoints/step-\d+)/rank-00000.safetensors has .* bytes of .*; going back to", again.err)
+    torn = re.search(
+        r"(run/checkpoints/step-\d+)/rank-00000.safetensors has .* bytes of .*; going back to", again.err
+    )
     assert torn
     assert (tmp_path / f"{torn[1]}.damaged").is_dir()
 
@@ -105,7 +115,7 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_goes_on_by_itself(tmp_path:
 
 def test_a_rank_is_missed_when_its_heart_stops() -> None:
     store = HashStore()
-    others = Others(2)
+    others = Heartbeats(2)
     for count in range(1, 4):
         store.set("beat/0", f"{count} 7 5 forward")
         store.set("beat/1", "1 1 4 data")
@@ -120,8 +130,10 @@ def test_a_rank_is_missed_when_its_heart_stops() -> None:
     assert others.silent_for(0.05) == [0], "who has come to a good end is not missed"
 
 
-def of(error: Exception, **place: Any) -> str:
-    return verdicts.block(verdicts.of_exception(error, World(rank=3), Place(**place)), Path("runs/a"))
+def of(error: Exception, **phase: Any) -> str:
+    return failure_report.render(
+        failure_report.from_exception(error, World(rank=3), Phase(**phase)), Path("runs/a")
+    )
 
 
 def raised(error: Exception) -> Exception:
@@ -133,7 +145,7 @@ def raised(error: Exception) -> Exception:
 
 def test_the_block_names_rank_host_step_phase_line_and_batch() -> None:
     batch = [{"image": torch.zeros(4, 3, 8, 8), "label": torch.zeros(4, dtype=torch.int64)}]
-    lines = of(raised(KeyError("a")), step=7, phase="forward", batches=batch).splitlines()
+    lines = of(raised(KeyError("a")), step=7, name="forward", batches=batch).splitlines()
     assert re.fullmatch(r"rankzero: rank 3 on \S+, step 7, forward: KeyError: 'a'", lines[0])
     assert re.fullmatch(rf'  File "{__file__}", line \d+, in raised', lines[1])
     assert lines[2] == "    raise error"
@@ -160,7 +172,9 @@ def test_what_often_helps_is_said(error: Exception, hint: str) -> None:
 
 def test_the_first_verdict_is_kept(tmp_path: Path) -> None:
     first, second = ({"kind": "hang", "message": word} for word in ("first", "second"))
-    assert verdicts.keep(first, tmp_path)
-    assert not verdicts.keep(second, tmp_path)
+    assert failure_report.write_once(first, tmp_path)
+    assert not failure_report.write_once(second, tmp_path)
     assert json.loads((tmp_path / "failure.json").read_text())["message"] == "first"
-    assert verdicts.keep(second, tmp_path / "no such folder"), "a disk that cannot be written to hides nothing"
+    assert failure_report.write_once(second, tmp_path / "no such folder"), (
+        "a disk that cannot be written to hides nothing"
+    )
