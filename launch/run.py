@@ -4,10 +4,12 @@
     torchrun --nproc_per_node=2 launch/run.py recipe=gpt strategy=fsdp precision=bf16 optim.lr=1e-3 steps=500
     python launch/run.py recipe=./mine.py debug=true
 
-`strategy=single|ddp|fsdp|zero1|zero2|zero3` decides how the model is spread over the ranks; the numbers stay the same.
-A run is kept in run_dir (default runs/RECIPE/TIME-MARK); the same command with the same run_dir continues it.
-`--check` goes through the command and ends; the ranks are those of RANK, WORLD_SIZE and LOCAL_WORLD_SIZE in the environment.
-Exit codes: 0 done; 1 failed; 2 a mistake in the command, told in one line; 75 stopped on purpose, run it again to continue.
+`strategy=single|ddp|fsdp|zero1|zero2|zero3` decides how the model is spread over the ranks; the numbers stay
+the same. A run is kept in run_dir (default runs/RECIPE/TIME-MARK); the same command with the same run_dir
+continues it.
+`--check` goes through the command and ends; the ranks are those of RANK, WORLD_SIZE and LOCAL_WORLD_SIZE in
+the environment. Exit codes: 0 done; 1 failed; 2 a mistake in the command, told in one line; 75 stopped on
+purpose, run it again to continue.
 """
 
 from __future__ import annotations
@@ -59,7 +61,9 @@ def main(words: list[str]) -> None:
 
 
 def load_trainer() -> ModuleType:
-    """`launch.training.trainer`, and torch with it. Imports make no garbage, and looking for it meanwhile takes a tenth of their time."""
+    """`launch.training.trainer`, and torch with it. Imports make no garbage, and looking for it meanwhile
+    takes a tenth of their time.
+    """
     gc.disable()
     from launch.training import trainer
 

@@ -1,4 +1,6 @@
-"""A generative adversarial network (Goodfellow et al. 2014) on digits: two models, two optimizers, two turns a step."""
+"""A generative adversarial network (Goodfellow et al. 2014) on digits: two models, two optimizers, two turns
+a step.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ class Model:
     width: int = 32
     """channels of both networks at half the resolution; twice as many at a quarter"""
     dropout: float = 0.5
-    """share of the discriminator's activations dropped in training: it learns less by heart, the generator varies more"""
+    """share of the discriminator's activations dropped in training: it learns less by heart, the generator
+    varies more
+    """
 
 
 @dataclass(kw_only=True)

@@ -31,9 +31,10 @@ The site's file holds any of the words above, which the command line overrides, 
     modules: [cuda/12.4, python/3.12]     # module load ...
     setup: [source ~/venv/bin/activate]   # lines of bash, before the run starts on its first node
 
-In a sweep each value with commas is a list (brackets protect them: optim.betas=[0.9,0.95] is one value), and each combination a
-run of its own below run_dir. The script is kept as RUN_DIR/job.sbatch; `sbatch RUN_DIR/job.sbatch` continues the run.
-Exit codes: 0 queued, or with follow=true done; 1 the job that was followed failed; 2 a mistake, told in one line.
+In a sweep each value with commas is a list (brackets protect them: optim.betas=[0.9,0.95] is one value), and
+each combination a run of its own below run_dir. The script is kept as RUN_DIR/job.sbatch; `sbatch
+RUN_DIR/job.sbatch` continues the run. Exit codes: 0 queued, or with follow=true done; 1 the job that was
+followed failed; 2 a mistake, told in one line.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def main(words: list[str]) -> int:
         return 2
 
 
-# the commands ------------------------------------------------------------------------------------------------------------
+# the commands -----------------------------------------------------------------------------------------------
 
 
 def submit(words: Sequence[str], many: bool = False) -> int:
@@ -150,7 +151,7 @@ def cancel(words: Sequence[str]) -> int:
 COMMANDS = {"sweep": sweep, "status": status, "cancel": cancel}
 
 
-# words -------------------------------------------------------------------------------------------------------------------
+# words ------------------------------------------------------------------------------------------------------
 
 
 def read(words: Sequence[str]) -> tuple[Job, dict[str, str]]:
@@ -258,7 +259,9 @@ def name_of(said: Mapping[str, str]) -> str:
 
 
 def check(run: Run, job: Job) -> None:
-    """Let launch/run.py check the words of a run for the ranks that it will have. Raises ValueError with what it says."""
+    """Let launch/run.py check the words of a run for the ranks that it will have. Raises ValueError with what
+    it says.
+    """
     world = {
         "RANK": "0",
         "WORLD_SIZE": str(job.nodes * job.ranks_per_node),
@@ -277,7 +280,7 @@ def check(run: Run, job: Job) -> None:
         raise ValueError(lines[-1].removeprefix("rankzero: "))
 
 
-# SLURM -------------------------------------------------------------------------------------------------------------------
+# SLURM ------------------------------------------------------------------------------------------------------
 
 
 def slurm(*command: str) -> str:

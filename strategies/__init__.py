@@ -1,4 +1,6 @@
-"""How a model is spread over ranks. Importing this package imports no torch: `--help` and a wrong key answer at once."""
+"""How a model is spread over ranks. Importing this package imports no torch: `--help` and a wrong key answer
+at once.
+"""
 
 from __future__ import annotations
 

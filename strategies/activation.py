@@ -13,7 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 # The idea, and most of the list, are torchtitan's (distributed/activation_checkpoint.py), on the ground of
-# https://pytorch.org/blog/activation-checkpointing-techniques/: what is dear to compute is kept, what is cheap is computed again.
+# https://pytorch.org/blog/activation-checkpointing-techniques/: what is dear to compute is kept, what is
+# cheap is computed again.
 aten = torch.ops.aten
 EXPENSIVE = [
     aten.mm.default,
@@ -48,7 +49,9 @@ def select_blocks(blocks: list[nn.Module], mode: str) -> list[nn.Module]:
 
 
 def checkpoint_blocks(blocks: list[nn.Module], selective: bool) -> None:
-    """Rebind `forward` of each block in place: a wrapper module would leak its prefix into the parameter names."""
+    """Rebind `forward` of each block in place: a wrapper module would leak its prefix into the parameter
+    names.
+    """
     for block in blocks:
         norms = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
         contexts = partial(_contexts, norms, selective)
@@ -58,7 +61,8 @@ def checkpoint_blocks(blocks: list[nn.Module], selective: bool) -> None:
 def checkpointed_forward(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`forward`, to be compiled with its recomputation.
 
-    Running statistics need no protection here: the compiler knows their update for an effect of forward, made once.
+    Running statistics need no protection here: the compiler knows their update for an effect of forward, made
+    once.
     """
     return checkpoint(forward, *args, use_reentrant=False, context_fn=_selective_contexts, **kwargs)
 
@@ -77,9 +81,11 @@ def _contexts(norms: list[_BatchNorm], selective: bool) -> Contexts:
 def _statistics_kept(
     norms: list[_BatchNorm], recomputation: AbstractContextManager[object]
 ) -> Iterator[None]:
-    """The recomputation sees the batch a second time: without this the running statistics would move twice a step.
+    """The recomputation sees the batch a second time: without this the running statistics would move twice a
+    step.
 
-    It moves copies. Not tracking at all would save fewer tensors than forward did, which `checkpoint` refuses.
+    It moves copies. Not tracking at all would save fewer tensors than forward did, which `checkpoint`
+    refuses.
     """
     kept = [dict(norm._buffers) for norm in norms]
     for norm in norms:

@@ -1,6 +1,8 @@
-"""The strategy interface, and its meaning on a single device: the base class IS `strategy=single`, no special mode.
+"""The strategy interface, and its meaning on a single device: the base class IS `strategy=single`, no special
+mode.
 
-One strategy holds one model and its optimizer. A recipe with several models (GAN, teacher and student) has one each.
+One strategy holds one model and its optimizer. A recipe with several models (GAN, teacher and student) has
+one each.
 """
 
 from __future__ import annotations
@@ -49,7 +51,9 @@ class World(Protocol):
 
 
 CHUNK = 2**22
-"""elements that are read from a checkpoint at a time: memory of that size is used again, larger pieces are faulted in anew"""
+"""elements that are read from a checkpoint at a time: memory of that size is used again, larger pieces are
+faulted in anew
+"""
 
 BuildModel = Callable[[], nn.Module]
 BuildOptimizer = Callable[[nn.Module], Optimizer]
@@ -57,10 +61,11 @@ Blocks = Callable[[nn.Module], Iterable[nn.Module]]
 
 
 class Strategy:
-    """How one model is trained. Valid after `setup`: `model` (call it), `module` (it, unwrapped), `optimizer`.
+    """How one model is trained. Valid after `setup`: `model` (call it), `module` (it, unwrapped),
+    `optimizer`.
 
-    A model that was set up without optimizer (a fixed teacher) has no `optimizer`, nothing `trainable` and no `groups`, which
-    are the optimizer's parameter groups as plain data.
+    A model that was set up without optimizer (a fixed teacher) has no `optimizer`, nothing `trainable` and no
+    `groups`, which are the optimizer's parameter groups as plain data.
     """
 
     model: nn.Module
@@ -71,7 +76,9 @@ class Strategy:
     """ranks over which the backend averages gradients; `backward` undoes it, since the contract is a sum"""
 
     _cache_casts = True
-    """whether autocast may keep weights in half precision from one use to the next; not where a rank holds parts of them"""
+    """whether autocast may keep weights in half precision from one use to the next; not where a rank holds
+    parts of them
+    """
 
     def __init__(self, world: World, options: Options) -> None:
         """Raises ValueError, in words for the user, for options that this strategy cannot honour."""
@@ -81,13 +88,15 @@ class Strategy:
         self.trainable: list[nn.Parameter] = []
         self.groups: list[dict[str, Any]] = []
 
-    # setup ------------------------------------------------------------------------------------------------------------
+    # setup --------------------------------------------------------------------------------------------------
 
     def setup(self, build_model: BuildModel, build_optimizer: BuildOptimizer | None, blocks: Blocks) -> None:
-        """Build, compile, checkpoint activations, shard, then build the optimizer: the order of all strategies.
+        """Build, compile, checkpoint activations, shard, then build the optimizer: the order of all
+        strategies.
 
-        `build_model` returns the same weights on every rank. `blocks(module)` are the repeated parts of the model, the
-        unit of activation checkpointing, compilation and sharding; an empty one means the model as a whole. Without
+        `build_model` returns the same weights on every rank. `blocks(module)` are the repeated parts of the
+        model, the unit of activation checkpointing, compilation and sharding; an empty one means the model as
+        a whole. Without
         `build_optimizer` the model is held fixed.
         """
         module = self.build(build_model)
@@ -95,8 +104,8 @@ class Strategy:
             module.requires_grad_(False).eval()
         parts = list(blocks(module))
         recomputed = activation.select_blocks(parts, str(self.options.activation_checkpointing))
-        # Around what is compiled: the other way round, blocks with a BatchNorm would silently run as they are. But a choice
-        # of operations has to be compiled in: from around it none can be seen.
+        # Around what is compiled: the other way round, blocks with a BatchNorm would silently run as they
+        # are. But a choice of operations has to be compiled in: from around it none can be seen.
         selective = self.options.activation_checkpointing == "selective"
         inside = activation.checkpointed_forward if selective else None
         if self.options.compile:
@@ -138,7 +147,7 @@ class Strategy:
         """Parameters of the whole model, over all ranks; tied ones count once."""
         return sum(p.numel() for p in self.module.parameters())
 
-    # one step ---------------------------------------------------------------------------------------------------------
+    # one step -----------------------------------------------------------------------------------------------
 
     def inference(self) -> AbstractContextManager[object]:
         """The compute precision, around each batch of an evaluation; `micro_batch` enters it by itself."""
@@ -147,7 +156,9 @@ class Strategy:
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
-        """Around forward AND backward of one micro-batch; gradients are reduced over ranks in the `last` of a step only."""
+        """Around forward AND backward of one micro-batch; gradients are reduced over ranks in the `last` of a
+        step only.
+        """
         if not last:
             compile.refuse_accumulation(self.options.compile, self.world.device)
         with self.inference():
@@ -155,7 +166,9 @@ class Strategy:
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """Around the micro-batch of another model of the recipe: called, differentiated through, but not trained."""
+        """Around the micro-batch of another model of the recipe: called, differentiated through, but not
+        trained.
+        """
         for parameter in self.trainable:
             parameter.requires_grad_(False)
         try:
@@ -167,14 +180,16 @@ class Strategy:
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss`, this micro-batch's share of the global mean.
 
-        After the last micro-batch each gradient is the sum over all micro-batches and ranks; the caller never rescales.
+        After the last micro-batch each gradient is the sum over all micro-batches and ranks; the caller never
+        rescales.
         """
         factor = self.loss_scale.value * self._grad_average_size
         with precision.autocast_off(self.options.precision, self.world.device):
             (loss if factor == 1 else loss * factor).backward()  # type: ignore[no-untyped-call]
 
     def step(self) -> Tensor:
-        """Unscale, clip, update, zero the gradients. Returns the true global gradient norm before clipping (scalar).
+        """Unscale, clip, update, zero the gradients. Returns the true global gradient norm before clipping
+        (scalar).
 
         Under fp16 a step whose norm is not finite is skipped, on all ranks alike.
         """
@@ -216,7 +231,7 @@ class Strategy:
             torch._foreach_clamp_min_(gradients, -self.options.clip_value)
             torch._foreach_clamp_max_(gradients, self.options.clip_value)
 
-    # state ------------------------------------------------------------------------------------------------------------
+    # state --------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, TensorSlice]:
         """The ranges that this rank writes; those of all ranks together cover each tensor exactly once.
@@ -290,7 +305,9 @@ class Strategy:
             flat[first:last].copy_(saved.read(name, start + first, start + last))
 
     def export(self) -> dict[str, Tensor]:
-        """All of the model, whole, on the host, with plain names; on rank zero (elsewhere empty). All ranks call it."""
+        """All of the model, whole, on the host, with plain names; on rank zero (elsewhere empty). All ranks
+        call it.
+        """
         return (
             {name: self.whole(tensor) for name, tensor in unique_state(self.module)}
             if self.world.rank == 0

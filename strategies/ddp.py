@@ -1,4 +1,6 @@
-"""`strategy=ddp`: torch's DistributedDataParallel. Each rank holds all of the model; gradients are averaged in buckets."""
+"""`strategy=ddp`: torch's DistributedDataParallel. Each rank holds all of the model; gradients are averaged
+in buckets.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,8 @@ class DDP(Strategy):
         model = DistributedDataParallel(
             module,
             device_ids=None if device.type == "cpu" else [device.index or 0],
-            # running statistics are averaged before evaluation and saving, not copied from rank zero in each forward
+            # running statistics are averaged before evaluation and saving, not copied from rank zero in each
+            # forward
             **KEEP_BUFFERS,
             gradient_as_bucket_view=True,
             bucket_cap_mb=self.options.ddp.bucket_mb,
@@ -62,9 +65,12 @@ class DDP(Strategy):
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
-        """Around forward AND backward: it is forward that arms the reducer, which then takes the next backward for its own."""
+        """Around forward AND backward: it is forward that arms the reducer, which then takes the next
+        backward for its own.
+        """
         if self.options.ddp.static_graph and not last:
-            # torch 2.14: an assertion fails in the first step under no_sync; without it the second step is wrong
+            # torch 2.14: an assertion fails in the first step under no_sync; without it the second step is
+            # wrong
             raise ValueError(
                 "ddp.static_graph=true does not go with gradient accumulation: DDP would reduce wrong gradients; "
                 "drop the key, or set micro_batch_size so that each rank takes its share of a batch at once"
@@ -99,8 +105,9 @@ class DDP(Strategy):
     def _finish_reduction(self, model: DistributedDataParallel) -> None:
         """Give the parameters that the last micro-batch did not use a zero gradient.
 
-        The reducer waits for each of its parameters: without one, its bucket is never reduced here, and the ranks that did
-        use it wait for this one until the process group times out. The gradient of earlier micro-batches is not lost.
+        The reducer waits for each of its parameters: without one, its bucket is never reduced here, and the
+        ranks that did use it wait for this one until the process group times out. The gradient of earlier
+        micro-batches is not lost.
         """
         try:
             model.reducer._check_reducer_finalized()

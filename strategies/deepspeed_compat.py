@@ -39,16 +39,20 @@ def load_deepspeed(device: torch.device) -> Any:
         )
     # it would clone the world group, and keep the clone when that world is gone
     deepspeed.utils.groups._WORLD_GROUP = distributed.group.WORLD
-    # a C++ kernel for inference on CPUs, never called in training: it wants a compiler and half a minute to build
+    # a C++ kernel for inference on CPUs, never called in training: it wants a compiler and half a minute to
+    # build
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
-    # It finds its device by the one, at each forward too, and checks the group against the other; srun sets neither.
+    # It finds its device by the one, at each forward too, and checks the group against the other; srun sets
+    # neither.
     os.environ.update(LOCAL_RANK=str(device.index or 0), WORLD_SIZE=str(distributed.get_world_size()))
     return deepspeed
 
 
 @contextmanager
 def at_least_1d(module: nn.Module) -> Iterator[None]:
-    """DeepSpeed broadcasts the bytes of each parameter, and torch has no such view of a scalar: a dimension for a while."""
+    """DeepSpeed broadcasts the bytes of each parameter, and torch has no such view of a scalar: a dimension
+    for a while.
+    """
     scalars: list[Any] = [parameter for parameter in module.parameters() if parameter.ndim == 0]
     for parameter in scalars:
         parameter.data = parameter.data.view(1)
@@ -62,8 +66,8 @@ def at_least_1d(module: nn.Module) -> Iterator[None]:
 def free_gathered_weights(module: nn.Module) -> None:
     """Let ZeRO-3 free the weights of linear layers between forward and backward.
 
-    Autograd keeps what `linear` multiplied by, a view of the gathered weight, and so all of it. DeepSpeed's function
-    keeps the parameter and gathers it again; here it is bound to the layers of this model only.
+    Autograd keeps what `linear` multiplied by, a view of the gathered weight, and so all of it. DeepSpeed's
+    function keeps the parameter and gathers it again; here it is bound to the layers of this model only.
     """
     linear = import_module("deepspeed.runtime.zero.linear").zero3_linear_wrap
     for layer in module.modules():
@@ -72,7 +76,7 @@ def free_gathered_weights(module: nn.Module) -> None:
 
 
 def _linear(layer: nn.Linear, linear: Callable[..., Tensor], input: Tensor) -> Tensor:
-    # As rows: of more dimensions it would add the bias in place, to the product that selective activation checkpointing has
-    # kept, and again when it is recomputed.
+    # As rows: of more dimensions it would add the bias in place, to the product that selective activation
+    # checkpointing has kept, and again when it is recomputed.
     rows = input.flatten(0, -2) if input.ndim > 2 else input
     return linear(rows, layer.weight, layer.bias).view(*input.shape[:-1], layer.out_features)

@@ -1,7 +1,8 @@
-"""`strategy=fsdp`: torch's FSDP2 (`fully_shard`). Each rank holds a dim-0 slice of each parameter, gradient and optimizer tensor.
+"""`strategy=fsdp`: torch's FSDP2 (`fully_shard`). Each rank holds a dim-0 slice of each parameter, gradient
+and optimizer tensor.
 
-Parameters stay fp32 and autocast computes, as under every strategy: no MixedPrecisionPolicy. Gradients are summed, not
-averaged, by the reductions themselves.
+Parameters stay fp32 and autocast computes, as under every strategy: no MixedPrecisionPolicy. Gradients are
+summed, not averaged, by the reductions themselves.
 """
 
 from __future__ import annotations
@@ -40,14 +41,16 @@ class FSDP(Strategy):
         self.units: list[FSDPModule] = []
         self.scalars: list[nn.Parameter] = []
 
-    # setup ------------------------------------------------------------------------------------------------------------
+    # setup --------------------------------------------------------------------------------------------------
 
     def build(self, build_model: BuildModel) -> nn.Module:
         """The model without weights if it can draw them part by part, after `shard` has made room for a part."""
         return build_without_weights(build_model) or super().build(build_model)
 
     def shard(self, module: nn.Module, blocks: Blocks) -> nn.Module:
-        """Shard block by block, then the rest. Weights still to be drawn are drawn on the host and cut at once."""
+        """Shard block by block, then the rest. Weights still to be drawn are drawn on the host and cut at
+        once.
+        """
         offload = CPUOffloadPolicy() if self.options.fsdp.cpu_offload else OffloadPolicy()
         # None: reshard after forward, but not the root, which backward needs first
         reshard = False if self.options.fsdp.shard == "grad" else None
@@ -77,7 +80,7 @@ class FSDP(Strategy):
         if self.scalars:
             split_scalars(self.optimizer)
 
-    # one step ---------------------------------------------------------------------------------------------------------
+    # one step -----------------------------------------------------------------------------------------------
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
@@ -92,9 +95,10 @@ class FSDP(Strategy):
     def frozen(self) -> Iterator[None]:
         """As in the base class.
 
-        What autograd sees are the gathered parameters, and they take up `requires_grad` when they are gathered. So none may
-        stay gathered across the border: the root does, after a forward pass that no backward followed. And a gradient
-        that is being accumulated must not be reduced by another model's backward.
+        What autograd sees are the gathered parameters, and they take up `requires_grad` when they are
+        gathered. So none may stay gathered across the border: the root does, after a forward pass that no
+        backward followed. And a gradient that is being accumulated must not be reduced by another model's
+        backward.
         """
         self.reshard()
         self._reduce(False)
@@ -116,7 +120,9 @@ class FSDP(Strategy):
         return [local_part(gradient) for gradient in super().gradients()]
 
     def squared_grad_norm(self) -> Tensor:
-        """As in the base class; one reduction of one number. Scalars are held, and counted, whole on each rank."""
+        """As in the base class; one reduction of one number. Scalars are held, and counted, whole on each
+        rank.
+        """
         gradients = super().gradients()
         shards = [local_part(gradient) for gradient in gradients if isinstance(gradient, DTensor)]
         scalars = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
@@ -129,7 +135,8 @@ class FSDP(Strategy):
             unit.set_requires_gradient_sync(enabled, recurse=False)
 
     def _forget_calls(self) -> None:
-        """Only a backward pass through FSDP2 clears its list of calls: for a model without one it would grow for ever.
+        """Only a backward pass through FSDP2 clears its list of calls: for a model without one it would grow
+        for ever.
 
         Its own `reset_iter_state` is too much: it discards gradients that are being accumulated.
         """
@@ -139,7 +146,9 @@ class FSDP(Strategy):
         calls.clear()
 
     def _reduce_scalars(self) -> None:
-        """Sum the gradients of the scalars over the ranks. A scalar that a rank did not use counts zero there."""
+        """Sum the gradients of the scalars over the ranks. A scalar that a rank did not use counts zero
+        there.
+        """
         trained = [parameter for parameter in self.scalars if parameter.requires_grad]
         packed = torch.zeros(2, len(trained), device=self.world.device)
         for index, parameter in enumerate(trained):
@@ -149,7 +158,7 @@ class FSDP(Strategy):
         for index, parameter in enumerate(trained):
             parameter.grad = packed[0, index].to(parameter) if packed[1, index] else None
 
-    # state ------------------------------------------------------------------------------------------------------------
+    # state --------------------------------------------------------------------------------------------------
 
     def reshard(self) -> None:
         """Free what is gathered, so that the module's parameters are the shards. No communication."""
@@ -254,10 +263,11 @@ def build_mesh(world: World, options: Options) -> DeviceMesh:
 
 
 def separate_blocks(module: nn.Module, blocks: Iterable[nn.Module]) -> list[nn.Module]:
-    """The blocks that are sharded by themselves, inner ones first; the parameters of the others belong to the root.
+    """The blocks that are sharded by themselves, inner ones first; the parameters of the others belong to the
+    root.
 
-    A parameter can be in one group only. So a block that shares one with anything outside it (a tie, a submodule used by
-    two blocks) is left to the root, which is gathered as long as any of its users run.
+    A parameter can be in one group only. So a block that shares one with anything outside it (a tie, a
+    submodule used by two blocks) is left to the root, which is gathered as long as any of its users run.
     """
     chosen = set(blocks) - {module}
     names: dict[nn.Parameter, list[str]] = defaultdict(list)
@@ -275,7 +285,9 @@ def separate_blocks(module: nn.Module, blocks: Iterable[nn.Module]) -> list[nn.M
 
 
 def split_scalars(optimizer: Optimizer) -> None:
-    """Give plain parameters groups of their own: the fused and foreach updates refuse a list mixed with DTensors."""
+    """Give plain parameters groups of their own: the fused and foreach updates refuse a list mixed with
+    DTensors.
+    """
     for group in list(optimizer.param_groups):
         plain = [p for p in group["params"] if not isinstance(p, DTensor)]
         if 0 < len(plain) < len(group["params"]):

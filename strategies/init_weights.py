@@ -1,8 +1,9 @@
-"""Initial weights as a function of (seed, name of the module): no rank has to hold the whole model to draw its part.
+"""Initial weights as a function of (seed, name of the module): no rank has to hold the whole model to draw
+its part.
 
-A model takes part by a method `init_weights(self, module)`, which draws the parameters that `module` itself (not its
-children) holds, from torch's default generator. It is called for each module that holds any. Other models draw their weights
-when they are built.
+A model takes part by a method `init_weights(self, module)`, which draws the parameters that `module` itself
+(not its children) holds, from torch's default generator. It is called for each module that holds any. Other
+models draw their weights when they are built.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 
 
 def initialize(model: nn.Module, seed: int, modules: Collection[nn.Module] | None = None) -> None:
-    """Draw the weights of `model`, or those of some of its `modules`; nothing for a model without `init_weights`."""
+    """Draw the weights of `model`, or those of some of its `modules`; nothing for a model without
+    `init_weights`.
+    """
     if not offers_init_weights(model):
         return
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -36,8 +39,8 @@ def offers_init_weights(model: nn.Module) -> bool:
 def build_without_weights(build_model: Callable[[], nn.Module]) -> nn.Module | None:
     """The model with its parameters on the meta device, or None for one that cannot be built so.
 
-    Only a model that offers `init_weights` can, since the weights drawn here are lost. Its buffers are real: nothing could
-    restore position ids and rotation tables.
+    Only a model that offers `init_weights` can, since the weights drawn here are lost. Its buffers are real:
+    nothing could restore position ids and rotation tables.
     """
     try:
         with torch.random.fork_rng(devices=[]), _parameters_on_meta():
@@ -50,7 +53,9 @@ def build_without_weights(build_model: Callable[[], nn.Module]) -> nn.Module | N
 
 
 def materialize(module: nn.Module) -> set[nn.Module]:
-    """Give the parameters of `module` on the meta device memory on the host; returns the modules that have to draw them."""
+    """Give the parameters of `module` on the meta device memory on the host; returns the modules that have to
+    draw them.
+    """
     made: dict[int, nn.Parameter] = {}  # ties stay ties
     undrawn: set[nn.Module] = set()
     for part in module.modules():

@@ -12,11 +12,12 @@ ROW = 2**12
 
 
 def squared_norm(tensors: list[Tensor], device: str) -> Tensor:
-    """Sum of the squares of all elements: a float64 scalar on `device`. The tensors lie on one device, not always on that.
+    """Sum of the squares of all elements: a float64 scalar on `device`. The tensors lie on one device, not
+    always on that.
 
-    On a CPU torch adds up a whole tensor in fp32, and so little by little loses the small against the large: 4.5e-5 of the
-    norm of 2.4 million elements, and not the same for a shard of them. Rows cost nothing and leave 1e-8. A GPU adds in
-    blocks anyway.
+    On a CPU torch adds up a whole tensor in fp32, and so little by little loses the small against the large:
+    4.5e-5 of the norm of 2.4 million elements, and not the same for a shard of them. Rows cost nothing and
+    leave 1e-8. A GPU adds in blocks anyway.
     """
     if not tensors:
         return torch.zeros((), dtype=torch.float64, device=device)

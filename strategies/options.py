@@ -1,4 +1,6 @@
-"""What can be said about a strategy. Plain dataclasses, no torch: the docstring under a field is its line in `--help`."""
+"""What can be said about a strategy. Plain dataclasses, no torch: the docstring under a field is its line in
+`--help`.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ class DDPOptions:
     find_unused_parameters: bool = False
     """let parameters go without gradient (otherwise an error names them)"""
     compress: Literal["none", "bf16"] = "none"
-    """bf16: reduce gradients in bf16, half the traffic; they are rounded, and the losses then depend on the number of ranks"""
+    """bf16: reduce gradients in bf16, half the traffic; they are rounded, and the losses then depend on the
+    number of ranks
+    """
 
 
 @dataclass(kw_only=True)
@@ -31,14 +35,17 @@ class FSDPOptions:
     """`fsdp.*`: torch's FSDP2 (`fully_shard`)."""
 
     shard: Literal["full", "grad", "hybrid"] = "full"
-    """full: parameters, gradients and optimizer state; grad: parameters stay whole between forward and backward;
-    hybrid: full inside groups of fsdp.shard_size ranks, replicated across the groups"""
+    """full: parameters, gradients and optimizer state; grad: parameters stay whole between forward and
+    backward; hybrid: full inside groups of fsdp.shard_size ranks, replicated across the groups
+    """
     shard_size: int | None = None
     """ranks that share one copy under fsdp.shard=hybrid (default: the ranks of one node)"""
     cpu_offload: bool = False
     """keep parameters, gradients and optimizer state in host memory"""
     sync_every_micro_batch: bool = False
-    """reduce gradients after each micro-batch: more communication, but no whole gradient is held while accumulating"""
+    """reduce gradients after each micro-batch: more communication, but no whole gradient is held while
+    accumulating
+    """
 
 
 @dataclass(kw_only=True)
@@ -62,11 +69,14 @@ class Options:
     precision: Precision = "fp32"
     """compute precision; parameters, reductions and optimizer state stay fp32"""
     activation_checkpointing: str | bool = "none"
-    """recompute the recipe's blocks in backward instead of keeping their activations: none; full (or true): all of them;
-    every:N: each N-th; selective: all, but for their matrix products, convolutions and attention"""
+    """recompute the recipe's blocks in backward instead of keeping their activations: none; full (or true):
+    all of them; every:N: each N-th; selective: all, but for their matrix products, convolutions and attention
+    """
     compile: Literal[False, True, "default", "reduce-overhead", "max-autotune"] = False
-    """torch.compile the recipe's blocks (the whole model if it names none), in torch's mode of that name; true: default;
-    reduce-overhead: with CUDA graphs, for small models; max-autotune: tries kernels out as well, for minutes"""
+    """torch.compile the recipe's blocks (the whole model if it names none), in torch's mode of that name;
+    true: default; reduce-overhead: with CUDA graphs, for small models; max-autotune: tries kernels out as
+    well, for minutes
+    """
     clip_norm: float | None = None
     """clip the global gradient norm to this value"""
     clip_value: float | None = None

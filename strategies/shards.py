@@ -1,7 +1,7 @@
 """The strategy-neutral form of a run's tensors: contiguous ranges of flattened tensors, under plain names.
 
-DDP holds whole tensors, FSDP2 dim-0 shards, ZeRO slices of flat partitions: each is a contiguous range of the flattened
-parameter, so one form serves all, and no rank ever gathers a whole model.
+DDP holds whole tensors, FSDP2 dim-0 shards, ZeRO slices of flat partitions: each is a contiguous range of the
+flattened parameter, so one form serves all, and no rank ever gathers a whole model.
 """
 
 from __future__ import annotations
@@ -56,9 +56,11 @@ def tied_names(module: nn.Module) -> dict[str, str]:
 
 
 def described_groups(optimizer: Optimizer, module: nn.Module) -> list[dict[str, Any]]:
-    """The parameter groups as plain data: the optimizer, the names of the parameters, and what is set for them.
+    """The parameter groups as plain data: the optimizer, the names of the parameters, and what is set for
+    them.
 
-    What only says how the update is computed (fused, foreach) is left out, and the learning rate, which moves.
+    What only says how the update is computed (fused, foreach) is left out, and the learning rate, which
+    moves.
     """
     names = {parameter: name for name, parameter in module.named_parameters()}
     return [
@@ -91,7 +93,8 @@ def slice_for_rank(numel: int, rank: int, world_size: int) -> tuple[int, int]:
 def empty_optimizer_state(
     optimizer: Optimizer, parameter: Tensor, key: str, shape: tuple[int, ...]
 ) -> Tensor:
-    """A tensor to load the saved `optimizer.state[parameter][key]` into: like the parameter, or a step counter.
+    """A tensor to load the saved `optimizer.state[parameter][key]` into: like the parameter, or a step
+    counter.
 
     Fused and capturable optimizers want their step counters on the device, the others on the host.
     """

@@ -1,7 +1,8 @@
 """`strategy=zero1|zero2|zero3`: DeepSpeed ZeRO (Rajbhandari et al., 2020, https://arxiv.org/abs/1910.02054).
 
-DeepSpeed owns the partitions, their collectives and the call of the torch optimizer. What it shares with the other
-strategies stays ours: the precision, the loss scale, the gradient norm and its clipping, the saved state.
+DeepSpeed owns the partitions, their collectives and the call of the torch optimizer. What it shares with the
+other strategies stays ours: the precision, the loss scale, the gradient norm and its clipping, the saved
+state.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ class Fragment(NamedTuple):
 class Zero(Strategy):
     """Optimizer state (1), gradients too (2), parameters too (3) partitioned over all ranks.
 
-    A parameter that gets no gradient in a step counts as one with a zero gradient, since the optimizer sees flat
-    partitions. A model without optimizer (a teacher) is held whole on each rank, under zero3 too.
+    A parameter that gets no gradient in a step counts as one with a zero gradient, since the optimizer sees
+    flat partitions. A model without optimizer (a teacher) is held whole on each rank, under zero3 too.
     """
 
     engine: Any = None
@@ -79,7 +80,7 @@ class Zero(Strategy):
         if options.zero.bucket_mb < 1:
             raise ValueError(f"zero.bucket_mb={options.zero.bucket_mb} is too small: at least 1")
 
-    # setup ------------------------------------------------------------------------------------------------------------
+    # setup --------------------------------------------------------------------------------------------------
 
     def config(self) -> dict[str, Any]:
         """DeepSpeed's configuration, from our options and nothing else.
@@ -92,13 +93,14 @@ class Zero(Strategy):
         return {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
-            # Left out it means 1.0, and nothing says so: a convolutional net with BatchNorm, whose first gradients have
-            # a norm of 80, then trains on another curve than under any other strategy.
+            # Left out it means 1.0, and nothing says so: a convolutional net with BatchNorm, whose first
+            # gradients have a norm of 80, then trains on another curve than under any other strategy.
             "gradient_clipping": 0.0,
             "zero_optimization": {
-                # Gradients are reduced beside backward under ZeRO-3 (overlap_comm, its default) but not under 1 and 2: there
-                # reductions have read buckets too soon (https://github.com/deepspeedai/DeepSpeed/issues/8061, 5545). Where
-                # that is mended, the host waits for the device after each backward, and backward for the bucket before (8364).
+                # Gradients are reduced beside backward under ZeRO-3 (overlap_comm, its default) but not under
+                # 1 and 2: there reductions have read buckets too soon
+                # (https://github.com/deepspeedai/DeepSpeed/issues/8061, 5545). Where that is mended, the host
+                # waits for the device after each backward, and backward for the bucket before (8364).
                 "stage": self.stage,
                 "reduce_bucket_size": bucket,
                 "allgather_bucket_size": bucket,
@@ -112,7 +114,9 @@ class Zero(Strategy):
         }
 
     def attach(self, build_optimizer: BuildOptimizer) -> None:
-        """Build the optimizer and give it to DeepSpeed together with the module, which is partitioned in place."""
+        """Build the optimizer and give it to DeepSpeed together with the module, which is partitioned in
+        place.
+        """
         super().attach(build_optimizer)
         optimizer: Optimizer = self.optimizer
         if (kind := type(optimizer).__name__) in SHAPED_OPTIMIZERS:
@@ -134,12 +138,12 @@ class Zero(Strategy):
             optimizer.state = self.optimizer.optimizer.state
             self.optimizer.optimizer = optimizer
             self.optimizer._link_all_hp_params()
-        # The engine switches the caller's autocast off on a GPU, unless it is configured to own it; and if it is, it
-        # reduces gradients in half precision too. Asked at each forward, it now follows the caller.
+        # The engine switches the caller's autocast off on a GPU, unless it is configured to own it; and if it
+        # is, it reduces gradients in half precision too. Asked at each forward, it now follows the caller.
         self.engine.torch_autocast_enabled = partial(torch.is_autocast_enabled, self.device.type)
         self.engine.torch_autocast_dtype = partial(torch.get_autocast_dtype, self.device.type)
-        # The norm is taken in `step`. A second one would cost a pass, a reduction and a wait for the device; what
-        # DeepSpeed concludes from it is whether to discard the step.
+        # The norm is taken in `step`. A second one would cost a pass, a reduction and a wait for the device;
+        # what DeepSpeed concludes from it is whether to discard the step.
         if self.stage == 3:
             self.optimizer._get_norm_groups = lambda: [self.verdict]
             free_gathered_weights(self.module)
@@ -182,7 +186,7 @@ class Zero(Strategy):
         """Parameters of the whole model, over all ranks; tied ones count once."""
         return sum(getattr(p, "ds_numel", p.numel()) for p in self.module.parameters())
 
-    # one step ---------------------------------------------------------------------------------------------------------
+    # one step -----------------------------------------------------------------------------------------------
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
@@ -232,7 +236,9 @@ class Zero(Strategy):
         self.forget_gradients()
 
     def forget_gradients(self) -> None:
-        """After a step: else a parameter without gradient in the next one would be updated with that of this one."""
+        """After a step: else a parameter without gradient in the next one would be updated with that of this
+        one.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         if self.stage == 3:
             self.optimizer.grad_partitions_flat_buffer.zero_()
@@ -253,10 +259,12 @@ class Zero(Strategy):
         distributed.all_reduce(square)
         return square
 
-    # state ------------------------------------------------------------------------------------------------------------
+    # state --------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, TensorSlice]:
-        """As in the base class. A scalar of the optimizer (Adam's step) stands for each parameter of its partition."""
+        """As in the base class. A scalar of the optimizer (Adam's step) stands for each parameter of its
+        partition.
+        """
         ranges = super().state()
         for name, parameter in self.module.named_parameters():
             if piece := self.pieces.get(id(parameter)):
@@ -274,7 +282,9 @@ class Zero(Strategy):
         return piece.shape if piece else super().whole_shape(tensor)
 
     def load_weights(self, saved: StateReader) -> None:
-        """Read this rank's partitions; DeepSpeed's own collective then brings the whole parameters up to date."""
+        """Read this rank's partitions; DeepSpeed's own collective then brings the whole parameters up to
+        date.
+        """
         super().load_weights(saved)
         if self.engine is not None:
             self.gather()

@@ -1,4 +1,5 @@
-"""Run a plain function on N CPU ranks: real processes, a real gloo group, one pool of workers for the whole session.
+"""Run a plain function on N CPU ranks: real processes, a real gloo group, one pool of workers for the whole
+session.
 
     def total(world: World, value: int) -> float:
         tensor = torch.tensor(float(value * world.rank))
@@ -8,9 +9,9 @@
     def test_total() -> None:
         assert run_ranks(2, total, 10) == [10.0, 10.0]
 
-Importing torch and what we use with it costs seconds, a task costs milliseconds: so it is imported once, by a process that the
-workers are forked from; the workers stay, and each task gets a fresh process group. Nothing here imports torch: the pool must
-cost nothing to the tests that do not use it.
+Importing torch and what we use with it costs seconds, a task costs milliseconds: so it is imported once, by a
+process that the workers are forked from; the workers stay, and each task gets a fresh process group. Nothing
+here imports torch: the pool must cost nothing to the tests that do not use it.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ from typing import Any
 RANKS = 4
 TIMEOUT = 120.0
 GRACE = 5.0
-"""seconds that the other ranks get after a first failure: they may be stuck in a collective with the failed one"""
+"""seconds that the other ranks get after a first failure: they may be stuck in a collective with the failed
+one
+"""
 IMPORTED = (
     *(
         "torch",
@@ -51,7 +54,9 @@ IMPORTED = (
         "deepspeed.runtime.zero.muon.original_muon",
     ),
 )
-"""what is there when a worker starts, if it is installed, DeepSpeed's late imports too; none of it starts a thread"""
+"""what is there when a worker starts, if it is installed, DeepSpeed's late imports too; none of it starts a
+thread
+"""
 SINGLE = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"), "1")
 """before torch is imported; the third one: else inductor starts a pool of processes that outlives the test"""
 
@@ -68,7 +73,9 @@ class World:
 
 
 class RanksFailed(AssertionError):
-    """One or more ranks raised, died or hung; `errors` maps the rank to what happened, the cause before its consequences."""
+    """One or more ranks raised, died or hung; `errors` maps the rank to what happened, the cause before its
+    consequences.
+    """
 
     def __init__(self, errors: dict[int, str]) -> None:
         self.errors = errors
@@ -132,7 +139,9 @@ class Worker:
         theirs.close()
 
     def end(self, patience: float) -> int | None:
-        """Wait for the end of an idle worker, which returns when its pipe closes; kill any other. Returns its exit code."""
+        """Wait for the end of an idle worker, which returns when its pipe closes; kill any other. Returns its
+        exit code.
+        """
         self.connection.close()
         self.process.join(patience)
         if self.process.is_alive():
@@ -144,7 +153,9 @@ class Worker:
 
 
 class Pool:
-    """Workers by rank, started when first needed. One that died or hangs is ended, and replaced by the next call."""
+    """Workers by rank, started when first needed. One that died or hangs is ended, and replaced by the next
+    call.
+    """
 
     def __init__(self) -> None:
         self.workers: dict[int, Worker] = {}
@@ -171,10 +182,12 @@ class Pool:
         return [results[rank] for rank in range(world_size)]
 
     def _collect(self, world_size: int, timeout: float) -> tuple[dict[int, Any], dict[int, str]]:
-        """Results by rank, and errors by rank in the order in which they happened, by the clock that all processes share.
+        """Results by rank, and errors by rank in the order in which they happened, by the clock that all
+        processes share.
 
-        Not in that of their arrival: on a busy machine a rank that has lost its peer may be heard before the peer. One that died
-        tells no time, but the others outlive it: it comes first. One that hangs comes last.
+        Not in that of their arrival: on a busy machine a rank that has lost its peer may be heard before the
+        peer. One that died tells no time, but the others outlive it: it comes first. One that hangs comes
+        last.
         """
         results: dict[int, Any] = {}
         errors: dict[int, tuple[float, str]] = {}
@@ -235,7 +248,8 @@ def _work(connection: Connection) -> None:
                     world = World(
                         rank=rank, local_rank=rank, world_size=world_size, local_world_size=world_size
                     )
-                    # plain pickle sends tensors by value; that of torch.multiprocessing would share their memory
+                    # plain pickle sends tensors by value; that of torch.multiprocessing would share their
+                    # memory
                     answer = pickle.dumps(function(world, *args))
                 except BaseException:
                     failed_at = (
@@ -253,7 +267,8 @@ def _process_group(rank: int, world_size: int, store: str) -> Iterator[None]:
 
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     try:
-        # a function without collectives could end, and close its connections, while another rank is still making them
+        # a function without collectives could end, and close its connections, while another rank is still
+        # making them
         distributed.barrier()
         yield
     finally:
@@ -263,7 +278,9 @@ def _process_group(rank: int, world_size: int, store: str) -> Iterator[None]:
 
 
 def _forget_deepspeed() -> None:
-    """ZeRO-3 numbers modules and parameters for the life of a process, and compares between ranks: a worker's past shows."""
+    """ZeRO-3 numbers modules and parameters for the life of a process, and compares between ranks: a worker's
+    past shows.
+    """
     if offload := sys.modules.get("deepspeed.runtime.zero.parameter_offload"):
         # the one counter is a default argument: [count]
         (counter,) = offload.DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__

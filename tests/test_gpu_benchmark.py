@@ -77,7 +77,9 @@ def test_attention_by_hand_is_attention() -> None:
 
 
 def test_the_operations_of_gpt2_are_those_of_the_textbook() -> None:
-    """6 for each weight of a matrix and token, and 12 x layers x width x length for attention (Chowdhery et al. 2022)."""
+    """6 for each weight of a matrix and token, and 12 x layers x width x length for attention (Chowdhery et
+    al. 2022).
+    """
     layers, width, length, vocabulary = 12, 768, 1024, 50257
     weights = layers * 12 * width**2 + vocabulary * width
     assert flops_of_sample(REAL, "gpt") == length * (6 * weights + 12 * layers * width * length)

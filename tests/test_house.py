@@ -60,7 +60,9 @@ def test_imports_flow_one_way(folder: str) -> None:
 
 
 def test_nothing_is_pickled() -> None:
-    """A torch file is read without its pickles (weights_only), and written only where a user asks to have his weights so."""
+    """A torch file is read without its pickles (weights_only), and written only where a user asks to have his
+    weights so.
+    """
     wrong = {
         f"{name_of(path)} imports {m}"
         for path in files(*PACKAGES)

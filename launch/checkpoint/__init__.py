@@ -1,4 +1,5 @@
-"""Resumable checkpoints: every rank writes its ranges behind the training, one rename commits them. No gather, no pickle.
+"""Resumable checkpoints: every rank writes its ranges behind the training, one rename commits them. No
+gather, no pickle.
 
 A checkpoint is a folder `step-NNNNNNNN`:
 
@@ -7,9 +8,9 @@ A checkpoint is a folder `step-NNNNNNNN`:
                              and where it was cut: file `files[i]` holds the elements [cuts[i], cuts[i+1]) of the flattened
                              whole, from byte `offsets[i]` on. So there is no way to write down a gap or an overlap.
 
-Tensors are named MODEL/model/PARAMETER, MODEL/optimizer/PARAMETER/KEY and MODEL/loss_scale. World size and strategy of the
-writer do not matter to a reader, who asks for ranges. (A shard of columns, as tensor parallelism makes them, is not one range but
-one for each of its rows: it would be written as so many cuts.)
+Tensors are named MODEL/model/PARAMETER, MODEL/optimizer/PARAMETER/KEY and MODEL/loss_scale. World size and
+strategy of the writer do not matter to a reader, who asks for ranges. (A shard of columns, as tensor
+parallelism makes them, is not one range but one for each of its rows: it would be written as so many cuts.)
 
     manifest.py    the manifest: what it says, and whether it can be true
     ranges.py      safetensors files, written from one buffer and read by ranges of bytes

@@ -1,4 +1,6 @@
-"""Where two checkpoints differ, whoever wrote them: their configurations, their optimizers, their tensors. Read in chunks."""
+"""Where two checkpoints differ, whoever wrote them: their configurations, their optimizers, their tensors.
+Read in chunks.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,9 @@ class Difference:
 def compare(
     first: Checkpoint, second: Checkpoint, on_progress: Callable[[int], object] = lambda _: None
 ) -> Difference:
-    """Compare all; `on_progress` hears of each number of bytes compared. Raises Damaged if a file cannot be read."""
+    """Compare all; `on_progress` hears of each number of bytes compared. Raises Damaged if a file cannot be
+    read.
+    """
     old, new = first.manifest, second.manifest
     found = Difference(
         config=changes(dict(flatten(old.config)), dict(flatten(new.config))),

@@ -1,4 +1,6 @@
-"""What `launch/commands/ckpt.py` needs: words read, checkpoints found, tables and progress shown. Imports no torch."""
+"""What `launch/commands/ckpt.py` needs: words read, checkpoints found, tables and progress shown. Imports no
+torch.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,7 @@ def is_option(word: str) -> bool:
     return bool(equals) and name.isidentifier() and not Path(word).exists()
 
 
-# checkpoints -------------------------------------------------------------------------------------------------------------
+# checkpoints ------------------------------------------------------------------------------------------------
 
 
 def find(path: Path) -> Path:
@@ -97,7 +99,7 @@ def opened(path: Path) -> Iterator[Checkpoint]:
         yield checkpoint
 
 
-# screen ------------------------------------------------------------------------------------------------------------------
+# screen -----------------------------------------------------------------------------------------------------
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

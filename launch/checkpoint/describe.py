@@ -49,7 +49,9 @@ def best_of(manifests: Iterable[Manifest | None]) -> int | None:
 
 
 def examine(folder: Path) -> tuple[Manifest | None, str]:
-    """The manifest of a checkpoint, and what is wrong with the checkpoint, in words, as far as that can be told in no time."""
+    """The manifest of a checkpoint, and what is wrong with the checkpoint, in words, as far as that can be
+    told in no time.
+    """
     try:
         manifest = Manifest.read(folder)
     except (ValueError, OSError) as error:

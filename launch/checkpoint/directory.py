@@ -46,7 +46,9 @@ def list_named(run_dir: Path) -> list[Path]:
 
 
 def prune(run_dir: Path, keep: int, also: int | None = None) -> list[Path]:
-    """Remove all but the newest `keep` checkpoints and that of step `also`; returns which. What somebody reads stays."""
+    """Remove all but the newest `keep` checkpoints and that of step `also`; returns which. What somebody
+    reads stays.
+    """
     assert keep > 0
     return [
         folder

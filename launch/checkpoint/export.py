@@ -1,6 +1,7 @@
 """The weights of a checkpoint as plain files: safetensors, or what `torch.load` reads.
 
-They are streamed in chunks, from whichever ranks wrote them: neither the model nor one of its tensors has to fit into memory.
+They are streamed in chunks, from whichever ranks wrote them: neither the model nor one of its tensors has to
+fit into memory.
 """
 
 from __future__ import annotations
@@ -66,12 +67,13 @@ def export_weights(
     shard_bytes: int = SHARD,
     on_progress: OnProgress = lambda _: None,
 ) -> list[Path]:
-    """Write what `weights_of` says to `path`, in the format of its suffix; returns the files, to be read by the last of them.
+    """Write what `weights_of` says to `path`, in the format of its suffix; returns the files, to be read by
+    the last of them.
 
-    More than `shard_bytes` become NAME-00001-of-00003.safetensors and so on, and an index, NAME.safetensors.index.json. Either
-    all files appear or none; those of an earlier export to `path` are replaced. The digests of the checkpoint are not looked at.
-    Raises ValueError for a model that is not there, Damaged if a file of the checkpoint cannot be read, OSError if `path` cannot
-    be written.
+    More than `shard_bytes` become NAME-00001-of-00003.safetensors and so on, and an index,
+    NAME.safetensors.index.json. Either all files appear or none; those of an earlier export to `path` are
+    replaced. The digests of the checkpoint are not looked at. Raises ValueError for a model that is not
+    there, Damaged if a file of the checkpoint cannot be read, OSError if `path` cannot be written.
     """
     weights = weights_of(checkpoint.manifest, models, dtype)
     check_free_space(path.parent, sum(weight.size for weight in weights.values()))
@@ -94,7 +96,8 @@ def weights_of(
 ) -> dict[str, Weight]:
     """The weights of `models` (default: all) under plain names, MODEL.PARAMETER if that is several models.
 
-    `dtype` (fp32, bf16 or fp16) is for floating-point ones; the others stay as they are. Raises ValueError for an unknown model.
+    `dtype` (fp32, bf16 or fp16) is for floating-point ones; the others stay as they are. Raises ValueError
+    for an unknown model.
     """
     there = list(dict.fromkeys(name.partition("/")[0] for name in manifest.tensors))
     chosen = there if models is None else list(models)
@@ -150,7 +153,7 @@ def converted(checkpoint: Checkpoint, weight: Weight) -> Iterator[memoryview]:
         yield content[: len(saved) * SIZES[weight.dtype]]
 
 
-# files -------------------------------------------------------------------------------------------------------------------
+# files ------------------------------------------------------------------------------------------------------
 
 
 def in_shards(weights: Mapping[str, Weight], most: int) -> list[dict[str, Weight]]:
@@ -181,7 +184,9 @@ def index_name(path: Path) -> str:
 
 
 def index(files: Sequence[Path], shards: Sequence[Mapping[str, Weight]]) -> str:
-    """Which tensor is in which file, as Hugging Face writes it; in a torch file a tied one is under all its names."""
+    """Which tensor is in which file, as Hugging Face writes it; in a torch file a tied one is under all its
+    names.
+    """
     places: dict[str, str] = {}
     for file, shard in zip(files, shards, strict=False):
         for name, weight in shard.items():
@@ -204,7 +209,9 @@ def exported(path: Path) -> list[Path]:
 
 @contextmanager
 def all_or_none(path: Path) -> Iterator[Path]:
-    """A folder for the files of an export to `path`. They take their places in the order of names, if nothing was raised."""
+    """A folder for the files of an export to `path`. They take their places in the order of names, if nothing
+    was raised.
+    """
     folder = path.with_name(f".{path.name}.partial")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -221,11 +228,13 @@ def all_or_none(path: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-# formats -----------------------------------------------------------------------------------------------------------------
+# formats ----------------------------------------------------------------------------------------------------
 
 
 def write_safetensors(path: Path, weights: Mapping[str, Weight], bytes_of: Stream) -> None:
-    """Each tensor once; further names of tied ones are in the metadata, as `safetensors.torch.save_model` leaves them."""
+    """Each tensor once; further names of tied ones are in the metadata, as `safetensors.torch.save_model`
+    leaves them.
+    """
     aliases = {alias: name for name, weight in weights.items() for alias in weight.aliases}
     kinds = {name: (weight.dtype, weight.shape) for name, weight in weights.items()}
     header, placed, _ = layout(kinds, {"format": "pt", **aliases})
@@ -241,8 +250,9 @@ def write_safetensors(path: Path, weights: Mapping[str, Weight], bytes_of: Strea
 def write_torch(path: Path, weights: Mapping[str, Weight], bytes_of: Stream) -> None:
     """An archive as `torch.save` makes it of a plain dict, in which tied tensors share their memory.
 
-    torch writes one with holes for values (a sparse file). It is copied record by record, with values for holes: filled in place
-    it would keep the checksums of the holes, at which `unzip` and readers in other languages stop.
+    torch writes one with holes for values (a sparse file). It is copied record by record, with values for
+    holes: filled in place it would keep the checksums of the holes, at which `unzip` and readers in other
+    languages stop.
     """
     import torch
 

@@ -1,7 +1,8 @@
 """`init=`: weights from elsewhere into a fresh run, each rank reading only what it keeps.
 
-They may come from a safetensors file, a sharded one (`*.safetensors.index.json`, as Hugging Face writes them), a torch file that
-needs no pickle, a checkpoint of ours or a run. Whatever it is, it becomes a table of parts that are read by ranges.
+They may come from a safetensors file, a sharded one (`*.safetensors.index.json`, as Hugging Face writes
+them), a torch file that needs no pickle, a checkpoint of ours or a run. Whatever it is, it becomes a table of
+parts that are read by ranges.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ NESTED = (
     *("state_dict", "model_state_dict", "model", "module", "params"),
     *("ema", "model_ema", "ema_state_dict", "params_ema"),
 )
-"""where training scripts put the weights in what they save, in the order in which we look: the trained ones before an average"""
+"""where training scripts put the weights in what they save, in the order in which we look: the trained ones
+before an average
+"""
 
 
 class Part(NamedTuple):
@@ -69,7 +72,8 @@ class Weights:
 def load_initial_weights(run: Run, path: str) -> str:
     """Load the weights in `path` into the models of `run`; says in words what was loaded. All ranks call it.
 
-    Raises ValueError, on all ranks, if it cannot be read, or does not fit the models and `init_partial` is not set.
+    Raises ValueError, on all ranks, if it cannot be read, or does not fit the models and `init_partial` is
+    not set.
     """
     # newest is what rank zero says: another run may be saving there
     where = Path(broadcast_object(str(located(Path(path))) if run.world.rank == 0 else ""))
@@ -92,7 +96,9 @@ def load_initial_weights(run: Run, path: str) -> str:
 
 
 def targets_of(run: Run) -> dict[str, Target]:
-    """The tensors of the run as `model.safetensors` names them; tied ones under each of their names, the first one first."""
+    """The tensors of the run as `model.safetensors` names them; tied ones under each of their names, the
+    first one first.
+    """
     targets: dict[str, Target] = {}
     for model, strategy in run.strategies.items():
         prefix = f"{model}." if len(run.strategies) > 1 else ""
@@ -105,7 +111,7 @@ def targets_of(run: Run) -> dict[str, Target]:
     return targets
 
 
-# where they come from ----------------------------------------------------------------------------------------------------
+# where they come from ---------------------------------------------------------------------------------------
 
 
 def located(path: Path) -> Path:
@@ -120,7 +126,9 @@ def located(path: Path) -> Path:
 
 
 def opened(path: Path, run: Run, stack: ExitStack) -> tuple[dict[str, Part], str]:
-    """What lies in `path`, by name, open as long as `stack` is; and where inside, in words. Raises ValueError or OSError."""
+    """What lies in `path`, by name, open as long as `stack` is; and where inside, in words. Raises ValueError
+    or OSError.
+    """
     if (path / NAME).is_file():
         return from_checkpoint(stack.enter_context(Checkpoint(path)), run.world), ""
     if path.is_dir():
@@ -175,7 +183,9 @@ def from_index(path: Path, stack: ExitStack) -> dict[str, Part]:
 
 
 def from_torch(path: Path, models: list[str]) -> tuple[dict[str, Part], str]:
-    """A file of torch.save. Mapped into memory: what is not asked for is not read (of files from before torch 1.6, all is)."""
+    """A file of torch.save. Mapped into memory: what is not asked for is not read (of files from before torch
+    1.6, all is).
+    """
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except OSError:
@@ -200,7 +210,9 @@ def elements(tensor: Tensor, start: int, stop: int) -> Tensor:
 
 
 def state_dict_in(found: Any, models: list[str]) -> tuple[dict[str, Tensor], str]:
-    """The weights in what a training script saved, and in words where they were. Raises ValueError if that is not clear."""
+    """The weights in what a training script saved, and in words where they were. Raises ValueError if that is
+    not clear.
+    """
     inner = (
         {key: held for key, value in found.items() if (held := tensors_in(value))}
         if isinstance(found, Mapping)
@@ -229,13 +241,15 @@ def tensors_in(found: Any) -> dict[str, Tensor]:
     return {key: value for key, value in items if isinstance(key, str) and isinstance(value, Tensor)}
 
 
-# which is which ----------------------------------------------------------------------------------------------------------
+# which is which ---------------------------------------------------------------------------------------------
 
 
 def fitted(
     parts: Mapping[str, Part], targets: dict[str, Target], partly: bool
 ) -> tuple[dict[Target, Part], str]:
-    """What each tensor of the run is loaded from, and in words how many are. Raises ValueError if it does not fit."""
+    """What each tensor of the run is loaded from, and in words how many are. Raises ValueError if it does not
+    fit.
+    """
     match, rival = match_names(
         {n: p.shape for n, p in parts.items()}, {n: t.shape for n, t in targets.items()}
     )
@@ -274,7 +288,9 @@ def fitted(
 
 
 def needless(name: str, target: Target) -> bool:
-    """Whether it may be missing: BatchNorm's counter, as torch has it (files from before torch 0.4.1 have none), and nothing."""
+    """Whether it may be missing: BatchNorm's counter, as torch has it (files from before torch 0.4.1 have
+    none), and nothing.
+    """
     return name.endswith("num_batches_tracked") or 0 in target.shape
 
 

@@ -1,6 +1,7 @@
 """The manifest of a checkpoint: what it says, and whether it can be true. Imports no torch.
 
-The file is one JSON object, {"digest": ..., "manifest": {...}}; the digest is that of the inner object as it stands in the file.
+The file is one JSON object, {"digest": ..., "manifest": {...}}; the digest is that of the inner object as it
+stands in the file.
 """
 
 from __future__ import annotations
@@ -130,7 +131,9 @@ class Manifest:
 
     @staticmethod
     def read(folder: Path) -> Manifest:
-        """The manifest of a checkpoint. Raises ValueError if there is none, Damaged if it was changed or makes no sense."""
+        """The manifest of a checkpoint. Raises ValueError if there is none, Damaged if it was changed or
+        makes no sense.
+        """
         from pydantic import ValidationError
 
         path = folder / NAME

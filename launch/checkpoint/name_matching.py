@@ -1,4 +1,6 @@
-"""Which name of a model is which name in a file of weights, whatever wrapped the model that was saved. Imports no torch."""
+"""Which name of a model is which name in a file of weights, whatever wrapped the model that was saved.
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ class Matching(NamedTuple):
 
 
 def match_names(there: Mapping[str, Shape], here: Mapping[str, Shape]) -> tuple[Matching, str]:
-    """The matching of names with the most tensors of equal shape, and the prefix of another that is as good, if there is.
+    """The matching of names with the most tensors of equal shape, and the prefix of another that is as good,
+    if there is.
 
     Tried are the names as they are, then without wrappers, then both with one prefix less on either side.
     """
@@ -43,7 +46,9 @@ def match_names(there: Mapping[str, Shape], here: Mapping[str, Shape]) -> tuple[
 
 
 def matchings(there: Iterable[str], here: Iterable[str]) -> Iterator[Matching]:
-    """Ways to match the names `there` with those `here`. No two names of one side meet the same name of the other."""
+    """Ways to match the names `there` with those `here`. No two names of one side meet the same name of the
+    other.
+    """
     for clean in (str, unwrapped):
         yield Matching(pairs(keyed(there, clean), keyed(here, clean)))
     for clean in (str, unwrapped):
@@ -63,7 +68,9 @@ def unwrapped(name: str) -> str:
 
 
 def keyed(names: Iterable[str], clean: Callable[[str], str], prefix: str = "") -> dict[str, str]:
-    """Names by what is left of them; those that had the prefix go before those that had not. What is left of two is not in it."""
+    """Names by what is left of them; those that had the prefix go before those that had not. What is left of
+    two is not in it.
+    """
     found: dict[bool, dict[str, list[str]]] = {False: {}, True: {}}
     for name in names:
         key = clean(name)

@@ -51,7 +51,8 @@ class Checkpoint:
     def verify(
         self, indices: Iterable[int] | None = None, on_progress: Callable[[int], object] = lambda _: None
     ) -> None:
-        """Raises Damaged for the first of the files `indices` (default: all) whose digest does not agree. Reads them whole.
+        """Raises Damaged for the first of the files `indices` (default: all) whose digest does not agree.
+        Reads them whole.
 
         `on_progress` hears of each number of bytes read.
         """
@@ -87,7 +88,9 @@ class Checkpoint:
         return values
 
     def chunks(self, name: str, most: int) -> Iterator[memoryview]:
-        """The bytes of a tensor, at most `most` at a time; each is valid until the next. Raises as `read` does."""
+        """The bytes of a tensor, at most `most` at a time; each is valid until the next. Raises as `read`
+        does.
+        """
         entry = self._entry(name)
         step, size = max(most // SIZES[entry.dtype], 1), SIZES[entry.dtype]
         buffer = memoryview(bytearray(min(step, entry.numel) * size))

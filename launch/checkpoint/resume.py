@@ -26,7 +26,8 @@ MAY_CHANGE = {
 
 
 def resume(run: Run, run_dir: Path) -> Path | None:
-    """Continue `run` from the checkpoint that `resume` asks for. Returns its folder; None if there is none to continue from.
+    """Continue `run` from the checkpoint that `resume` asks for. Returns its folder; None if there is none to
+    continue from.
 
     All ranks call it. Raises ValueError if what is there is damaged or belongs to another run.
     """
@@ -41,11 +42,13 @@ def resume(run: Run, run_dir: Path) -> Path | None:
     return checkpoint.folder
 
 
-# which one ---------------------------------------------------------------------------------------------------------------
+# which one --------------------------------------------------------------------------------------------------
 
 
 def find(run: Run, run_dir: Path) -> Checkpoint | None:
-    """The newest checkpoint that verifies, open on all ranks; damaged ones are told of, and set aside if they are the run's."""
+    """The newest checkpoint that verifies, open on all ranks; damaged ones are told of, and set aside if they
+    are the run's.
+    """
     own = checkpoints_dir(run_dir)
     # what rank zero sees: another node may see a shared folder a little later
     candidates, problem = [], ""
@@ -75,7 +78,9 @@ def find(run: Run, run_dir: Path) -> Checkpoint | None:
 
 
 def asked_for(wanted: str, run_dir: Path) -> list[Path]:
-    """The checkpoints that may be taken, the best first. A life after the first goes on from the run's own, if it has any."""
+    """The checkpoints that may be taken, the best first. A life after the first goes on from the run's own,
+    if it has any.
+    """
     if wanted == "auto" or (restart_count(os.environ) and list_checkpoints(run_dir)):
         return list_named(run_dir)[::-1]  # one without a manifest has lost it: it is told of, not passed over
     if wanted == "none":
@@ -114,7 +119,7 @@ def opened(folder: Path, run: Run) -> tuple[Checkpoint | None, str]:
     return (None if problem else checkpoint), problem
 
 
-# whether it may ----------------------------------------------------------------------------------------------------------
+# whether it may ---------------------------------------------------------------------------------------------
 
 
 def refuse_changes(run: Run, checkpoint: Checkpoint) -> None:
@@ -134,7 +139,9 @@ def refuse_changes(run: Run, checkpoint: Checkpoint) -> None:
 
 
 def changed_keys(manifest: Manifest, run: Run) -> Iterator[str]:
-    """The keys of the command line that are not what they were. A key that one of the two does not know is passed over."""
+    """The keys of the command line that are not what they were. A key that one of the two does not know is
+    passed over.
+    """
     allowed = MAY_CHANGE | set(run.recipe.resume_may_change)
     before, now = dict(flatten(manifest.config)), dict(flatten(nested(run.config) | nested(run.recipe)))
     for name in now:

@@ -18,7 +18,8 @@ def kinds(ranges: Mapping[str, TensorSlice]) -> dict[str, Kind]:
 
 
 class Snapshot:
-    """One buffer, laid out as the file will be: a tensor is copied once, and written and hashed from where it lies then.
+    """One buffer, laid out as the file will be: a tensor is copied once, and written and hashed from where it
+    lies then.
 
     The buffer is pinned if the state is on a GPU, and kept for the next save.
     """
@@ -34,7 +35,9 @@ class Snapshot:
         self.copied: torch.cuda.Event | None = None
 
     def reserve(self, tensors: Mapping[str, Kind]) -> None:
-        """Lay the buffer out for `tensors`, and touch its pages: a first copy would be ten times slower for it."""
+        """Lay the buffer out for `tensors`, and touch its pages: a first copy would be ten times slower for
+        it.
+        """
         if tensors == self.tensors:  # the same at each save, as a rule
             return
         self.tensors, self.ranges = dict(tensors), {}
@@ -44,7 +47,9 @@ class Snapshot:
             self.buffer = torch.empty(self.size, dtype=torch.uint8, pin_memory=self.pinned).fill_(1)
 
     def take(self, ranges: Mapping[str, TensorSlice]) -> None:
-        """Copy `ranges`. From a GPU the copies are only queued: ahead of the next step, which must not change what they read."""
+        """Copy `ranges`. From a GPU the copies are only queued: ahead of the next step, which must not change
+        what they read.
+        """
         self.reserve(kinds(ranges))
         for name, part in ranges.items():
             copy = self.of(name)
@@ -67,7 +72,9 @@ class Snapshot:
         yield self.buffer[: self.size].numpy().data
 
     def table(self) -> dict[str, list[object]]:
-        """What the manifest has to know of each tensor: [dtype, shape of the whole, first element, elements, byte offset]."""
+        """What the manifest has to know of each tensor: [dtype, shape of the whole, first element, elements,
+        byte offset].
+        """
         return {
             name: [
                 stored.dtype,

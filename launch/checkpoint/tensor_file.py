@@ -1,8 +1,9 @@
-"""safetensors files, written from one buffer and read by ranges of flattened tensors. Imports no torch by itself.
+"""safetensors files, written from one buffer and read by ranges of flattened tensors. Imports no torch by
+itself.
 
-The format (https://huggingface.co/docs/safetensors): 8 bytes length of the header, a JSON header, then the tensors without gaps.
-The safetensors package reads and writes whole tensors, each through a copy of its own; a save must copy once, and a rank must
-be able to read a part of a tensor straight into its memory.
+The format (https://huggingface.co/docs/safetensors): 8 bytes length of the header, a JSON header, then the
+tensors without gaps. The safetensors package reads and writes whole tensors, each through a copy of its own;
+a save must copy once, and a rank must be able to read a part of a tensor straight into its memory.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Saving behind the training: it waits for a copy into host memory; a thread of each rank writes, rank zero's commits.
+"""Saving behind the training: it waits for a copy into host memory; a thread of each rank writes, rank zero's
+commits.
 
-One save is in flight at a time. A second waits for the first to be committed: every checkpoint that was asked for exists, on all
-ranks alike, and no second buffer is needed.
+One save is in flight at a time. A second waits for the first to be committed: every checkpoint that was asked
+for exists, on all ranks alike, and no second buffer is needed.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ class CheckpointWriter:
         if run.world.rank == 0:
             checkpoints_dir(run_dir).mkdir(parents=True, exist_ok=True)
             remove_partial(run_dir)
-        # a group of its own: the order of collectives among two threads that shared one would be left to chance
+        # a group of its own: the order of collectives among two threads that shared one would be left to
+        # chance
         self.group: Any = (
             dist.new_group(backend="gloo", timeout=PATIENCE) if run.world.world_size > 1 else None
         )
@@ -80,10 +82,12 @@ class CheckpointWriter:
         self.reserved: futures.Future[None] | None = None
         self.last = time.monotonic()
 
-    # asked by the training --------------------------------------------------------------------------------------------
+    # asked by the training ----------------------------------------------------------------------------------
 
     def reserve(self) -> None:
-        """Make room for the copy, behind the training, as soon as the optimizer's state is there: after a first step."""
+        """Make room for the copy, behind the training, as soon as the optimizer's state is there: after a
+        first step.
+        """
         self.reserved = self.thread.submit(self.snapshot.reserve, kinds(self.state()))
 
     def state(self) -> dict[str, TensorSlice]:
@@ -148,7 +152,7 @@ class CheckpointWriter:
             },
         )
 
-    # behind it, in the thread -----------------------------------------------------------------------------------------
+    # behind it, in the thread -------------------------------------------------------------------------------
 
     def write(self, manifest: Manifest, blocking_s: float) -> SaveResult:
         """Write this rank's file; when all ranks have, rank zero commits."""
@@ -172,7 +176,9 @@ class CheckpointWriter:
         )
 
     def write_file(self, partial: Path) -> None:
-        """This rank's ranges, and beside them its part of the manifest: nothing is gathered through one process."""
+        """This rank's ranges, and beside them its part of the manifest: nothing is gathered through one
+        process.
+        """
         partial.mkdir(exist_ok=True)  # not its parents: what has vanished is not ours to make again
         path = partial / file_name(self.run.world.rank)
         check_free_space(partial, self.snapshot.size)
@@ -229,7 +235,9 @@ def attempt(folder: Path, write: Callable[[], object]) -> str:
 
 
 def lower_priority(device: str) -> None:
-    """In the new thread: let others go first, and use this rank's own GPU (a new thread has the first one, in all ranks)."""
+    """In the new thread: let others go first, and use this rank's own GPU (a new thread has the first one, in
+    all ranks).
+    """
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
     if device != "cpu":
         torch.cuda.set_device(device)

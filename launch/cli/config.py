@@ -1,4 +1,6 @@
-"""The configuration of a run: what the command line and YAML files may say, and what it means. Imports no torch."""
+"""The configuration of a run: what the command line and YAML files may say, and what it means. Imports no
+torch.
+"""
 
 from __future__ import annotations
 
@@ -64,14 +66,19 @@ class Config(Options):
     resume: str = "auto"
     """auto: continue the run in run_dir if there is one; none: start afresh; PATH: start from that checkpoint"""
     init: str | None = None
-    """weights to start a new run from: a .safetensors or torch file, a checkpoint, or a run; no optimizer state is taken"""
+    """weights to start a new run from: a .safetensors or torch file, a checkpoint, or a run; no optimizer
+    state is taken
+    """
     init_partial: bool = False
-    """let init= leave parameters as they are that it has no weights for, and pass over weights that the model has no use for"""
+    """let init= leave parameters as they are that it has no weights for, and pass over weights that the model
+    has no use for
+    """
     batch_size: int = 64
     """GLOBAL batch in samples, the unit of an optimizer step"""
     micro_batch_size: int | Literal["auto"] | None = None
-    """samples per forward on one rank (default: batch_size / ranks); accumulation is derived. auto: the largest that fits into
-    memory, found by halving, with the global batch unchanged"""
+    """samples per forward on one rank (default: batch_size / ranks); accumulation is derived. auto: the
+    largest that fits into memory, found by halving, with the global batch unchanged
+    """
     epochs: int | None = None
     """passes over the training data"""
     steps: int | None = None
@@ -81,19 +88,25 @@ class Config(Options):
     sync_batchnorm: bool = False
     """BatchNorm over the micro-batches of all ranks (CUDA only)"""
     debug: bool | int = False
-    """true, or a number of steps: one process makes the first 8 (or so many) steps of the run under anomaly detection, after
-    a table of the model and a check that one batch can be overfitted; pdb on an exception"""
+    """true, or a number of steps: one process makes the first 8 (or so many) steps of the run under anomaly
+    detection, after a table of the model and a check that one batch can be overfitted; pdb on an exception
+    """
     launcher: Literal["auto", "torchrun", "srun", "accelerate", "mpirun", "environment", "python"] = "auto"
     """who started the ranks, if the environment could be read in several ways"""
     max_time: str | None = None
-    """stop, save and exit with 75 before this time is up, written as SLURM does: 90 (minutes), 1:30:00, 2-12 (days-hours);
-    SLURM's own limit is read as well"""
+    """stop, save and exit with 75 before this time is up, written as SLURM does: 90 (minutes), 1:30:00, 2-12
+    (days-hours); SLURM's own limit is read as well
+    """
     start_timeout: float = 60.0
     """seconds for all ranks to come together, before the run ends and names who is missing"""
     hang_timeout: float = 600.0
-    """seconds without progress on any rank, before the run ends and says where each rank hangs (first step: 3 times that)"""
+    """seconds without progress on any rank, before the run ends and says where each rank hangs (first step: 3
+    times that)
+    """
     chaos: str | None = None
-    """a fault to happen once, KIND:rank=R,step=S; kinds: kill, stall, slow, nan, sigterm, torn_checkpoint, oom"""
+    """a fault to happen once, KIND:rank=R,step=S; kinds: kill, stall, slow, nan, sigterm, torn_checkpoint,
+    oom
+    """
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     eval: EvalOptions = field(default_factory=EvalOptions)
     log: LogOptions = field(default_factory=LogOptions)
@@ -104,7 +117,7 @@ class Config(Options):
         return None if self.micro_batch_size == "auto" else self.micro_batch_size
 
 
-# keys: a dataclass seen as dotted names ----------------------------------------------------------------------------------
+# keys: a dataclass seen as dotted names ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -159,11 +172,13 @@ def declaring(owner: type, name: str) -> type:
     return next(base for base in owner.__mro__ if name in get_annotations(base))
 
 
-# reading -----------------------------------------------------------------------------------------------------------------
+# reading ----------------------------------------------------------------------------------------------------
 
 
 def read_line(arguments: Sequence[str]) -> dict[str, str]:
-    """`key=value` words as a mapping; the last of a repeated key counts. Raises ValueError for any other word."""
+    """`key=value` words as a mapping; the last of a repeated key counts. Raises ValueError for any other
+    word.
+    """
     said: dict[str, str] = {}
     for word in arguments:
         name, equals, value = word.partition("=")
@@ -196,7 +211,9 @@ def flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def parse(text: str, key: Key) -> Any:
-    """A word of the command line as YAML, except where the key wants the text itself, or a list without brackets."""
+    """A word of the command line as YAML, except where the key wants the text itself, or a list without
+    brackets.
+    """
     parts = get_args(key.hint) or (key.hint,)
     if str in parts and text != "null":
         return text
@@ -230,13 +247,16 @@ def check_known(said: Mapping[str, Any], known: Mapping[str, Key], where: str) -
 
 
 def build(owner: type, said: Mapping[str, Any]) -> Any:
-    """An instance of the dataclass `owner` from dotted keys, each checked against its declared type (ValueError)."""
+    """An instance of the dataclass `owner` from dotted keys, each checked against its declared type
+    (ValueError).
+    """
     from pydantic import TypeAdapter, ValidationError
 
     known = {key.name: key for key in keys_of(owner)}
     if missing := [name for name, key in known.items() if key.default is MISSING and name not in said]:
         raise ValueError(f"{missing[0]}= is missing; it is {known[missing[0]].type_name}")
-    # a group that is said in part keeps the recipe's own defaults for the rest, not those of the group's class
+    # a group that is said in part keeps the recipe's own defaults for the rest, not those of the group's
+    # class
     said = {name: key.default for name, key in known.items() if "." in name} | dict(said)
     nested: dict[str, Any] = {}
     for name, value in said.items():
@@ -292,8 +312,9 @@ RANK_ZERO_GRACE_S = 5.0
 def exit_with_mistake(error: Exception, rank: int, leave: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
     """One line for a user's mistake, from rank zero, and exit code 2.
 
-    The first rank to end makes the launcher end the others: these wait, else rank zero might be ended before it spoke. A rank
-    that is still there after that has made a mistake that rank zero has not (no data on its node), and speaks itself.
+    The first rank to end makes the launcher end the others: these wait, else rank zero might be ended before
+    it spoke. A rank that is still there after that has made a mistake that rank zero has not (no data on its
+    node), and speaks itself.
     """
     if rank > 0:
         time.sleep(RANK_ZERO_GRACE_S)

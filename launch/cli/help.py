@@ -1,4 +1,6 @@
-"""`--help`: every key with its type, default and one line, taken from the docstrings under the fields. No torch."""
+"""`--help`: every key with its type, default and one line, taken from the docstrings under the fields. No
+torch.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The command line that every command of `launch/` shares: from words to a checked configuration and recipe. No torch."""
+"""The command line that every command of `launch/` shares: from words to a checked configuration and recipe.
+No torch.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ from recipes.base import Recipe
 from strategies.options import CUDA_GRAPH_MODES, DDPOptions, FSDPOptions, ZeroOptions
 
 DEBUG = {"workers": 0, "log.every": 1}
-"""what `debug` sets unless the command line says otherwise: data errors in this process, each step on the screen"""
+"""what `debug` sets unless the command line says otherwise: data errors in this process, each step on the
+screen
+"""
 
 
 @dataclass(frozen=True)
@@ -32,10 +36,11 @@ class Settings:
 
 
 def resolve(words: Sequence[str], world: World, extra: Sequence[str] = ()) -> Settings:
-    """The run that `words` (key=value) describe. Recipe defaults, then `config=` file, then the words; the last wins.
+    """The run that `words` (key=value) describe. Recipe defaults, then `config=` file, then the words; the
+    last wins.
 
-    `extra` are keys that the command reads itself and that are passed over here. Raises ValueError or FileNotFoundError
-    in words for the user.
+    `extra` are keys that the command reads itself and that are passed over here. Raises ValueError or
+    FileNotFoundError in words for the user.
     """
     line = {name: text for name, text in read_line(words).items() if name not in extra}
     file = read_file(line["config"]) if "config" in line else {}
@@ -73,7 +78,9 @@ def resolve(words: Sequence[str], world: World, extra: Sequence[str] = ()) -> Se
 
 
 def find_recipe(name: str) -> type[Recipe]:
-    """The recipe class behind `recipe=`: a built-in name, a file, or a dotted module with an optional `:Class`."""
+    """The recipe class behind `recipe=`: a built-in name, a file, or a dotted module with an optional
+    `:Class`.
+    """
     path, _, wanted = name.partition(":")
     if path in RECIPES:
         module = importlib.import_module(RECIPES[path])
@@ -121,7 +128,7 @@ def import_file(path: Path) -> Any:
     return module
 
 
-# combinations ------------------------------------------------------------------------------------------------------------
+# combinations -----------------------------------------------------------------------------------------------
 
 
 POSITIVE = (
@@ -222,7 +229,9 @@ def check_strategy(config: Config, world: World) -> None:
 
 
 def accumulation_steps(config: Config, world: World) -> int:
-    """Micro-batches per rank and step, so that batch_size = micro_batch_size x accumulation x ranks (ValueError if not)."""
+    """Micro-batches per rank and step, so that batch_size = micro_batch_size x accumulation x ranks
+    (ValueError if not).
+    """
     batch, ranks, given = config.batch_size, world.world_size, config.given_micro_batch_size
     micro = given or max(batch // ranks, 1)
     if batch % (micro * ranks) == 0:

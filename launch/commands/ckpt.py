@@ -12,9 +12,10 @@
         shard_gb=5                            cut a larger file, and write an index as Hugging Face does
     python launch/commands/ckpt.py prune RUN keep=2    remove all but the newest 2 (and the best, if the run keeps it)
 
-PATH, A and B are a checkpoint (runs/a/checkpoints/step-00000100) or a run (runs/a: its newest checkpoint). Works while the
-run goes on, on any machine that sees its files, whatever the strategy and the number of ranks that wrote them.
-Exit codes: 0 done, whole, the same; 1 damaged, or (diff) other tensors or optimizers; 2 a mistake in the command.
+PATH, A and B are a checkpoint (runs/a/checkpoints/step-00000100) or a run (runs/a: its newest checkpoint).
+Works while the run goes on, on any machine that sees its files, whatever the strategy and the number of ranks
+that wrote them. Exit codes: 0 done, whole, the same; 1 damaged, or (diff) other tensors or optimizers; 2 a
+mistake in the command.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def main(words: list[str]) -> int:
         return 130
 
 
-# the commands: their paths, and behind the star their options ------------------------------------------------------------
+# the commands: their paths, and behind the star their options -----------------------------------------------
 
 
 def list_checkpoints(run: Path) -> int:
@@ -241,7 +242,7 @@ def prune(run: Path, *, keep: int) -> int:
     return 0
 
 
-# what they need ----------------------------------------------------------------------------------------------------------
+# what they need ---------------------------------------------------------------------------------------------
 
 
 def new_file(to: str) -> Path:

@@ -6,12 +6,12 @@
         run_dir=/scratch/me/runs                              the folder to try (default: the current one)
         timeout=20                                            seconds to wait for the other ranks
 
-Tells whether all ranks come, names, interfaces and the port are right, versions and code are equal, which GPU each rank gets and
-who else is on it; shared memory, limits, CPUs, disk, one folder for all nodes, clocks, and how fast neighbours exchange data
-against what the link should give: the ring of the nodes, not every pair. One table, and the fix under whatever is not well.
-Where nodes cannot reach each other torchrun itself waits: srun, or RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set by hand
-on each node, tells why.
-Exit codes: 0 pass or warn; 1 something fails; 2 a mistake in the command.
+Tells whether all ranks come, names, interfaces and the port are right, versions and code are equal, which GPU
+each rank gets and who else is on it; shared memory, limits, CPUs, disk, one folder for all nodes, clocks, and
+how fast neighbours exchange data against what the link should give: the ring of the nodes, not every pair.
+One table, and the fix under whatever is not well. Where nodes cannot reach each other torchrun itself waits:
+srun, or RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set by hand on each node, tells why. Exit codes: 0 pass
+or warn; 1 something fails; 2 a mistake in the command.
 """
 
 from __future__ import annotations

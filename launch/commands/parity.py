@@ -3,10 +3,10 @@
     python launch/commands/parity.py recipe=gpt
     python launch/commands/parity.py recipe=./mine.py precision=bf16 ranks=4 strategies=ddp,fsdp compare=20
 
-Makes the first steps of the run (compare=5) as a single process, then under each strategy on ranks=2 processes that it starts
-itself, with accumulation 1 and 4, with clipping and with activation checkpointing, on the same global batches; prints how far
-losses, gradient norms and final weights lie apart. Works without a GPU. All keys of a run work here too.
-Exit codes: 0 they agree; 1 a row failed; 2 a mistake in the command.
+Makes the first steps of the run (compare=5) as a single process, then under each strategy on ranks=2
+processes that it starts itself, with accumulation 1 and 4, with clipping and with activation checkpointing,
+on the same global batches; prints how far losses, gradient norms and final weights lie apart. Works without a
+GPU. All keys of a run work here too. Exit codes: 0 they agree; 1 a row failed; 2 a mistake in the command.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ if TYPE_CHECKING:
     Trace = dict[str, Tensor]
 
 SMALL = 0.01
-"""weights deviate relative to the largest value of their tensor, or to this where all are smaller (a bias that starts at zero)"""
+"""weights deviate relative to the largest value of their tensor, or to this where all are smaller (a bias
+that starts at zero)
+"""
 OWN_KEYS = ("ranks", "strategies", "compare")
 
 
@@ -126,7 +128,9 @@ def own_keys(words: list[str]) -> tuple[Own, list[str]]:
 
 
 def plan(settings: Settings, words: list[str], own: Own) -> list[Case]:
-    """The cases: plain with accumulation 1 and 4, then with clipping, then (if the recipe has blocks) recomputing them."""
+    """The cases: plain with accumulation 1 and 4, then with clipping, then (if the recipe has blocks)
+    recomputing them.
+    """
     micro = settings.config.given_micro_batch_size or 4
     owner = type(settings.recipe)
     from recipes.base import Recipe
@@ -228,7 +232,8 @@ def compare(case: Case, traces: dict[str, Trace], precision: str) -> Row:
 
 
 def without_gradient(reference: Trace) -> dict[str, Tensor]:
-    """Elements to leave out, as masks by name: their true gradient is zero, such as that of a bias before BatchNorm.
+    """Elements to leave out, as masks by name: their true gradient is zero, such as that of a bias before
+    BatchNorm.
 
     Adam turns their rounding noise into steps; the running means then contain the bias, so they go with it.
     """

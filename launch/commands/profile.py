@@ -6,11 +6,11 @@
         warmup_steps=5                                        steps before those, that do not count (they compile, and allocate)
         trace=runs/profile/RECIPE/TIME-STRATEGY-RANKS.json.gz where the trace of rank zero goes; null: nowhere
 
-Makes real steps of the run, on its real data, under torch.profiler. Tells what share of a step is computing, communication that
-nothing hides (exposed), copies between host and device, and idle, over all ranks; which operations take most; which keys may
-help. The trace opens in https://ui.perfetto.dev.
-All keys of a run work here too. Nothing is saved, evaluated or resumed: keys about that have no part in it.
-Exit codes: 0 done; 1 failed; 2 a mistake in the command.
+Makes real steps of the run, on its real data, under torch.profiler. Tells what share of a step is computing,
+communication that nothing hides (exposed), copies between host and device, and idle, over all ranks; which
+operations take most; which keys may help. The trace opens in https://ui.perfetto.dev. All keys of a run work
+here too. Nothing is saved, evaluated or resumed: keys about that have no part in it. Exit codes: 0 done; 1
+failed; 2 a mistake in the command.
 """
 
 from __future__ import annotations
@@ -100,7 +100,9 @@ def own_keys(words: list[str], settings: Settings, world: World) -> Own:
 
 
 def make_folder(trace: Path) -> None:
-    """Make the folder of the trace. Raises ValueError if it cannot be written to: not after the profile, but before."""
+    """Make the folder of the trace. Raises ValueError if it cannot be written to: not after the profile, but
+    before.
+    """
     try:
         trace.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(trace.parent, os.W_OK):
@@ -110,7 +112,9 @@ def make_folder(trace: Path) -> None:
 
 
 def run(settings: Settings, own: Own, world: World) -> int:
-    """Connect, prepare, measure, print; returns the exit code. A failure ends the process, and with it the other ranks."""
+    """Connect, prepare, measure, print; returns the exit code. A failure ends the process, and with it the
+    other ranks.
+    """
     from launch.profiling.events import operations_of, steps_of
     from launch.profiling.measure import Phases, figures, measured
     from launch.profiling.report import show

@@ -4,19 +4,21 @@
     python launch/commands/resume_check.py recipe=./mine.py run_dir=/scratch/me ranks=2,4 strategies=ddp,fsdp compare=40 all=true
 
 Starts the real command (launch/run.py) again and again, shortened to compare=20 steps. For each of
-strategies=single,ddp,fsdp,zero3, on ranks=2 processes (single: one): a run without interruption; the same run, ended by `kill -9`
-behind its first half, at a random moment or in the middle of a save; then the same command once more, which resumes. Losses,
-gradient norms, learning rates and scores of all steps must be equal bit by bit, and so must the final weights. Then the
-checkpoint that the killed run left is read by the next strategy on another number of ranks: losses and gradient norms must stay
-within the tolerance of the precision (fp32: 1e-5). all=true takes every pair of strategies and numbers of ranks, and both kinds
-of kill for each; ranks=2,4 also reads on 4.
+strategies=single,ddp,fsdp,zero3, on ranks=2 processes (single: one): a run without interruption; the same
+run, ended by `kill -9` behind its first half, at a random moment or in the middle of a save; then the same
+command once more, which resumes. Losses, gradient norms, learning rates and scores of all steps must be equal
+bit by bit, and so must the final weights. Then the checkpoint that the killed run left is read by the next
+strategy on another number of ranks: losses and gradient norms must stay within the tolerance of the precision
+(fp32: 1e-5). all=true takes every pair of strategies and numbers of ranks, and both kinds of kill for each;
+ranks=2,4 also reads on 4.
 
-Proved is what was run: this recipe, these steps, this storage, processes on this machine. Not proved: that the storage keeps what
-it has confirmed through a loss of power or on another node, nor that a longer run meets no state that the first steps lack.
+Proved is what was run: this recipe, these steps, this storage, processes on this machine. Not proved: that
+the storage keeps what it has confirmed through a loss of power or on another node, nor that a longer run
+meets no state that the first steps lack.
 
-All keys of a run work here too, but for steps, epochs, resume, debug, checkpoint.every and log.every, which are the check's own.
-Its runs lie in a new folder in run_dir (default: runs), removed if all passed.
-Exit codes: 0 all passed; 1 a row failed; 2 a mistake in the command.
+All keys of a run work here too, but for steps, epochs, resume, debug, checkpoint.every and log.every, which
+are the check's own. Its runs lie in a new folder in run_dir (default: runs), removed if all passed. Exit
+codes: 0 all passed; 1 a row failed; 2 a mistake in the command.
 """
 
 from __future__ import annotations
@@ -72,7 +74,9 @@ OWN_KEYS = ("ranks", "strategies", "compare", "all")
 REPLACED = ("strategy", "steps", "epochs", "checkpoint.every", "checkpoint.every_minutes", "log.every")
 """keys of a run that the check sets itself"""
 ATTEMPTS = 3
-"""lives that are given to a kill which is meant for a moment that a fast run is through with before it is seen"""
+"""lives that are given to a kill which is meant for a moment that a fast run is through with before it is
+seen
+"""
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,7 @@ def main(words: list[str]) -> int:
     return 0
 
 
-# what to do --------------------------------------------------------------------------------------------------------------
+# what to do -------------------------------------------------------------------------------------------------
 
 
 def own_keys(words: Sequence[str]) -> tuple[Own, list[str]]:
@@ -157,7 +161,8 @@ def own_keys(words: Sequence[str]) -> tuple[Own, list[str]]:
 
 
 def agree(words: Sequence[str], own: Own) -> tuple[Settings, list[str]]:
-    """What is run, checked for each strategy and number of ranks, and its words: micro-batches that fit them all.
+    """What is run, checked for each strategy and number of ranks, and its words: micro-batches that fit them
+    all.
 
     Raises ValueError or FileNotFoundError in words for the user.
     """
@@ -173,7 +178,8 @@ def agree(words: Sequence[str], own: Own) -> tuple[Settings, list[str]]:
         raise ValueError(
             "debug= and resume= have no meaning here: the check starts and resumes by itself; drop them"
         )
-    # BatchNorm and dropout see micro-batches: where theirs is not fixed, two numbers of ranks are two different runs
+    # BatchNorm and dropout see micro-batches: where theirs is not fixed, two numbers of ranks are two
+    # different runs
     micro = first.config.given_micro_batch_size or max(first.config.batch_size // max(own.ranks), 1)
     words.append(f"micro_batch_size={micro}")
     for strategy in own.strategies:
@@ -185,7 +191,8 @@ def agree(words: Sequence[str], own: Own) -> tuple[Settings, list[str]]:
 def plan(own: Own) -> list[Writer]:
     """Who is killed how, and who reads what it leaves.
 
-    Without `all`, kills beside and in the middle of a save take turns, and the checkpoint of each strategy is read by the next.
+    Without `all`, kills beside and in the middle of a save take turns, and the checkpoint of each strategy is
+    read by the next.
     """
     everywhere = [
         Layout(name, ranks)
@@ -220,7 +227,7 @@ def new_folder(base: Path) -> Path:
         ) from None
 
 
-# doing it ----------------------------------------------------------------------------------------------------------------
+# doing it ---------------------------------------------------------------------------------------------------
 
 
 class Check:
@@ -238,7 +245,9 @@ class Check:
         return [row for writer in self.writers for row in self.rows(writer)]
 
     def rows(self, writer: Writer) -> Iterator[Row]:
-        """The rows of one strategy that is killed. What is not needed any more is removed: a state can be large."""
+        """The rows of one strategy that is killed. What is not needed any more is removed: a state can be
+        large.
+        """
         layout, end = writer.layout, self.done + writer.lives
         whole = self.folder / f"{layout.strategy}-whole"
         ended = self.run_process(layout, whole, "without interruption")
@@ -278,12 +287,15 @@ class Check:
         return ended
 
     def kill(self, row: Row, run_dir: Path) -> str:
-        """Let a run live until its checkpoint of half the way is committed, and end it. Returns what is wrong, in words."""
+        """Let a run live until its checkpoint of half the way is committed, and end it. Returns what is
+        wrong, in words.
+        """
         half, last, saving = self.own.half, self.own.steps - self.own.every, row.saving
         for attempt in range(ATTEMPTS):
             shutil.rmtree(run_dir, ignore_errors=True)
             self.done -= attempt > 0
-            # at first anywhere in a quarter of the run; one that was too fast for this is killed as soon as it can be
+            # at first anywhere in a quarter of the run; one that was too fast for this is killed as soon as
+            # it can be
             aim = self.random.randrange(half, last) if attempt == 0 else half
             if saving and attempt < ATTEMPTS - 1:
                 what, when = "killed in a save", partial(in_a_save, run_dir, half)
@@ -321,7 +333,9 @@ class Check:
             row.news.append("the final weights are not the same bytes")
 
     def read(self, row: Row, killed: Path, whole: Path) -> None:
-        """Start another run from the killed one's checkpoint, and compare it with the whole one, to tolerance."""
+        """Start another run from the killed one's checkpoint, and compare it with the whole one, to
+        tolerance.
+        """
         row.resumed = saved_step(killed)
         run_dir = self.folder / f"{row.reader.strategy}-{row.reader.ranks}-from-{row.writer.strategy}"
         saved = checkpoint_dir(killed, row.resumed)
@@ -342,7 +356,9 @@ def in_a_save(run_dir: Path, half: int) -> bool:
 
 
 def some_time_after(run_dir: Path, half: int, step: int, share: float) -> bool:
-    """Whether `step` is done and the checkpoint of step `half` committed; answers after a `share` of the time of a step."""
+    """Whether `step` is done and the checkpoint of step `half` committed; answers after a `share` of the time
+    of a step.
+    """
     if last_step(run_dir) < step or saved_step(run_dir) < half:
         return False
     time.sleep(share * step_seconds(run_dir))

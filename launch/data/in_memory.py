@@ -1,4 +1,6 @@
-"""Data that lies in memory: whole micro-batches by one index, on the GPU where they fit, without processes or collation."""
+"""Data that lies in memory: whole micro-batches by one index, on the GPU where they fit, without processes or
+collation.
+"""
 
 from __future__ import annotations
 

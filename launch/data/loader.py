@@ -1,9 +1,9 @@
 """The order of the samples and the loaders: which rank sees what, when.
 
-Samples form one endless stream, epoch after epoch, each epoch a new permutation. Step `s` takes positions [s*B, (s+1)*B)
-for the global batch size B; its micro-batches are cut by position and dealt to the ranks. So every global batch is full, no
-sample is dropped or seen twice in an epoch, order and micro-batches do not depend on the number of ranks, and any step is
-found in O(1).
+Samples form one endless stream, epoch after epoch, each epoch a new permutation. Step `s` takes positions
+[s*B, (s+1)*B) for the global batch size B; its micro-batches are cut by position and dealt to the ranks. So
+every global batch is full, no sample is dropped or seen twice in an epoch, order and micro-batches do not
+depend on the number of ranks, and any step is found in O(1).
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ class BatchPlan:
 
 
 class TrainSampler(Sampler[SampleIndices]):
-    """This rank's micro-batches from step `start` to `stop`; a DistributedSampler whose order needs no list of N numbers."""
+    """This rank's micro-batches from step `start` to `stop`; a DistributedSampler whose order needs no list
+    of N numbers.
+    """
 
     def __init__(self, size: int, batch_plan: BatchPlan, seed: int, start: int, stop: int) -> None:
         self.size, self.batch_plan, self.seed, self.start, self.stop = size, batch_plan, seed, start, stop
@@ -83,7 +85,9 @@ class TrainSampler(Sampler[SampleIndices]):
 
 
 def sample_indices(size: int, seed: int, positions: Numbers) -> tuple[Numbers, Numbers]:
-    """Epoch and index of the samples at `positions` (any shape) of the stream over a data set of `size` samples."""
+    """Epoch and index of the samples at `positions` (any shape) of the stream over a data set of `size`
+    samples.
+    """
     epochs, within = np.divmod(positions, size)
     indices = np.empty_like(within)
     for epoch in np.unique(epochs).tolist():
@@ -93,7 +97,8 @@ def sample_indices(size: int, seed: int, positions: Numbers) -> tuple[Numbers, N
 
 
 class EvalSampler(Sampler[SampleIndices]):
-    """Micro-batches of each sample once, in order, dealt to the ranks; a short rank repeats the first, which is not counted.
+    """Micro-batches of each sample once, in order, dealt to the ranks; a short rank repeats the first, which
+    is not counted.
 
     Repeating keeps the ranks in step: under FSDP and ZeRO-3 a forward pass is a collective.
     """
@@ -182,7 +187,9 @@ def loader(
     world: World,
     persistent: bool = False,
 ) -> Loader:
-    """Collated micro-batches, pinned if they go to a GPU from the host. Its processes outlast an iteration if `persistent`."""
+    """Collated micro-batches, pinned if they go to a GPU from the host. Its processes outlast an iteration if
+    `persistent`.
+    """
     batches = SeededBatches(dataset, seed, split) if isinstance(dataset, InMemoryDataset) else None
     if batches and not workers:
         return InMemoryLoader(batches, sampler, world.device)
@@ -205,8 +212,9 @@ def identity_collate(batch: Batch) -> Batch:
 def worker_init(worker: int) -> None:  # noqa: ARG001
     """A data worker ends when its rank does, by whatever way, and not before.
 
-    Schedulers and torchrun signal whole process groups: a worker that ended at once would make its rank fail, which is about to
-    stop in good order. And a rank that is killed cannot end its workers: the system does (`man 2 PR_SET_PDEATHSIG`).
+    Schedulers and torchrun signal whole process groups: a worker that ended at once would make its rank fail,
+    which is about to stop in good order. And a rank that is killed cannot end its workers: the system does
+    (`man 2 PR_SET_PDEATHSIG`).
     """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
@@ -217,7 +225,9 @@ PR_SET_PDEATHSIG = 1
 
 
 def default_workers(world: World) -> int:
-    """Loading processes per rank: the CPUs that this process may use, shared by the node's ranks, one kept for the step."""
+    """Loading processes per rank: the CPUs that this process may use, shared by the node's ranks, one kept
+    for the step.
+    """
     return max(min(usable_cpus() // world.local_world_size - 1, 8), 0)
 
 
@@ -240,16 +250,20 @@ def pinned(batch: Batch, device: str) -> Batch:
 
 
 def to_device(batch: Batch, device: str, channels_last: bool = False) -> Batch:
-    """The batch with its tensors on `device`; copies from pinned memory do not block. Images for a GPU in the layout asked for.
+    """The batch with its tensors on `device`; copies from pinned memory do not block. Images for a GPU in the
+    layout asked for.
 
-    The activations follow them. Weights in that layout would not do: FSDP2 refuses them, and ZeRO flattens them.
+    The activations follow them. Weights in that layout would not do: FSDP2 refuses them, and ZeRO flattens
+    them.
     """
     moved = map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
     return map_tensors(moved, to_channels_last) if channels_last and device != "cpu" else moved
 
 
 def to_channels_last(tensor: Tensor) -> Tensor:
-    """Images, float [n, channels, height, width], with the channels of a pixel side by side in memory; others as they are."""
+    """Images, float [n, channels, height, width], with the channels of a pixel side by side in memory; others
+    as they are.
+    """
     if tensor.ndim != 4 or not tensor.is_floating_point():
         return tensor
     return tensor.contiguous(memory_format=torch.channels_last)
@@ -266,7 +280,9 @@ def group_micro_batches(loader: Loader, accumulation_steps: int) -> Iterator[lis
 
 
 def prefetch(steps: Iterator[list[Batch]], device: str, channels_last: bool) -> Iterator[list[Batch]]:
-    """The micro-batches of each step on `device`; on a GPU those of the next one are made ready while this one is computed."""
+    """The micro-batches of each step on `device`; on a GPU those of the next one are made ready while this
+    one is computed.
+    """
     if device == "cpu":
         yield from steps
         return
@@ -282,7 +298,9 @@ def prefetch(steps: Iterator[list[Batch]], device: str, channels_last: bool) -> 
 def copy_next(
     side: torch.cuda.Stream, steps: Iterator[list[Batch]], device: str, channels_last: bool
 ) -> tuple[list[Batch], torch.cuda.Event] | None:
-    """The next micro-batches, and when they will be ready. Data on the GPU make theirs there: on the same stream, too."""
+    """The next micro-batches, and when they will be ready. Data on the GPU make theirs there: on the same
+    stream, too.
+    """
     with torch.cuda.stream(side):
         batches = next(steps, None)
         return (

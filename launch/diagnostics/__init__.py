@@ -1,1 +1,3 @@
-"""What `launch/commands/doctor.py` looks at: one file per concern. Findings are plain data, so that they travel between ranks as JSON."""
+"""What `launch/commands/doctor.py` looks at: one file per concern. Findings are plain data, so that they
+travel between ranks as JSON.
+"""

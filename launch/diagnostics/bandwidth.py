@@ -25,16 +25,20 @@ SMALLEST, LARGEST = 2**20, {"gloo": 2**24, "nccl": 2**28}
 ENOUGH = 0.5
 """part of the link, or of what the median pair has, below which it is told"""
 GLOO_MOST = 10e3
-"""Mb/s that gloo is asked for at most: one thread moves and adds the data, 1.2 GB/s within one machine of two cores"""
+"""Mb/s that gloo is asked for at most: one thread moves and adds the data, 1.2 GB/s within one machine of two
+cores
+"""
 
 
-# which pairs -------------------------------------------------------------------------------------------------------------
+# which pairs ------------------------------------------------------------------------------------------------
 
 
 def neighbours(reports: list[Report]) -> list[list[Pair]]:
-    """Pairs of ranks in rounds: the ring of the nodes first, then the rings within them. No rank is twice in a round.
+    """Pairs of ranks in rounds: the ring of the nodes first, then the rings within them. No rank is twice in
+    a round.
 
-    A ring needs two or three rounds, however long it is: a thousand nodes take no longer than three. Not all pairs are measured.
+    A ring needs two or three rounds, however long it is: a thousand nodes take no longer than three. Not all
+    pairs are measured.
     """
     between = rounds(ring([report.rank for report in leaders_of(reports).values()]))
     inside = rounds(
@@ -62,13 +66,15 @@ def rounds(pairs: Sequence[Pair]) -> list[list[Pair]]:
     return made
 
 
-# measuring ---------------------------------------------------------------------------------------------------------------
+# measuring --------------------------------------------------------------------------------------------------
 
 
 def measure(
     meeting: Meeting, point: tuple[str, int], token: str, plan: Sequence[Sequence[Pair]], device: str
 ) -> list[dict[str, Any]]:
-    """What this rank measured as the first of a pair; a pair that fails says so, within its time, and stops no other."""
+    """What this rank measured as the first of a pair; a pair that fails says so, within its time, and stops
+    no other.
+    """
     backend = "nccl" if device.startswith("cuda") else "gloo"
     results = []
     for turn, pairs in enumerate(plan):
@@ -105,8 +111,9 @@ def one_pair(
 def exchange(store: Store, rank: int, device: str, backend: str) -> dict[str, float]:
     """All-reduce and all-gather between two ranks, in bytes a second in one direction of the link.
 
-    Each sends as many bytes as it has, S (n - 1) / n twice for all-reduce and S (n - 1) for all-gather with n = 2, so both
-    figures compare with the speed of the link. https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md
+    Each sends as many bytes as it has, S (n - 1) / n twice for all-reduce and S (n - 1) for all-gather with n
+    = 2, so both figures compare with the speed of the link.
+    https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md
     """
     import torch
     import torch.distributed as dist
@@ -166,7 +173,7 @@ def ready(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
-# judging -----------------------------------------------------------------------------------------------------------------
+# judging ----------------------------------------------------------------------------------------------------
 
 
 def judge(results: Sequence[Mapping[str, Any]], reports: list[Report]) -> list[Finding]:
@@ -180,7 +187,9 @@ def judge(results: Sequence[Mapping[str, Any]], reports: list[Report]) -> list[F
 def judge_between(
     results: Sequence[Mapping[str, Any]], reports: list[Report], node_of: Mapping[int, str]
 ) -> list[Finding]:
-    """Each pair of nodes against its link and, where the link does not tell its speed, against the median pair."""
+    """Each pair of nodes against its link and, where the link does not tell its speed, against the median
+    pair.
+    """
     if not results:
         return []
     leaders = leaders_of(reports)
@@ -194,7 +203,8 @@ def judge_between(
         if "problem" in result:
             groups.setdefault(("fail", result["problem"]), []).append(result)
             continue
-        # a slow link slows both; gloo's all-gather is slow by itself, a third of its all-reduce where the memory is the limit
+        # a slow link slows both; gloo's all-gather is slow by itself, a third of its all-reduce where the
+        # memory is the limit
         rate = max(result["all_reduce"], result["all_gather"])
         slow = (
             rate < ENOUGH * min(megabits or rate * 8e-6, most(first)) * 1e6 / 8
@@ -264,7 +274,9 @@ def span(rates: Sequence[float]) -> str:
 
 
 def link(first: Report, second: Report) -> int:
-    """Mb/s of the slower end, as far as the ends tell; InfiniBand where NCCL would take it. 0 if neither tells."""
+    """Mb/s of the slower end, as far as the ends tell; InfiniBand where NCCL would take it. 0 if neither
+    tells.
+    """
     ends = [report.facts["network"] for report in (first, second)]
     cuda = all(report.facts["gpu"]["device"].startswith("cuda") for report in (first, second))
     if cuda and all(end["infiniband"] for end in ends) and os.environ.get("NCCL_IB_DISABLE") != "1":

@@ -27,7 +27,7 @@ STEP = 5.0
 """seconds that a node may come later than the others to a step of the checkup"""
 
 
-# who came ----------------------------------------------------------------------------------------------------------------
+# who came ---------------------------------------------------------------------------------------------------
 
 
 def hosts_of(environment: Mapping[str, str]) -> list[str]:
@@ -65,14 +65,15 @@ def present(reports: list[Report], world: World, environment: Mapping[str, str])
     return Finding(check="ranks", status="fail", found=words, fix=fix, nodes=tuple(nodes))
 
 
-# clocks ------------------------------------------------------------------------------------------------------------------
+# clocks -----------------------------------------------------------------------------------------------------
 
 
 def clock(meeting: Meeting, leaders: list[int]) -> tuple[float, float] | None:
-    """How many seconds this node's clock is ahead of rank zero's, and the error of that; None where it was not measured.
+    """How many seconds this node's clock is ahead of rank zero's, and the error of that; None where it was
+    not measured.
 
-    Cristian's algorithm: rank zero's time was read between question and answer, so half the round trip bounds the error. The
-    quickest of a few round trips counts. https://doi.org/10.1007/BF01784024
+    Cristian's algorithm: rank zero's time was read between question and answer, so half the round trip bounds
+    the error. The quickest of a few round trips counts. https://doi.org/10.1007/BF01784024
     """
     if meeting.rank == 0:
         deadline = time.monotonic() + CLOCKS
@@ -109,7 +110,7 @@ def clocks(measured: Mapping[str, tuple[float, float]], first: str) -> list[Find
     return by_value("clock", values)
 
 
-# one folder --------------------------------------------------------------------------------------------------------------
+# one folder -------------------------------------------------------------------------------------------------
 
 
 def shared_folder(meeting: Meeting, leaders: list[int], folder: Path, token: str) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""The ranks meet in a torch store and tell each other plain data. Every wait has an end; nothing here is a collective."""
+"""The ranks meet in a torch store and tell each other plain data. Every wait has an end; nothing here is a
+collective.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ LEAVE = 5.0
 
 
 class Meeting:
-    """What the ranks of one doctor tell each other. `ranks` are those who came: all that are expected, until rank zero knows."""
+    """What the ranks of one doctor tell each other. `ranks` are those who came: all that are expected, until
+    rank zero knows.
+    """
 
     def __init__(self, store: Store, rank: int, ranks: list[int]) -> None:
         self.store, self.rank, self.ranks = store, rank, ranks

@@ -1,4 +1,6 @@
-"""Which GPU each rank gets, and who is on it already. Asks `nvidia-smi`: making a CUDA context would itself take up memory."""
+"""Which GPU each rank gets, and who is on it already. Asks `nvidia-smi`: making a CUDA context would itself
+take up memory.
+"""
 
 from __future__ import annotations
 

@@ -32,7 +32,9 @@ DISK_SLOW = 50e6
 PROBE = 16 * 2**20
 """bytes that are written to try a disk"""
 STALE = 600.0
-"""seconds after which the lock of a compilation is taken for a left-over: DeepSpeed's largest take some minutes"""
+"""seconds after which the lock of a compilation is taken for a left-over: DeepSpeed's largest take some
+minutes
+"""
 
 
 def shared_memory() -> Iterator[Finding]:
@@ -71,7 +73,9 @@ def open_files() -> Iterator[Finding]:
 
 
 def locked_memory(devices: Path = Path("/sys/class/infiniband")) -> Iterator[Finding]:
-    """InfiniBand registers memory under this limit. CUDA's own pinned memory does not count: without InfiniBand no row."""
+    """InfiniBand registers memory under this limit. CUDA's own pinned memory does not count: without
+    InfiniBand no row.
+    """
     if not devices.is_dir() or not any(devices.iterdir()):
         return
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
@@ -86,7 +90,7 @@ def locked_memory(devices: Path = Path("/sys/class/infiniband")) -> Iterator[Fin
     )
 
 
-# processors --------------------------------------------------------------------------------------------------------------
+# processors -------------------------------------------------------------------------------------------------
 
 
 def cpu_facts(environment: Mapping[str, str]) -> dict[str, Any]:
@@ -123,7 +127,7 @@ def cpus(reports: list[Report], ranks_a_node: int) -> list[Finding]:
     return by_value("cpus", values)  # type: ignore[arg-type]  # mypy takes the first element for str
 
 
-# disk --------------------------------------------------------------------------------------------------------------------
+# disk -------------------------------------------------------------------------------------------------------
 
 
 def existing(folder: Path) -> Path:
@@ -180,11 +184,12 @@ def disk(folder: Path) -> Iterator[Finding]:
         yield Finding(check="disk", found=f"{kind}: {figures}")
 
 
-# compiled extensions -----------------------------------------------------------------------------------------------------
+# compiled extensions ----------------------------------------------------------------------------------------
 
 
 def extensions(folder: Path, ours: str) -> Iterator[Finding]:
-    """DeepSpeed's compiled operators: a cache shared by two environments, or a lock left behind, makes the next run hang.
+    """DeepSpeed's compiled operators: a cache shared by two environments, or a lock left behind, makes the
+    next run hang.
 
     `folder` is the cache, `ours` the folder of this environment's packages.
     """
@@ -203,7 +208,9 @@ def extensions(folder: Path, ours: str) -> Iterator[Finding]:
 
 
 def waits_for_ever(packages: str) -> bool:
-    """Whether this torch takes the mere existence of a lock for a lock; from 2.14 on the kernel releases it with its holder."""
+    """Whether this torch takes the mere existence of a lock for a lock; from 2.14 on the kernel releases it
+    with its holder.
+    """
     try:
         return "FileBaton(" in Path(packages, "torch", "utils", "cpp_extension.py").read_text()
     except OSError:

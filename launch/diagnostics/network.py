@@ -1,4 +1,6 @@
-"""Names, addresses and interfaces: what this node knows of them, and what that means among several. Imports no torch."""
+"""Names, addresses and interfaces: what this node knows of them, and what that means among several. Imports
+no torch.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ DEFAULT_PORT = 29500
 
 
 def facts(environment: Mapping[str, str], master: str | None) -> dict[str, Any]:
-    """The interfaces of this node, what its own name stands for, and by which interface it reaches the master."""
+    """The interfaces of this node, what its own name stands for, and by which interface it reaches the
+    master.
+    """
     interfaces = {
         name: [
             entry.address.partition("%")[0]
@@ -49,7 +53,9 @@ def facts(environment: Mapping[str, str], master: str | None) -> dict[str, Any]:
 
 
 def source_for(master: str) -> str | None:
-    """The address of this node from which it reaches `master`. Nothing is sent: connecting UDP only looks the route up."""
+    """The address of this node from which it reaches `master`. Nothing is sent: connecting UDP only looks the
+    route up.
+    """
     for address in addresses_of(master):
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -67,7 +73,7 @@ def infiniband_speed(devices: Path = Path("/sys/class/infiniband")) -> int:
     return int(max(rates) * 1000)
 
 
-# judged on the spot ------------------------------------------------------------------------------------------------------
+# judged on the spot -----------------------------------------------------------------------------------------
 
 
 def free_port(port: int = DEFAULT_PORT) -> Iterator[Finding]:
@@ -88,7 +94,7 @@ def free_port(port: int = DEFAULT_PORT) -> Iterator[Finding]:
     yield Finding(check="port", found=f"{port}, torchrun's default, is free")
 
 
-# judged among the nodes --------------------------------------------------------------------------------------------------
+# judged among the nodes -------------------------------------------------------------------------------------
 
 
 def names(reports: list[Report], several: bool) -> list[Finding]:
@@ -137,7 +143,9 @@ def name(facts: Mapping[str, Any], several: bool) -> tuple[Status, str, str]:
 
 
 def matching(said: str, interfaces: list[str], backend: str) -> list[str]:
-    """The interfaces that a variable means: gloo takes names; NCCL beginnings of names, after = names, after ^ all others."""
+    """The interfaces that a variable means: gloo takes names; NCCL beginnings of names, after = names, after
+    ^ all others.
+    """
     if backend == "gloo":
         return [name for name in interfaces if name in said.split(",")]
     wanted = said.lstrip("^=").split(",")

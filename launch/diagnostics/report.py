@@ -59,16 +59,20 @@ def findings_of_json(content: Iterable[Mapping[str, Any]]) -> list[Finding]:
 
 
 def about(world: World, environment: Mapping[str, str]) -> Report:
-    """An empty report of this rank. SLURM's name for a node comes first: two of them may be one machine, in a test."""
+    """An empty report of this rank. SLURM's name for a node comes first: two of them may be one machine, in a
+    test.
+    """
     host = environment.get("SLURMD_NODENAME") or socket.gethostname().partition(".")[0]
     return Report(rank=world.rank, local_rank=world.local_rank, host=host, node=world.node)
 
 
-# nodes -------------------------------------------------------------------------------------------------------------------
+# nodes ------------------------------------------------------------------------------------------------------
 
 
 def nodes_of(reports: Iterable[Report]) -> dict[str, list[Report]]:
-    """The reports by node, in the order of ranks. Nodes of one name (containers) are told apart by their number."""
+    """The reports by node, in the order of ranks. Nodes of one name (containers) are told apart by their
+    number.
+    """
     ordered = sorted(reports, key=lambda report: report.rank)
     places = dict.fromkeys((report.host, report.node) for report in ordered)
     shared = Counter(host for host, _ in places)
@@ -101,11 +105,13 @@ def by_value(check: str, values: Mapping[str, tuple[Status, str, str]]) -> list[
     ]
 
 
-# patience ----------------------------------------------------------------------------------------------------------------
+# patience ---------------------------------------------------------------------------------------------------
 
 
 def tried(check: str, seconds: float, function: Callable[[], Iterable[Finding]]) -> list[Finding]:
-    """The findings of a check; one that raises or hangs is itself a finding, and does not keep the others from being made."""
+    """The findings of a check; one that raises or hangs is itself a finding, and does not keep the others
+    from being made.
+    """
     try:
         return within(seconds, lambda: list(function()))
     except TimeoutError as error:

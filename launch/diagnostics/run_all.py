@@ -21,7 +21,7 @@ LATER = 10.0
 Point = tuple[str, int] | None
 
 
-# each rank by itself -----------------------------------------------------------------------------------------------------
+# each rank by itself ----------------------------------------------------------------------------------------
 
 
 def alone(world: World, environment: Mapping[str, str], point: Point, folder: Path) -> Report:
@@ -63,7 +63,7 @@ def alone(world: World, environment: Mapping[str, str], point: Point, folder: Pa
     return report
 
 
-# all together ------------------------------------------------------------------------------------------------------------
+# all together -----------------------------------------------------------------------------------------------
 
 
 def plan(reports: list[Report], folder: Path) -> dict[str, Any]:
@@ -88,7 +88,9 @@ def patience(plan: Mapping[str, Any]) -> float:
 def together(
     meeting: Meeting, plan: Mapping[str, Any], report: Report, point: tuple[str, int]
 ) -> dict[str, Any]:
-    """What this rank finds with the others, as JSON's own types. Each part ends by itself and cannot stop the next."""
+    """What this rank finds with the others, as JSON's own types. Each part ends by itself and cannot stop the
+    next.
+    """
     results: dict[str, Any] = {"findings": []}
 
     def take(name: str, do: Callable[[], Any]) -> None:
@@ -107,7 +109,7 @@ def together(
     return results
 
 
-# what follows ------------------------------------------------------------------------------------------------------------
+# what follows -----------------------------------------------------------------------------------------------
 
 
 def verdict(

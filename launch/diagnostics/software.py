@@ -12,7 +12,9 @@ from launch.diagnostics.report import Finding, Report, Status, leaders_of, liste
 from launch.runtime.versions import code_digest, versions
 
 MUST = ("code", "rankzero", "torch", "nccl", "cuda", "deepspeed")
-"""what must be equal; where others differ (driver, torchvision) a run may work, but not promise the same numbers"""
+"""what must be equal; where others differ (driver, torchvision) a run may work, but not promise the same
+numbers
+"""
 SHOWN = ("python", "torch", "nccl", "driver", "deepspeed", "code")
 MATTERS = re.compile(
     r"(NCCL|GLOO|TORCH|PYTORCH|TP|MKL|CUBLAS|FI|UCX)_|(OMP_NUM_THREADS|PYTHONPATH|CUDA_DEVICE_ORDER|LD_PRELOAD)$"

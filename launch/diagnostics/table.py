@@ -52,7 +52,8 @@ def ordered(names: Sequence[str], nodes: Sequence[str]) -> list[str]:
 def lines(
     shown: Sequence[Finding], nodes: Sequence[str], width: int
 ) -> Iterator[tuple[Finding | None, bool, str]]:
-    """The table, line by line: of which finding a line is (None: the header), whether it belongs to the fix, and its text.
+    """The table, line by line: of which finding a line is (None: the header), whether it belongs to the fix,
+    and its text.
 
     Wrapped between words only: a path or command in a fix must be whole, to be copied. Rich would cut it.
     """

@@ -1,4 +1,6 @@
-"""What the commands that prove something share: their own keys, how they start the real thing, how far apart is too far."""
+"""What the commands that prove something share: their own keys, how they start the real thing, how far apart
+is too far.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,10 @@ TOLERANCE = {
     "bf16": (2e-2,) * 4,
     "fp16": (2e-2,) * 4,
 }
-"""allowed relative deviation of loss, gradient norm and final weights from the single process, and of loss and gradient norm
-among the strategies; bf16 and fp16 differ where a micro-batch's rounding does, so theirs is that of the format"""
+"""allowed relative deviation of loss, gradient norm and final weights from the single process, and of loss
+and gradient norm among the strategies; bf16 and fp16 differ where a micro-batch's rounding does, so theirs is
+that of the format
+"""
 ROUNDING = 6e-8
 """half a unit in the last place of fp32"""
 PLACES = {
@@ -42,7 +46,9 @@ def whole_number(name: str, text: str, what: str, least: int) -> int:
 
 
 def choose_strategies(line: Mapping[str, str], allowed: Sequence[str], default: Sequence[str]) -> list[str]:
-    """What `strategies=` names, without those whose library is not installed. Raises ValueError for any not `allowed`."""
+    """What `strategies=` names, without those whose library is not installed. Raises ValueError for any not
+    `allowed`.
+    """
     chosen = list(dict.fromkeys(line["strategies"].split(","))) if "strategies" in line else list(default)
     for name in chosen:
         if name not in allowed:
@@ -93,10 +99,11 @@ def command(program: str, ranks: int) -> list[str]:
 
 
 def growth(curve: Sequence[float], bad: int, compare: int) -> str:
-    """Whether it is the run itself that blows rounding up: deviations that start as rounding and grow step by step.
+    """Whether it is the run itself that blows rounding up: deviations that start as rounding and grow step by
+    step.
 
-    `curve` holds the deviation of each step, `bad` is the index of the first that is too large, `compare` the value of that key
-    with which it would not be reached.
+    `curve` holds the deviation of each step, `bad` is the index of the first that is too large, `compare` the
+    value of that key with which it would not be reached.
     """
     start = max(curve[0], ROUNDING)
     if bad < 2 or start > 10 * ROUNDING:

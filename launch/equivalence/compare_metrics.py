@@ -34,7 +34,9 @@ class Apart:
 
 
 def deviation(found: float, expected: float) -> float:
-    """How far a number is from the expected, relative to that: 0 only if they are equal, infinite if one alone is NaN."""
+    """How far a number is from the expected, relative to that: 0 only if they are equal, infinite if one
+    alone is NaN.
+    """
     if found == expected or (math.isnan(found) and math.isnan(expected)):
         return 0.0
     by = abs(found - expected) / max(abs(expected), 1e-30)
@@ -57,7 +59,9 @@ def numbers_of(lines: Iterable[Line]) -> dict[tuple[int, str], float]:
 
 
 def wrong_steps(expected: Iterable[int], found: Iterable[int]) -> str:
-    """What is wrong with the steps of a run, in words; empty if they are the expected ones, each once, in order."""
+    """What is wrong with the steps of a run, in words; empty if they are the expected ones, each once, in
+    order.
+    """
     wanted, there = list(expected), list(found)
     if wanted == there:
         return ""
@@ -73,7 +77,9 @@ def wrong_steps(expected: Iterable[int], found: Iterable[int]) -> str:
 
 
 def compared(expected: Iterable[Line], found: Iterable[Line], since: int = 0) -> list[Apart]:
-    """Each number that both runs know of the steps after `since`, in order of steps; those that are equal have `by` 0."""
+    """Each number that both runs know of the steps after `since`, in order of steps; those that are equal
+    have `by` 0.
+    """
     theirs, mine = numbers_of(expected), numbers_of(found)
     return [
         Apart(
@@ -95,7 +101,7 @@ def only_one_knows(expected: Iterable[Line], found: Iterable[Line]) -> str:
     return f"only one of the two has {first[1]} of step {first[0]}" if first else ""
 
 
-# verdicts --------------------------------------------------------------------------------------------------------------
+# verdicts ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(kw_only=True)
@@ -123,9 +129,11 @@ class Row:
 
 
 def judge(row: Row, expected: Sequence[Line], found: Sequence[Line], precision: str) -> None:
-    """Enter into `row` how far a run that was taken up lies from the `expected` one, and what is wrong about it.
+    """Enter into `row` how far a run that was taken up lies from the `expected` one, and what is wrong about
+    it.
 
-    The same strategy on as many ranks must repeat every number of the whole run; another one has made the steps after
+    The same strategy on as many ranks must repeat every number of the whole run; another one has made the
+    steps after
     `row.resumed` alone, and may round them differently.
     """
     exact = row.reader == row.writer

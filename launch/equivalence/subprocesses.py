@@ -1,4 +1,6 @@
-"""Lives of a run: `run.py` started as a user starts it, watched, and killed at the right moment. Imports no torch."""
+"""Lives of a run: `run.py` started as a user starts it, watched, and killed at the right moment. Imports no
+torch.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from launch.checkpoint.directory import checkpoints_dir, list_checkpoints, step_
 from launch.equivalence.common import command
 
 PATIENCE = 900.0
-"""seconds without a new line of metrics.jsonl after which a life is taken for hung: beyond any step, start or evaluation"""
+"""seconds without a new line of metrics.jsonl after which a life is taken for hung: beyond any step, start or
+evaluation
+"""
 TICK = 0.001
 """seconds between two looks at a life: a small checkpoint is written in ten times that"""
 CENSUS = 0.5
@@ -110,10 +114,11 @@ def run_process(
 
 
 def kill(process: psutil.Popen, family: Sequence[psutil.Process] = ()) -> None:
-    """`kill -9` for a process and all that it has started, torchrun's workers with their own sessions among them.
+    """`kill -9` for a process and all that it has started, torchrun's workers with their own sessions among
+    them.
 
-    `family` is who was known last: they go first, without the time that a new count takes. The one that started them is
-    stopped meanwhile, to start no others and tell nobody off.
+    `family` is who was known last: they go first, without the time that a new count takes. The one that
+    started them is stopped meanwhile, to start no others and tell nobody off.
     """
     with suppress(psutil.NoSuchProcess):
         process.suspend()
@@ -145,7 +150,7 @@ def size_of(path: Path) -> int:
         return 0
 
 
-# what a run directory tells ----------------------------------------------------------------------------------------------
+# what a run directory tells ---------------------------------------------------------------------------------
 
 
 def lines_of(run_dir: Path) -> list[dict[str, Any]]:
@@ -164,7 +169,9 @@ def last_step(run_dir: Path) -> int:
 
 
 def step_seconds(run_dir: Path) -> float:
-    """Seconds that a step takes: the shortest of the newest few, as there may be a resumption between two; 0 if unknown."""
+    """Seconds that a step takes: the shortest of the newest few, as there may be a resumption between two; 0
+    if unknown.
+    """
     times = [line["time"] for line in lines_of(run_dir) if "time" in line][-4:]
     return max(min((after - before for before, after in pairwise(times)), default=0.0), 0.0)
 

@@ -1,6 +1,8 @@
-"""A few steps of a run, seen closely: losses, gradient norms, weights. What `parity` compares; it starts this file itself.
+"""A few steps of a run, seen closely: losses, gradient norms, weights. What `parity` compares; it starts this
+file itself.
 
-torchrun ... launch/equivalence/trajectory.py FOLDER     runs each case of FOLDER/cases.json and leaves FOLDER/CASE.safetensors
+torchrun ... launch/equivalence/trajectory.py FOLDER     runs each case of FOLDER/cases.json and leaves
+FOLDER/CASE.safetensors
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ from launch.state.run import Run, prepare
 from launch.training.loop import set_learning_rate, train_step
 
 NOISE = 1e-7
-"""an element whose gradient stays below this share of the whole gradient norm has none but rounding noise, one that
-is exactly zero not even that"""
+"""an element whose gradient stays below this share of the whole gradient norm has none but rounding noise,
+one that is exactly zero not even that
+"""
 
 
 def main(folder: Path) -> None:
@@ -41,8 +44,9 @@ def main(folder: Path) -> None:
 def follow(words: list[str], steps: int, world: World) -> dict[str, Tensor]:
     """The trace of the first `steps` of the run that `words` describe; complete on rank zero.
 
-    `loss/MODEL` and `norm/MODEL` are [steps]; `weights/NAME` the final values; `print/NAME` [steps] a fingerprint of each
-    parameter after each step; `noise/NAME` (single only) marks the elements without a true gradient, where there are any.
+    `loss/MODEL` and `norm/MODEL` are [steps]; `weights/NAME` the final values; `print/NAME` [steps] a
+    fingerprint of each parameter after each step; `noise/NAME` (single only) marks the elements without a
+    true gradient, where there are any.
     """
     run = prepare(resolve(words, world), world)
     run.stop_at = steps
@@ -89,7 +93,9 @@ def fingerprint(tensor: Tensor) -> Tensor:
 
 
 def watch_gradients(run: Run) -> dict[str, Tensor]:
-    """For each element of a single process's parameters, the largest share of the gradient norm that it had in any step."""
+    """For each element of a single process's parameters, the largest share of the gradient norm that it had
+    in any step.
+    """
     shares: dict[str, Tensor] = {}
 
     def look(model: str) -> None:

@@ -1,7 +1,8 @@
-"""What the events of torch's profiler mean: which compute, which communicate, how long each operation took; in microseconds.
+"""What the events of torch's profiler mean: which compute, which communicate, how long each operation took;
+in microseconds.
 
-On a GPU the events on the device count: kernels, copies. On a CPU those of the thread that trains; what gloo is about stands in
-the trace from the moment that it is asked for until it is done, whoever waits for it.
+On a GPU the events on the device count: kernels, copies. On a CPU those of the thread that trains; what gloo
+is about stands in the trace from the moment that it is asked for until it is done, whoever waits for it.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def kind_of_kernel(name: str) -> Kind | None:
 
 
 def kind_of_operation(event: FunctionEvent, thread: int) -> Kind | None:
-    """What an event on the CPU does for the one that trains, `thread`; None: nothing that counts, or what stands around it."""
+    """What an event on the CPU does for the one that trains, `thread`; None: nothing that counts, or what
+    stands around it.
+    """
     if event.device_type != DeviceType.CPU:
         return None
     if event.name.startswith("gloo:"):
@@ -100,7 +103,9 @@ def phases_of(events: Iterable[FunctionEvent]) -> Mapping[str, float]:
 
 
 def operations_of(events: Sequence[FunctionEvent], gpu: bool) -> list[tuple[str, int, float]]:
-    """Name, calls and time of each operation without what it calls in turn, the dearest first. On a GPU a call is a kernel."""
+    """Name, calls and time of each operation without what it calls in turn, the dearest first. On a GPU a
+    call is a kernel.
+    """
     calls, times = Counter[str](), defaultdict[str, float](float)
     for name, time in by_kernel(events) if gpu else by_operation(events, steps_of(events)[0].thread):
         calls[name] += 1
@@ -117,9 +122,11 @@ def by_operation(events: Iterable[FunctionEvent], thread: int) -> Iterator[tuple
 
 
 def by_kernel(events: Sequence[FunctionEvent]) -> Iterator[tuple[str, float]]:
-    """The kernels of a GPU under the name of the operation that launched them; communication and copies under their own.
+    """The kernels of a GPU under the name of the operation that launched them; communication and copies under
+    their own.
 
-    What was compiled, or recorded as a CUDA graph, was launched by no such operation: it has no other name than its kernel's.
+    What was compiled, or recorded as a CUDA graph, was launched by no such operation: it has no other name
+    than its kernel's.
     """
     known = defaultdict[str, float](float)
     for event in events:

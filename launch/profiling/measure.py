@@ -67,7 +67,8 @@ class Figures(NamedTuple):
 
 
 def measured(run: Run, phase: Phases, warmup: int, steps: int) -> tuple[profile, float]:
-    """The profiler after `steps` steps that it has seen, and the seconds that one took, of as many, without it before.
+    """The profiler after `steps` steps that it has seen, and the seconds that one took, of as many, without
+    it before.
 
     `warmup` steps are made first and one more after the profiler has been started; they do not count.
     """

@@ -60,7 +60,7 @@ def head(run: Run) -> dict[str, str]:
     }
 
 
-# tables ------------------------------------------------------------------------------------------------------------------
+# tables -----------------------------------------------------------------------------------------------------
 
 
 def table_of(first: str, numbers: Sequence[str]) -> Table:
@@ -76,7 +76,9 @@ def table_of(first: str, numbers: Sequence[str]) -> Table:
 
 
 def where(rows: Sequence[Figures], gpu: bool) -> Table:
-    """Where a step goes: the mean over the ranks and, if there are several, the ranks with the least and the most."""
+    """Where a step goes: the mean over the ranks and, if there are several, the ranks with the least and the
+    most.
+    """
     parts = {
         "computing": [row.computing for row in rows],
         "exposed communication": [row.exposed for row in rows],
@@ -142,7 +144,7 @@ def shortened(name: str) -> str:
     return name if len(name) <= NAME else name[: NAME - 3] + "..."
 
 
-# advice ------------------------------------------------------------------------------------------------------------------
+# advice -----------------------------------------------------------------------------------------------------
 
 
 def advise(run: Run, rows: Sequence[Figures]) -> Iterator[str]:

@@ -1,4 +1,6 @@
-"""What ran when, as intervals on one clock: how much of a window was computing, and how much nothing but waiting. No torch."""
+"""What ran when, as intervals on one clock: how much of a window was computing, and how much nothing but
+waiting. No torch.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ class Split(NamedTuple):
 
 
 def split(ran: Iterable[tuple[float, float, Kind]], begin: float, end: float) -> Split:
-    """How the window from `begin` to `end` was used by what `ran`: (start, end, kind), in any order, overlapping as it likes."""
+    """How the window from `begin` to `end` was used by what `ran`: (start, end, kind), in any order,
+    overlapping as it likes.
+    """
     spans: dict[Kind, list[Interval]] = {"computing": [], "communication": [], "copies": []}
     for start, stop, kind in ran:
         spans[kind].append((max(start, begin), min(stop, end)))

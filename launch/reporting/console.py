@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 
 class Console:
-    """Lines on `stream`; on a terminal the progress line is rewritten in place, unless `lines` asks to keep each."""
+    """Lines on `stream`; on a terminal the progress line is rewritten in place, unless `lines` asks to keep
+    each.
+    """
 
     def __init__(self, speaks: bool, stream: TextIO = sys.stdout, lines: bool = False) -> None:
         self.speaks, self.stream = speaks, stream

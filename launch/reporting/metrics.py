@@ -38,7 +38,9 @@ class PendingStep:
 
 @dataclass
 class InFlight:
-    """Steps whose numbers are on their way from the devices of all ranks: each loss of each step, then each norm."""
+    """Steps whose numbers are on their way from the devices of all ranks: each loss of each step, then each
+    norm.
+    """
 
     steps: list[PendingStep]
     numbers: AsyncGather
@@ -47,8 +49,9 @@ class InFlight:
 class Metrics:
     """The record of a run. Every rank has one, rank zero's writes.
 
-    Numbers stay on the device until `log.every` steps have come together. Then they are asked for all at once, and read when
-    the next step is on its way: each line is exact, and neither a rank nor its device waits for another. A job that is
+    Numbers stay on the device until `log.every` steps have come together. Then they are asked for all at
+    once, and read when the next step is on its way: each line is exact, and neither a rank nor its device
+    waits for another. A job that is
     `sync_every_step` has already looked at each loss, so it reads at once.
     """
 
@@ -98,7 +101,9 @@ class Metrics:
                 self.finish_gather()
 
     def warmed_up(self) -> None:
-        """The first step of a life has been made: what it took (compiling, first allocations) is no step's time."""
+        """The first step of a life has been made: what it took (compiling, first allocations) is no step's
+        time.
+        """
         if self.run.world.device != "cpu":
             torch.cuda.synchronize()
         self.start.reached("first step")
@@ -130,7 +135,8 @@ class Metrics:
         self.asked = None
         rows = numbers.get().view(-1, 2, len(steps), len(steps[0].losses))
         mine = rows[self.run.world.rank]
-        # summed up here, rank by rank: what a reduction of several numbers adds first depends on how many there are
+        # summed up here, rank by rank: what a reduction of several numbers adds first depends on how many
+        # there are
         losses = mine[0] if self.run.sync_every_step else rows[:, 0].sum(0)
         self.look_at_speed(numbers.when, len(steps))
         lines = [
@@ -186,7 +192,9 @@ class Metrics:
         self.clock = time.perf_counter()
 
     def agree(self, seldom: bool = True) -> None:
-        """After each step, and each batch of an evaluation: what any rank wishes (to save by the clock, to stop), all hear."""
+        """After each step, and each batch of an evaluation: what any rank wishes (to save by the clock, to
+        stop), all hear.
+        """
         rank_zero = self.run.world.rank == 0
         requests = {"stop"} if self.stop.wished(rank_zero) else set()
         if rank_zero and self.checkpoint_writer.overdue:
@@ -215,7 +223,9 @@ class Metrics:
         self.clock = time.perf_counter()
 
     def saved(self, saved: SaveResult | None) -> None:
-        """Take note of a save that has ended. One that failed is told, and is no reason to lose the training too."""
+        """Take note of a save that has ended. One that failed is told, and is no reason to lose the training
+        too.
+        """
         if saved is None:
             return
         self.saves.append(saved)
@@ -227,7 +237,9 @@ class Metrics:
         self.write([{"step": saved.step, **{f"checkpoint/{name}": value for name, value in times.items()}}])
 
     def finish(self) -> None:
-        """The end of training: every step is written, the last checkpoint committed. Raises NotSaved if it could not be."""
+        """The end of training: every step is written, the last checkpoint committed. Raises NotSaved if it
+        could not be.
+        """
         self.flush()
         self.run.phase.enter("save")
         self.consensus.close()

@@ -1,4 +1,6 @@
-"""How fast a run is, and what holds it up: step times, waiting for data, model FLOP/s, memory, the parts of the start."""
+"""How fast a run is, and what holds it up: step times, waiting for data, model FLOP/s, memory, the parts of
+the start.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,9 @@ class StepTimes:
 
 
 class Throughput:
-    """Of the training steps of one life of a run; on a GPU a step's time is the mean over the interval of a log line."""
+    """Of the training steps of one life of a run; on a GPU a step's time is the mean over the interval of a
+    log line.
+    """
 
     def __init__(self, run: Run) -> None:
         self.run, self.times = run, StepTimes()
@@ -132,10 +136,11 @@ class Throughput:
         return "its loading takes part in the step; workers=2 takes it out, if there are CPUs left"
 
     def flops(self) -> float | None:
-        """Floating-point operations of one micro-batch, forward and backward; None where the model needs real numbers to run.
+        """Floating-point operations of one micro-batch, forward and backward; None where the model needs real
+        numbers to run.
 
-        Counted by torch's FlopCounterMode on a model and a batch without data: it costs no memory, and sees the plain model under
-        every strategy. What activation checkpointing computes again is not counted.
+        Counted by torch's FlopCounterMode on a model and a batch without data: it costs no memory, and sees
+        the plain model under every strategy. What activation checkpointing computes again is not counted.
         """
         from torch.utils.flop_counter import FlopCounterMode
 

@@ -1,4 +1,6 @@
-"""What ranks find out together: sums, rows of each rank's numbers, the first problem of any. A process by itself need not ask."""
+"""What ranks find out together: sums, rows of each rank's numbers, the first problem of any. A process by
+itself need not ask.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ def all_gather_rows(value: Tensor) -> Tensor:
 
 
 class AsyncGather:
-    """The 1-D `value` of each rank, as rows on the host, on its way while other things are done; for few numbers."""
+    """The 1-D `value` of each rank, as rows on the host, on its way while other things are done; for few
+    numbers.
+    """
 
     def __init__(self, value: Tensor) -> None:
         self.rows, self.work, self.copied = value[None], None, None
@@ -84,7 +88,9 @@ def broadcast_object(value: Any) -> Any:
 
 
 def first_error(problem: str, group: ProcessGroup | None = None) -> str:
-    """The words of the first rank that has a problem, on every rank; empty if none has any. At most 1,000 bytes."""
+    """The words of the first rank that has a problem, on every rank; empty if none has any. At most 1,000
+    bytes.
+    """
     if not is_distributed():
         return problem
     rank, world_size = dist.get_rank(), dist.get_world_size()

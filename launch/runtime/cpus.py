@@ -10,7 +10,9 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def usable_cpus(cgroup: Path = CGROUP) -> int:
-    """The CPUs of this process: those that it is bound to, or fewer, if its container may not use them all of the time."""
+    """The CPUs of this process: those that it is bound to, or fewer, if its container may not use them all of
+    the time.
+    """
     bound = len(os.sched_getaffinity(0))
     return max(min(bound, int(cpu_quota(cgroup) or bound)), 1)
 

@@ -1,11 +1,12 @@
-"""Files that are whole or absent, even if the machine dies while they are written; and their digests. Imports no torch.
+"""Files that are whole or absent, even if the machine dies while they are written; and their digests. Imports
+no torch.
 
-What a checkpoint does to the content of its files goes through here; the rest is `mkdir`, `rename` and the listing of a path. So
-another kind of storage (fsspec) would enter in this file.
+What a checkpoint does to the content of its files goes through here; the rest is `mkdir`, `rename` and the
+listing of a path. So another kind of storage (fsspec) would enter in this file.
 
-The hash is XXH3 with 128 bits. It finds accidents: what is torn, flipped, swapped or mixed up. It is no seal against forgery, but
-whoever can write a file can write its digest as well. SHA-256 costs 15 times as much (27 against 1.8 GB/s on one core that has
-instructions for it), which is more than the copies of a save together.
+The hash is XXH3 with 128 bits. It finds accidents: what is torn, flipped, swapped or mixed up. It is no seal
+against forgery, but whoever can write a file can write its digest as well. SHA-256 costs 15 times as much (27
+against 1.8 GB/s on one core that has instructions for it), which is more than the copies of a save together.
 """
 
 from __future__ import annotations
@@ -106,7 +107,8 @@ class RandomAccessFile:
 
 
 def remove_unless_held(folder: Path, file: str) -> bool:
-    """Remove `folder`, unless a process on this machine (or on another, where the file system can tell) holds `file` in it.
+    """Remove `folder`, unless a process on this machine (or on another, where the file system can tell) holds
+    `file` in it.
 
     Whether it was removed: another process may also have been faster.
     """

@@ -1,7 +1,9 @@
-"""How the ranks of a run meet: a store for notes, a roll-call before the first collective, then the process group.
+"""How the ranks of a run meet: a store for notes, a roll-call before the first collective, then the process
+group.
 
-A start that cannot succeed ends after `start_timeout` seconds with the names of who is missing or who differs. Without the
-roll-call the ranks that are there would wait in their first collective for those that are not.
+A start that cannot succeed ends after `start_timeout` seconds with the names of who is missing or who
+differs. Without the roll-call the ranks that are there would wait in their first collective for those that
+are not.
 """
 
 from __future__ import annotations
@@ -65,10 +67,11 @@ class RollCallError(RendezvousError):
 def process_group(
     world: World, strategy: str = "ddp", start_timeout: float = 60.0, identity: str = ""
 ) -> Iterator[World]:
-    """The world with its device and store and, unless `strategy` is single, a process group for as long as the context lasts.
+    """The world with its device and store and, unless `strategy` is single, a process group for as long as
+    the context lasts.
 
-    `identity` is what this rank was asked to do, as text that must be the same on all. Raises ValueError if a node has fewer GPUs
-    than ranks, NotAllThere if the ranks do not come together.
+    `identity` is what this rank was asked to do, as text that must be the same on all. Raises ValueError if a
+    node has fewer GPUs than ranks, NotAllThere if the ranks do not come together.
     """
     world = replace(world, device=find_device(world))
     cuda = world.device.startswith("cuda")
@@ -101,7 +104,8 @@ def process_group(
 
 
 def meet(world: World, timeout: float, again: bool = False) -> Store:
-    """A connection to the store that all ranks share. Rank zero makes it, if the launcher has not and it is not a second one.
+    """A connection to the store that all ranks share. Rank zero makes it, if the launcher has not and it is
+    not a second one.
 
     Raises NotAllThere if it cannot be reached within `timeout` seconds.
     """
@@ -119,7 +123,7 @@ def meet(world: World, timeout: float, again: bool = False) -> Store:
         raise RendezvousError(f"rank {world.rank} did not meet the others: {error}") from None
 
 
-# the roll-call -----------------------------------------------------------------------------------------------------------
+# the roll-call ----------------------------------------------------------------------------------------------
 
 
 def report(world: World, identity: str) -> dict[str, Any]:
@@ -144,7 +148,9 @@ def gpu_of(world: World) -> str:
 
 
 def roll_call(world: World, mine: Mapping[str, Any], timeout: float) -> None:
-    """Report, and wait for rank zero's word that all are there and alike. Raises NotAllThere on all ranks if they are not."""
+    """Report, and wait for rank zero's word that all are there and alike. Raises NotAllThere on all ranks if
+    they are not.
+    """
     store = world.store
     store.set(f"beat/{world.rank}", "0 0 0 start")
     store.set(f"here/{world.rank}", json.dumps(mine))

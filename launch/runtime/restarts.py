@@ -1,4 +1,6 @@
-"""The lives of a run: who has started it again (torchrun, SLURM, the run itself), and how it does that itself."""
+"""The lives of a run: who has started it again (torchrun, SLURM, the run itself), and how it does that
+itself.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +28,11 @@ def attempt_id(environment: Mapping[str, str]) -> str:
 
 
 def reexec(run_dir: Path | None) -> NoReturn:
-    """Replace this process by a new one that runs the same command, in `run_dir`; may be called by any thread.
+    """Replace this process by a new one that runs the same command, in `run_dir`; may be called by any
+    thread.
 
-    For the launcher it is the same process. Nothing stays of the old one: not its memory, on a GPU neither, nor its threads,
-    collectives and open files.
+    For the launcher it is the same process. Nothing stays of the old one: not its memory, on a GPU neither,
+    nor its threads, collectives and open files.
     """
     import psutil  # a good part of what `--help` may take
 

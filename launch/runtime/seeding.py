@@ -1,7 +1,8 @@
 """Randomness as a function of where a run stands, not of what ran before.
 
-What is drawn depends on (seed, optimizer step, micro-batch of the global batch) on the device, and on (seed, epoch, sample)
-in data loading: never on the number of ranks or workers, and a resumed run draws what the uninterrupted one drew.
+What is drawn depends on (seed, optimizer step, micro-batch of the global batch) on the device, and on (seed,
+epoch, sample) in data loading: never on the number of ranks or workers, and a resumed run draws what the
+uninterrupted one drew.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ def mix(*parts: int | str) -> int:
 def seed_device(*parts: int | str) -> None:
     """Seed torch's default generators, host and device: dropout and all other draws of a forward pass.
 
-    Not by `torch.manual_seed`: without a GPU that notes a traceback for later in each call, half a millisecond a step.
+    Not by `torch.manual_seed`: without a GPU that notes a traceback for later in each call, half a
+    millisecond a step.
     """
     seed = mix(*parts)
     torch.default_generator.manual_seed(seed)

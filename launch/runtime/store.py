@@ -1,6 +1,8 @@
-"""Where the ranks of a run meet, and how one gets there: the address, the port, the store. Every wait has an end, and a reason.
+"""Where the ranks of a run meet, and how one gets there: the address, the port, the store. Every wait has an
+end, and a reason.
 
-A name that means another host, a closed door or a stranger at the port would else be a wait of minutes that ends in a backtrace.
+A name that means another host, a closed door or a stranger at the port would else be a wait of minutes that
+ends in a backtrace.
 """
 
 from __future__ import annotations
@@ -164,14 +166,14 @@ def spans(ranks: Iterable[int]) -> str:
     return ", ".join(f"{first}-{last}" if last > first else str(first) for first, last in found)
 
 
-# waits that end ---------------------------------------------------------------------------------------------------------
+# waits that end ---------------------------------------------------------------------------------------------
 
 
 def within(seconds: float, function: Callable[[], T]) -> T:
     """What `function` returns or raises. Raises TimeoutError if that takes longer.
 
-    The thread of a call that hangs (a dead file server, a collective) cannot be ended: it is left behind as a daemon, and the
-    command ends without waiting for it.
+    The thread of a call that hangs (a dead file server, a collective) cannot be ended: it is left behind as a
+    daemon, and the command ends without waiting for it.
     """
     results: list[T] = []
     errors: list[BaseException] = []

@@ -1,4 +1,6 @@
-"""Who takes part in a run: found in the environment of torchrun, accelerate, SLURM, Open MPI, or alone. No torch at first."""
+"""Who takes part in a run: found in the environment of torchrun, accelerate, SLURM, Open MPI, or alone. No
+torch at first.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ LAUNCHERS = ("torchrun", "srun", "accelerate", "mpirun", "environment", "python"
 
 
 def find_world(environment: Mapping[str, str], launcher: str = "auto") -> World:
-    """The world that the launcher describes, or that `launcher` does. Raises ValueError if what they say cannot be."""
+    """The world that the launcher describes, or that `launcher` does. Raises ValueError if what they say
+    cannot be.
+    """
     number = {name: int(value) for name, value in environment.items() if value.isdecimal()}
     found = {
         world.launcher: world for world in (look(environment, number) for look in LOOKS) if world is not None
@@ -68,7 +72,9 @@ def from_torchrun(environment: Mapping[str, str], number: Mapping[str, int]) -> 
 
 
 def from_srun(environment: Mapping[str, str], number: Mapping[str, int]) -> World | None:
-    """A task of an srun step. A batch script outside srun has SLURM_PROCID too: only a step has a task count of its own."""
+    """A task of an srun step. A batch script outside srun has SLURM_PROCID too: only a step has a task count
+    of its own.
+    """
     if "SLURM_PROCID" not in number or "SLURM_STEP_NUM_TASKS" not in number:
         return None
     return World(
@@ -143,7 +149,8 @@ def refuse_contradictions(world: World, environment: Mapping[str, str], number: 
 
 
 def slurm_rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
-    """MASTER_ADDR and MASTER_PORT of an srun step: its first host, and a port that follows from the job and step.
+    """MASTER_ADDR and MASTER_PORT of an srun step: its first host, and a port that follows from the job and
+    step.
 
     The ports lie below those that the kernel gives to outgoing connections (from 32768 on).
     """
@@ -160,7 +167,9 @@ def slurm_rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def mpi_rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
-    """MASTER_ADDR and MASTER_PORT of ranks that mpirun started on one host. Raises ValueError if it was on several."""
+    """MASTER_ADDR and MASTER_PORT of ranks that mpirun started on one host. Raises ValueError if it was on
+    several.
+    """
     if (
         environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") != environment["OMPI_COMM_WORLD_SIZE"]
         and "MASTER_ADDR" not in environment
@@ -173,7 +182,9 @@ def mpi_rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def find_device(world: World) -> str:
-    """`cuda:LOCAL_RANK` where there are GPUs, else `cpu`. Raises ValueError if some ranks of the node would have none."""
+    """`cuda:LOCAL_RANK` where there are GPUs, else `cpu`. Raises ValueError if some ranks of the node would
+    have none.
+    """
     import torch
 
     if not torch.cuda.is_available():

@@ -1,9 +1,11 @@
-"""BatchNorm's running statistics, made independent of how the global batch is spread over ranks and accumulation.
+"""BatchNorm's running statistics, made independent of how the global batch is spread over ranks and
+accumulation.
 
-A step over A micro-batches should move the running statistics once, by the mean of the A batch statistics. PyTorch moves them
-once per forward, so ranks and accumulation would count differently. Two facts mend it. Momentum m / (A - (A-1-i) m) for
-micro-batch i of A gives each the same weight and the old value 1-m in all. And since the update is linear, ranks may drift
-apart and be averaged later: the average of the drifted is the drift of the average.
+A step over A micro-batches should move the running statistics once, by the mean of the A batch statistics.
+PyTorch moves them once per forward, so ranks and accumulation would count differently. Two facts mend it.
+Momentum m / (A - (A-1-i) m) for micro-batch i of A gives each the same weight and the old value 1-m in all.
+And since the update is linear, ranks may drift apart and be averaged later: the average of the drifted is the
+drift of the average.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from launch.runtime.world import World
 
 
 class RunningStatistics:
-    """The BatchNorm layers of a run's models. Layers that average cumulatively (momentum=None) are left alone."""
+    """The BatchNorm layers of a run's models. Layers that average cumulatively (momentum=None) are left
+    alone.
+    """
 
     def __init__(self, models: Iterable[nn.Module]) -> None:
         layers = [

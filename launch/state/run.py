@@ -88,7 +88,8 @@ class Run:
 
     @property
     def sync_every_step(self) -> bool:
-        """Look at each loss before its step is made: where that is free (one process on a CPU), or asked for, or needed anyway.
+        """Look at each loss before its step is made: where that is free (one process on a CPU), or asked for,
+        or needed anyway.
 
         Elsewhere it would cost each step a wait for the device and a reduction over the ranks.
         """
@@ -129,7 +130,9 @@ class Run:
 
     @property
     def checkpoint_due(self) -> bool:
-        """Whether to save after this step: by `checkpoint.every`, at the end, and the best if it is to be kept."""
+        """Whether to save after this step: by `checkpoint.every`, at the end, and the best if it is to be
+        kept.
+        """
         best = self.config.checkpoint.best and self.progress.best_step == self.progress.step
         return best or self.stopping_early or self.due(self.config.checkpoint.every)
 
@@ -152,7 +155,9 @@ class Run:
         )
 
     def eval_loader(self, dataset: Dataset) -> tuple[data.Loader, data.EvalSampler]:
-        """Each sample of `dataset` once, over all ranks, and the sampler that knows which micro-batches count."""
+        """Each sample of `dataset` once, over all ranks, and the sampler that knows which micro-batches
+        count.
+        """
         if id(dataset) not in self.eval_loaders:
             sampler = data.EvalSampler(
                 len(dataset), self.batch_plan.micro_batch_size, self.world.rank, self.world.world_size
@@ -172,7 +177,9 @@ class Run:
 
 
 def prepare(settings: Settings, world: World, phase: Phase | None = None) -> Run:
-    """Build data and models. ValueError and FileNotFoundError are the user's to read (an empty data set, a bad option)."""
+    """Build data and models. ValueError and FileNotFoundError are the user's to read (an empty data set, a
+    bad option).
+    """
     config, recipe = settings.config, settings.recipe
     set_matmul_precision(config.precision)
     if config.precision == "tf32" and world.device == "cpu":
@@ -208,7 +215,9 @@ def prepare(settings: Settings, world: World, phase: Phase | None = None) -> Run
 
 
 def in_memory(splits: Splits, world: World, workers: int | None) -> Splits:
-    """The splits, those that lie in memory as such; the training data on the GPU, if small and no processes are asked for."""
+    """The splits, those that lie in memory as such; the training data on the GPU, if small and no processes
+    are asked for.
+    """
     found = {name: as_in_memory(split) or split for name, split in vars(splits).items()}
     if isinstance(found["train"], InMemoryDataset) and not workers:
         found["train"] = to_device_if_small(found["train"], world.device)
@@ -230,7 +239,9 @@ def refuse_without_validation(config: Config, recipe: Recipe) -> None:
 
 
 def build_strategies(config: Config, recipe: Recipe, world: World) -> dict[str, Strategy]:
-    """One strategy for each model of the recipe, set up in the recipe's order; the same weights on every rank."""
+    """One strategy for each model of the recipe, set up in the recipe's order; the same weights on every
+    rank.
+    """
     optimizers = recipe.optimizers()
     strategies: dict[str, Strategy] = {}
     for name, build_model in recipe.models().items():

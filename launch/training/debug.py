@@ -1,6 +1,8 @@
-"""`debug=true`: the first steps of a run, looked at closely. Used by `session` alone; the loop does not know of it.
+"""`debug=true`: the first steps of a run, looked at closely. Used by `session` alone; the loop does not know
+of it.
 
-The steps are those of the run itself, under its own schedule: what goes wrong at step 5 of the run goes wrong at step 5 here.
+The steps are those of the run itself, under its own schedule: what goes wrong at step 5 of the run goes wrong
+at step 5 here.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ EVALUATED = 4
 
 @contextmanager
 def mode(config: Config, run_dir: Path) -> Iterator[None]:
-    """Anomaly detection and deterministic algorithms for as long as the context lasts; nothing without `debug`."""
+    """Anomaly detection and deterministic algorithms for as long as the context lasts; nothing without
+    `debug`.
+    """
     if not config.debug:
         yield
         return
@@ -60,7 +64,9 @@ def mode(config: Config, run_dir: Path) -> Iterator[None]:
 
 
 def examine(run: Run, console: Console) -> None:
-    """Show each model, try to overfit one batch, then make `run` a short one. Leaves new models, as they were built first."""
+    """Show each model, try to overfit one batch, then make `run` a short one. Leaves new models, as they were
+    built first.
+    """
     steps = STEPS if run.config.debug is True else run.config.debug
     run.stop_at = run.progress.step + steps
     run.splits.val, run.splits.test = (shortened(split, run) for split in (run.splits.val, run.splits.test))
@@ -104,7 +110,8 @@ def renew(run: Run, config: Config) -> None:
 def check_backward(strategy: Strategy, run: Run) -> None:
     """Let a backward pass name the operation whose gradient is the first NaN, if the loss itself is finite.
 
-    A NaN in the forward pass is left to the loop, which names the module; backward could only blame the loss function.
+    A NaN in the forward pass is left to the loop, which names the module; backward could only blame the loss
+    function.
     """
     backward = strategy.backward
     forgiving = run.config.precision == "fp16" or run.recipe.skip_nonfinite
@@ -116,7 +123,7 @@ def check_backward(strategy: Strategy, run: Run) -> None:
     strategy.backward = checked  # type: ignore[method-assign]
 
 
-# after an exception -------------------------------------------------------------------------------------------------------
+# after an exception -----------------------------------------------------------------------------------------
 
 
 class Postmortem(pdb.Pdb):

@@ -65,9 +65,11 @@ def validate(run: Run, metrics: Metrics) -> None:
 
 
 def train_step(run: Run, batches: list[Batch]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """One optimizer step of each trained model, on `batches` on its device. Returns the mean loss and the gradient norm of each.
+    """One optimizer step of each trained model, on `batches` on its device. Returns the mean loss and the
+    gradient norm of each.
 
-    The loss is this rank's share of the mean over the global batch (under `run.sync_every_step` the mean itself).
+    The loss is this rank's share of the mean over the global batch (under `run.sync_every_step` the mean
+    itself).
     """
     run.phase.step, run.phase.batches = run.progress.step + 1, batches
     counted = global_num_items(run, batches)
@@ -105,7 +107,8 @@ def train_step(run: Run, batches: list[Batch]) -> tuple[dict[str, Tensor], dict[
 def evaluate(
     run: Run, dataset: Dataset, should_stop: Callable[[], bool] = lambda: False
 ) -> dict[str, Any] | None:
-    """The mean loss and the recipe's metrics over `dataset`, each sample counted once, on any number of ranks.
+    """The mean loss and the recipe's metrics over `dataset`, each sample counted once, on any number of
+    ranks.
 
     None if `should_stop`, which all ranks ask after each batch, says so.
     """
@@ -150,7 +153,9 @@ def evaluate(
 
 
 def computed(metric: Metric) -> Any:
-    """A metric over all ranks, as plain numbers. That some ranks had no sample of their own is nothing to warn about."""
+    """A metric over all ranks, as plain numbers. That some ranks had no sample of their own is nothing to
+    warn about.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The ``compute`` method of metric", UserWarning)
         return metric.compute().float().tolist()
@@ -158,7 +163,8 @@ def computed(metric: Metric) -> Any:
 
 @contextmanager
 def manual_gc() -> Iterator[None]:
-    """Without Python's garbage collector, which would stop one rank in the midst of a step while the others wait for it.
+    """Without Python's garbage collector, which would stop one rank in the midst of a step while the others
+    wait for it.
 
     The record collects between steps, on all ranks at the same ones.
     """
@@ -176,7 +182,8 @@ def manual_gc() -> Iterator[None]:
 def evaluating(run: Run) -> Iterator[None]:
     """The models in evaluation mode; then those that are trained in training mode again, a fixed teacher not.
 
-    Python's garbage collector works again meanwhile: an evaluation may be long, and nobody collects in it by hand.
+    Python's garbage collector works again meanwhile: an evaluation may be long, and nobody collects in it by
+    hand.
     """
     for model in run.models.values():
         model.eval()
@@ -202,7 +209,9 @@ def others_frozen(run: Run, trained: Strategy) -> Iterator[None]:
 
 
 def global_num_items(run: Run, batches: list[Batch]) -> Callable[[], int | Tensor]:
-    """What the losses of this step sum over, on all ranks and micro-batches: on its way now, to be asked for after forward."""
+    """What the losses of this step sum over, on all ranks and micro-batches: on its way now, to be asked for
+    after forward.
+    """
     if type(run.recipe).num_items is Recipe.num_items:
         known = run.batch_plan.batch_size * run.recipe.items_per_sample()  # a global batch is always full
         return lambda: known

@@ -18,13 +18,17 @@ if TYPE_CHECKING:
 STEPS, SECONDS = 100, 20.0
 """the check ends after whichever comes first"""
 ENOUGH, LEARNED, FALLING = 0.99, 0.9, 0.3
-"""share of the first loss that must be gone to end the check at once, for `it can be overfitted`, and for `it falls`"""
+"""share of the first loss that must be gone to end the check at once, for `it can be overfitted`, and for `it
+falls`
+"""
 TELLING = 20
 """so many steps without a fall are a verdict"""
 
 
 def overfit(run: Run, batch: Batch) -> Iterator[str]:
-    """Train on one micro-batch and say what came of it: a model, loss and optimizer that belong together learn it by heart."""
+    """Train on one micro-batch and say what came of it: a model, loss and optimizer that belong together
+    learn it by heart.
+    """
     losses = run.recipe.losses()
     if len(losses) > 1:
         yield f"one batch: the overfit check does not apply: {' and '.join(losses)} each have a loss of their own"
@@ -37,7 +41,8 @@ def overfit(run: Run, batch: Batch) -> Iterator[str]:
     norm, untouched = 0.0, list[str]()
     deadline = time.monotonic() + SECONDS
     while len(values) <= STEPS and (time.monotonic() < deadline or len(values) < 3):
-        # the same draw each time: a network thinned out by a fixed dropout mask can learn a batch by heart, too
+        # the same draw each time: a network thinned out by a fixed dropout mask can learn a batch by heart,
+        # too
         seed_device(run.config.seed, "debug")
         with others_frozen(run, strategy), strategy.micro_batch(last=True):
             loss = loss_function(run.models, batch)
@@ -59,7 +64,9 @@ def gone(values: list[float]) -> float:
 
 
 def without_gradient(strategy: Strategy) -> list[str]:
-    """Trainable parameters that the backward pass did not reach; none where the backend keeps gradients elsewhere (ZeRO)."""
+    """Trainable parameters that the backward pass did not reach; none where the backend keeps gradients
+    elsewhere (ZeRO).
+    """
     trainable = {name: p for name, p in strategy.module.named_parameters() if p.requires_grad}
     missing = [name for name, p in trainable.items() if p.grad is None]
     return missing if len(missing) < len(trainable) else []

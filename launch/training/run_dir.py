@@ -22,11 +22,15 @@ from launch.runtime.world import World
 REPEATED = 3
 """lives that may fail in the same way before the run is not started again"""
 NOT_KEPT = ("config", "run_dir", "resume")
-"""keys that say where and how to start, and would be wrong in the file when it is used as `config=` of another run"""
+"""keys that say where and how to start, and would be wrong in the file when it is used as `config=` of
+another run
+"""
 
 
 def find_run_dir(settings: Settings) -> Path:
-    """The run directory asked for, or a new name. Raises ValueError if it holds a run that this one must not touch."""
+    """The run directory asked for, or a new name. Raises ValueError if it holds a run that this one must not
+    touch.
+    """
     config = settings.config
     name = Path(config.recipe.partition(":")[0]).stem
     if config.run_dir is None and config.debug:
@@ -51,17 +55,20 @@ def find_run_dir(settings: Settings) -> Path:
 
 
 def default_run_dir(folder: Path, environment: Mapping[str, str]) -> Path:
-    """`TIME-MARK`: the mark is of the process that started the run, so that two started in the same second do not meet.
+    """`TIME-MARK`: the mark is of the process that started the run, so that two started in the same second do
+    not meet.
 
-    Under torchrun that is its agent: a rank that it starts again finds the directory of its former life by the mark. Raises
-    ValueError where it cannot: after a restart on several nodes, rank zero may be on another.
+    Under torchrun that is its agent: a rank that it starts again finds the directory of its former life by
+    the mark. Raises ValueError where it cannot: after a restart on several nodes, rank zero may be on
+    another.
     """
     several = environment.get("LOCAL_WORLD_SIZE") != environment.get("WORLD_SIZE")
     if several and environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
         raise ValueError(
             "torchrun --max-restarts on several nodes needs run_dir=: else a restarted run begins anew"
         )
-    # .../torchelastic_abc/none_xyz/attempt_0/0/error.json: drawn by the agent, once for all lives of its ranks
+    # .../torchelastic_abc/none_xyz/attempt_0/0/error.json: drawn by the agent, once for all lives of its
+    # ranks
     agent = environment.get("TORCHELASTIC_ERROR_FILE", "").partition("/attempt_")[0]
     mark = hashlib.blake2b(
         f"{socket.gethostname()} {agent or os.getpid()}".encode(), digest_size=2
@@ -71,7 +78,9 @@ def default_run_dir(folder: Path, environment: Mapping[str, str]) -> Path:
 
 
 def refuse_to_loop(path: Path) -> None:
-    """Raise ValueError if the last lives of the run failed in the same way at the same step: another one would too."""
+    """Raise ValueError if the last lives of the run failed in the same way at the same step: another one
+    would too.
+    """
     try:
         failure: dict[str, Any] = json.loads((path / "failure.json").read_text())
     except (OSError, ValueError):

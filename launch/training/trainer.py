@@ -39,7 +39,9 @@ from launch.watchdog.watchdog import Watchdog, end
 
 
 def run(settings: Settings, world: World, run_dir: Path) -> int:
-    """Train to the end, or to a stop on purpose; returns the exit code. A failure or mistake ends the process, never hangs."""
+    """Train to the end, or to a stop on purpose; returns the exit code. A failure or mistake ends the
+    process, never hangs.
+    """
     config, phase, start = settings.config, Phase(), Start()
     start.reached("imports")
     stop = StopRequest(deadline(config.max_time, os.environ))
@@ -102,7 +104,9 @@ def run(settings: Settings, world: World, run_dir: Path) -> int:
 def drive(
     run: Run, run_dir: Path, beginning: str, stop: StopRequest, watchdog: Watchdog, start: Start
 ) -> str:
-    """Banner, training, test, weights, summary. Returns why the run has stopped before its end; empty if it has not."""
+    """Banner, training, test, weights, summary. Returns why the run has stopped before its end; empty if it
+    has not.
+    """
     found = versions()
     console = Console(run.world.rank == 0, lines=bool(run.config.debug))
     console.banner(run, run_dir, found, beginning)
@@ -173,7 +177,8 @@ def begin(run: Run, run_dir: Path) -> str:
 
 
 def is_mistake(error: Exception) -> bool:
-    """Whether an error before the first step is the user's to mend: raised, in words, by us or by the recipe itself.
+    """Whether an error before the first step is the user's to mend: raised, in words, by us or by the recipe
+    itself.
 
     The same exception out of a library's depths is a failure and keeps its traceback.
     """

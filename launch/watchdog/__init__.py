@@ -1,1 +1,3 @@
-"""What keeps a run alive, and what is said when it ends: signals, ranks that are lost or hang, verdicts, faults on purpose."""
+"""What keeps a run alive, and what is said when it ends: signals, ranks that are lost or hang, verdicts,
+faults on purpose.
+"""

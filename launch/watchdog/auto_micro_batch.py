@@ -1,8 +1,10 @@
-"""`micro_batch_size=auto`: if memory runs out on any rank, all of them begin again with a smaller micro-batch.
+"""`micro_batch_size=auto`: if memory runs out on any rank, all of them begin again with a smaller
+micro-batch.
 
-The rank that is out of memory cannot mend its step: the others wait for it in a collective, each with gradients half made. So
-its verdict goes round as that on a failure does, the first one wins, and each process replaces itself by a new one, which goes on
-from the newest checkpoint. More accumulation makes up for the smaller size: the global batch stays, and with it the curve.
+The rank that is out of memory cannot mend its step: the others wait for it in a collective, each with
+gradients half made. So its verdict goes round as that on a failure does, the first one wins, and each process
+replaces itself by a new one, which goes on from the newest checkpoint. More accumulation makes up for the
+smaller size: the global batch stays, and with it the curve.
 """
 
 from __future__ import annotations
@@ -70,7 +72,9 @@ def verdict_on(error: BaseException, config: Config, world: World, phase: Phase)
 
 
 def remember(verdict: FailureReport, run_dir: Path) -> None:
-    """Keep the size for the lives to come: in config.yaml, from which other runs may be started too. Raises OSError."""
+    """Keep the size for the lives to come: in config.yaml, from which other runs may be started too. Raises
+    OSError.
+    """
     path = run_dir / "config.yaml"
     content: dict[str, Any] = yaml.safe_load(path.read_text())
     content["micro_batch_size"] = verdict["micro_batch_size"]

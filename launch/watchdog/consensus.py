@@ -1,4 +1,6 @@
-"""What one rank wishes, all ranks do at the same step: save by the clock of rank zero, stop at a signal that one node got."""
+"""What one rank wishes, all ranks do at the same step: save by the clock of rank zero, stop at a signal that
+one node got.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ MOST = 31
 class Consensus:
     """An all-reduce of a few flags, on the host, whose outcome is read at the next call: nobody waits for it.
 
-    A decision by each rank's own clock would let some ranks save while others step. A process by itself need not ask.
+    A decision by each rank's own clock would let some ranks save while others step. A process by itself need
+    not ask.
     """
 
     def __init__(self, world: World, requests: Collection[str], period: float = PERIOD) -> None:
@@ -33,10 +36,11 @@ class Consensus:
         self.clock = time.perf_counter()
 
     def exchange(self, requests: Collection[str], seldom: bool = False) -> set[str]:
-        """Say this rank's wishes; hear what any rank wished when last asked. All ranks call it at the same places.
+        """Say this rank's wishes; hear what any rank wished when last asked. All ranks call it at the same
+        places.
 
-        With `seldom`, calls that come faster than `period` go by without a question, as many as rank zero has said: beside a
-        step of a millisecond an all-reduce is not cheap.
+        With `seldom`, calls that come faster than `period` go by without a question, as many as rank zero has
+        said: beside a step of a millisecond an all-reduce is not cheap.
         """
         if self.world.world_size == 1:
             return set(requests)

@@ -1,4 +1,6 @@
-"""How a run fails: the rank that failed first says so, once for all; the others, who merely lost it, look for the cause."""
+"""How a run fails: the rank that failed first says so, once for all; the others, who merely lost it, look for
+the cause.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ WORDS = (NonFinite, SaveError)
 
 
 def fail(error: Exception, watchdog: Watchdog, verdict: FailureReport | None = None) -> NoReturn:
-    """End all ranks with the verdict on `error`, which is told once; exit code 1. Another `verdict` may let them begin again."""
+    """End all ranks with the verdict on `error`, which is told once; exit code 1. Another `verdict` may let
+    them begin again.
+    """
     if verdict is not None:
         watchdog.failed(verdict, lost_a_peer=False)
     verdict = failure_report.from_exception(error, watchdog.world, watchdog.phase)

@@ -1,4 +1,6 @@
-"""What is said of a failure: one block on the screen, the same in failure.json. It names rank, host, step, phase and line."""
+"""What is said of a failure: one block on the screen, the same in failure.json. It names rank, host, step,
+phase and line.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ LIBRARIES = tuple(
 
 
 def is_users(frame: FrameType) -> bool:
-    """Whether a frame is the recipe's (a built-in one counts too), or of a module that it uses, not torch's or ours."""
+    """Whether a frame is the recipe's (a built-in one counts too), or of a module that it uses, not torch's
+    or ours.
+    """
     name = str(frame.f_globals.get("__name__", ""))
     if name == "recipes.base":
         return False
@@ -131,7 +135,7 @@ def hint(error: BaseException) -> str:
     return next((words for signs, words in HINTS if any(sign in text for sign in signs)), "")
 
 
-# on the screen -----------------------------------------------------------------------------------------------------------
+# on the screen ----------------------------------------------------------------------------------------------
 
 
 def render(verdict: FailureReport, run_dir: Path | None) -> str:
@@ -158,7 +162,9 @@ def headline(verdict: FailureReport) -> str:
 
 
 def for_torchrun(verdict: FailureReport) -> None:
-    """Let torchrun's own report, which follows ours, name the cause too, instead of `traceback: to enable, see ...`."""
+    """Let torchrun's own report, which follows ours, name the cause too, instead of `traceback: to enable,
+    see ...`.
+    """
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         told = {"py_callstack": render(verdict, None), "timestamp": str(int(verdict["time"]))}
         with suppress(OSError):
@@ -166,7 +172,8 @@ def for_torchrun(verdict: FailureReport) -> None:
 
 
 def write_once(verdict: FailureReport, run_dir: Path) -> bool:
-    """Write failure.json if there is none; whether this was the first. A disk that cannot be written to hides nothing.
+    """Write failure.json if there is none; whether this was the first. A disk that cannot be written to hides
+    nothing.
 
     It says how often in a row lives of the run have failed like this: `run_dir.refuse_to_loop` reads it.
     """

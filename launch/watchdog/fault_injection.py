@@ -1,6 +1,8 @@
-"""`chaos=KIND:rank=R,step=S`: a fault that really happens, to see the verdict and the recovery before a cluster shows them.
+"""`chaos=KIND:rank=R,step=S`: a fault that really happens, to see the verdict and the recovery before a
+cluster shows them.
 
-It strikes in the forward pass of step S on rank R, and in the first life of a run only: what comes after is the recovery.
+It strikes in the forward pass of step S on rank R, and in the first life of a run only: what comes after is
+the recovery.
 """
 
 from __future__ import annotations
@@ -70,7 +72,7 @@ def prepare(run: Run, run_dir: Path) -> None:
     run.recipe.losses = lambda: wrapped  # type: ignore[method-assign]
 
 
-# the kinds ----------------------------------------------------------------------------------------------------------------
+# the kinds --------------------------------------------------------------------------------------------------
 
 
 def kill(run: Run, run_dir: Path) -> None:  # noqa: ARG001
@@ -113,7 +115,9 @@ def sigterm(run: Run, run_dir: Path) -> None:  # noqa: ARG001
 
 
 def torn_checkpoint(run: Run, run_dir: Path) -> None:
-    """The newest checkpoint loses half of a file, as a disk may after a power failure, and the process is killed."""
+    """The newest checkpoint loses half of a file, as a disk may after a power failure, and the process is
+    killed.
+    """
     if checkpoints := list_checkpoints(run_dir):
         file = min(checkpoints[-1].glob("*.safetensors"))
         os.truncate(file, file.stat().st_size // 2)

@@ -39,7 +39,9 @@ def check_loss(run: Run, name: str, loss: Tensor, batches: list[Batch]) -> bool:
 
 
 def check_gradients(run: Run, name: str, norm: Tensor) -> None:
-    """Raise NonFinite for a gradient norm that is no number; under fp16 such a step was skipped and the scale lowered."""
+    """Raise NonFinite for a gradient norm that is no number; under fp16 such a step was skipped and the scale
+    lowered.
+    """
     if run.config.precision != "fp16" and not math.isfinite(norm):
         bad = first_bad_parameter(run.strategies[name].module)
         bad = bad and f"{name}.{bad}"
@@ -50,7 +52,8 @@ def check_gradients(run: Run, name: str, norm: Tensor) -> None:
 
 
 def find_culprit(run: Run, name: str, batches: list[Batch]) -> str:
-    """Repeat the forward passes of the step and name the rank and the first input, parameter or module that is not finite.
+    """Repeat the forward passes of the step and name the rank and the first input, parameter or module that
+    is not finite.
 
     Every rank calls it: under FSDP and ZeRO-3 a forward pass is a collective.
     """

@@ -1,6 +1,8 @@
-"""Stopping on purpose: a signal or the clock asks, the ranks agree at a step boundary, the run is saved and can go on.
+"""Stopping on purpose: a signal or the clock asks, the ranks agree at a step boundary, the run is saved and
+can go on.
 
-Nothing is done inside a signal handler but to take note: a save is collective, and a signal comes at any moment.
+Nothing is done inside a signal handler but to take note: a save is collective, and a signal comes at any
+moment.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ class StopRequest:
                 signal.signal(number, self.heard)
 
     def give_up(self) -> None:
-        """There is nothing to save: let signals end this process, as the launcher means it that ends all ranks."""
+        """There is nothing to save: let signals end this process, as the launcher means it that ends all
+        ranks.
+        """
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
 
@@ -67,7 +71,9 @@ class StopRequest:
                 )
 
     def wished(self, by_clock: bool) -> bool:
-        """Whether to stop now: a signal came or, `by_clock`, there is just time left to finish a step and to save."""
+        """Whether to stop now: a signal came or, `by_clock`, there is just time left to finish a step and to
+        save.
+        """
         if (
             by_clock
             and not self.reason
@@ -78,12 +84,16 @@ class StopRequest:
         return bool(self.reason)
 
     def measured(self, step: float, save: float | None) -> None:
-        """How long a step and a save (if there was one yet) take at most: the margin before the deadline follows them."""
+        """How long a step and a save (if there was one yet) take at most: the margin before the deadline
+        follows them.
+        """
         self.margin = MARGIN + 2 * step + (UNKNOWN_SAVE if save is None else 2 * save)
 
 
 def deadline(max_time: str | None, environment: Mapping[str, str]) -> float | None:
-    """When the run has to have ended, in seconds since the epoch: by `max_time` from its start, or by SLURM's time limit."""
+    """When the run has to have ended, in seconds since the epoch: by `max_time` from its start, or by SLURM's
+    time limit.
+    """
     import psutil
 
     # from the start of the process: it stays the same one if the run begins again by itself
@@ -94,7 +104,9 @@ def deadline(max_time: str | None, environment: Mapping[str, str]) -> float | No
 
 
 def seconds(text: str) -> float:
-    """A length of time as SLURM writes it: minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS. Raises ValueError."""
+    """A length of time as SLURM writes it: minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS. Raises
+    ValueError.
+    """
     days, dash, rest = text.rpartition("-")
     parts = rest.split(":")
     if not all(part.isdecimal() for part in (*parts, *([days] if dash else []))) or len(parts) > 3:
@@ -110,7 +122,9 @@ def seconds(text: str) -> float:
 
 
 def leave_note(run_dir: Path, note: dict[str, Any]) -> None:
-    """Tell whoever started the run that it wants to be started again. On rank zero, after the last save is committed."""
+    """Tell whoever started the run that it wants to be started again. On rank zero, after the last save is
+    committed.
+    """
     import json
 
     write_text_atomically(run_dir / FILE, json.dumps({**note, "time": round(time.time(), 3)}) + "\n")

@@ -1,8 +1,9 @@
 """A thread of each rank that tells the others that it lives, and that notices when they do not.
 
-The training itself cannot: when one rank dies or hangs, the others wait for it in a collective, for as long as that takes. So
-each rank leaves a heartbeat (alive, where in its run) with the store every second or so, on a connection of its own. Rank zero
-looks at them. The first verdict wins: who posts it has failed first, all others end when they read it, rank zero tells it.
+The training itself cannot: when one rank dies or hangs, the others wait for it in a collective, for as long
+as that takes. So each rank leaves a heartbeat (alive, where in its run) with the store every second or so, on
+a connection of its own. Rank zero looks at them. The first verdict wins: who posts it has failed first, all
+others end when they read it, rank zero tells it.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ TELLING = 3.0
 ENDED = "0 0 0 end"
 """the last heartbeat of a rank that has come to a good end"""
 WARM_UP = 3
-"""the first step may take so many times as long: it compiles; an evaluation too, whose metrics are imported and computed"""
+"""the first step may take so many times as long: it compiles; an evaluation too, whose metrics are imported
+and computed
+"""
 
 
 class Watchdog:
@@ -59,7 +62,9 @@ class Watchdog:
         self.world, self.phase, self.hang_timeout = world, phase, hang_timeout
         self.run_dir: Path | None = None
         self.before_end: Callable[[], object] = lambda: None
-        """called before this process ends for the failure of another rank: a save in flight may still become whole"""
+        """called before this process ends for the failure of another rank: a save in flight may still become
+        whole
+        """
         self.interval = max(1.0, world.world_size / RANKS_A_SECOND)
         self.main = threading.main_thread().ident
         self.over = threading.Event()
@@ -83,8 +88,8 @@ class Watchdog:
     def guard(self) -> None:
         """In a thread of its own: end, if the store has not answered for LOST beats.
 
-        Whoever asks it waits for ever: a cable that was cut ends no connection. Beats are counted, not seconds: a host that slept
-        has missed none.
+        Whoever asks it waits for ever: a cable that was cut ends no connection. Beats are counted, not
+        seconds: a host that slept has missed none.
         """
         silent = 0
         while not self.closed.wait(self.interval):
@@ -93,7 +98,7 @@ class Watchdog:
             if silent > LOST:
                 self.forsaken()
 
-    # in the thread ----------------------------------------------------------------------------------------------------
+    # in the thread ------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Until the end: beat, read, look around."""
@@ -139,10 +144,12 @@ class Watchdog:
                 self.publish(store, verdict)
             store.delete_key("where")  # it has moved after all
 
-    # ends -------------------------------------------------------------------------------------------------------------
+    # ends ---------------------------------------------------------------------------------------------------
 
     def failed(self, verdict: FailureReport, lost_a_peer: bool) -> NoReturn:
-        """In the main thread: end with `verdict`; if it is only that another rank is gone, with the reason for that."""
+        """In the main thread: end with `verdict`; if it is only that another rank is gone, with the reason
+        for that.
+        """
         self.over.set()
         try:
             if lost_a_peer:
@@ -152,7 +159,9 @@ class Watchdog:
             self.forsaken(None if lost_a_peer else verdict)
 
     def cause(self) -> FailureReport | None:
-        """Why connections broke: the verdict of another rank (then this process ends), or ranks that do not live any more."""
+        """Why connections broke: the verdict of another rank (then this process ends), or ranks that do not
+        live any more.
+        """
         store, others = self.world.store, Heartbeats(self.world.world_size)
         others.look(store)
         if wait_for(lambda: store.check(["verdict"]), (GONE + 1) * self.interval):
@@ -203,7 +212,8 @@ class Watchdog:
             store.set(f"heard/{self.world.rank}", "")
         point = rendezvous_endpoint(self.world, os.environ)
         if point and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-            # rank zero serves the store, and will again: the old one must be gone before this rank looks for the new one
+            # rank zero serves the store, and will again: the old one must be gone before this rank looks for
+            # the new one
             wait_for(lambda: not is_open(*point), LOST * self.interval)
         reexec(self.run_dir)
 
@@ -221,7 +231,7 @@ class Watchdog:
             print(failure_report.render(verdict, self.run_dir), file=sys.stderr, flush=True)
         end()
 
-    # verdicts ---------------------------------------------------------------------------------------------------------
+    # verdicts -----------------------------------------------------------------------------------------------
 
     def about_lost(self, ranks: list[int], store: Store, others: Heartbeats) -> FailureReport:
         """The verdict on ranks that have ended without a word."""
@@ -279,7 +289,9 @@ class Watchdog:
         }
 
     def stack(self) -> str:
-        """Where the main thread is: step, phase, the innermost line of the user's or our own code, and the whole stack."""
+        """Where the main thread is: step, phase, the innermost line of the user's or our own code, and the
+        whole stack.
+        """
         frame = sys._current_frames().get(self.main or 0)
         return json.dumps(
             {
@@ -337,7 +349,9 @@ def tell(verdict: FailureReport, run_dir: Path | None) -> None:
 
 
 def end(lock: threading.Lock | None = None) -> NoReturn:
-    """End this process with exit code 1, without waiting for any other rank; the first thread that holds `lock` may."""
+    """End this process with exit code 1, without waiting for any other rank; the first thread that holds
+    `lock` may.
+    """
     if lock is not None:
         lock.acquire()
     sys.stdout.flush()

@@ -1,1 +1,3 @@
-"""What recipes are made of: options with their meaning. Importing a part imports no torch, `transformer` excepted."""
+"""What recipes are made of: options with their meaning. Importing a part imports no torch, `transformer`
+excepted.
+"""

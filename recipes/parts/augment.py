@@ -1,4 +1,6 @@
-"""Augmentation of whole batches of images, each by draws of its own: a function of the samples' seeds, on any device."""
+"""Augmentation of whole batches of images, each by draws of its own: a function of the samples' seeds, on any
+device.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ if TYPE_CHECKING:
 def uniform(seeds: Tensor, draws: int) -> Tensor:
     """`draws` numbers from 0 to below 1 for each seed: int64 [n] to float32 [n, draws].
 
-    The finaliser of splitmix64 (Steele, Lea and Flood 2014) in signed integers, which wrap around; `>>` drags the sign along.
+    The finaliser of splitmix64 (Steele, Lea and Flood 2014) in signed integers, which wrap around; `>>` drags
+    the sign along.
     """
     import torch
 
@@ -26,7 +29,9 @@ def uniform(seeds: Tensor, draws: int) -> Tensor:
 
 
 def rotate_and_move(images: Tensor, seeds: Tensor, degrees: float, share: float) -> Tensor:
-    """Turn each of `images` [n, c, h, w] by up to `degrees`, and move it by up to `share` of its size; uncovered is 0."""
+    """Turn each of `images` [n, c, h, w] by up to `degrees`, and move it by up to `share` of its size;
+    uncovered is 0.
+    """
     import torch
     from torch.nn import functional as F
 
@@ -40,7 +45,9 @@ def rotate_and_move(images: Tensor, seeds: Tensor, degrees: float, share: float)
 
 
 def crop_and_mirror(images: Tensor, seeds: Tensor, padding: int) -> Tensor:
-    """Move each of `images` [n, c, h, w] by up to `padding` pixels, what is uncovered being 0, and mirror every other one."""
+    """Move each of `images` [n, c, h, w] by up to `padding` pixels, what is uncovered being 0, and mirror
+    every other one.
+    """
     import torch
     from torch.nn import functional as F
 

@@ -22,7 +22,8 @@ class Dataset(Protocol):
 
 @runtime_checkable
 class InMemoryDataset(Dataset, Protocol):
-    """A data set that lies in memory and gives a whole micro-batch at once: no worker processes, no collation.
+    """A data set that lies in memory and gives a whole micro-batch at once: no worker processes, no
+    collation.
 
     `torch.utils.data.TensorDataset` is taken for one by itself.
     """
@@ -35,9 +36,11 @@ class InMemoryDataset(Dataset, Protocol):
         """The same samples in the memory of `device`."""
 
     def batch(self, indices: Tensor, seeds: Callable[[], Tensor]) -> Batch:
-        """The samples at `indices`, collated, where they lie. `indices`, and what `seeds` returns, are int64 [n], on the host.
+        """The samples at `indices`, collated, where they lie. `indices`, and what `seeds` returns, are int64
+        [n], on the host.
 
-        An augmentation is a function of `seeds()` (`recipes.parts.augment.uniform`), and so not of ranks and workers.
+        An augmentation is a function of `seeds()` (`recipes.parts.augment.uniform`), and so not of ranks and
+        workers.
         """
 
 

@@ -29,7 +29,9 @@ def read_digits() -> tuple[Tensor, Tensor]:
 
 
 def read_mnist(root: Path, train: bool) -> tuple[Tensor, Tensor]:
-    """MNIST's images [N, 1, 28, 28] and classes, from the files as downloaded (torchvision wants them unpacked)."""
+    """MNIST's images [N, 1, 28, 28] and classes, from the files as downloaded (torchvision wants them
+    unpacked).
+    """
     images, classes = (find_idx(root, file) for file in (MNIST_FILES[:2] if train else MNIST_FILES[2:]))
     assert images is not None
     assert classes is not None
@@ -43,7 +45,9 @@ def find_idx(root: Path, file: str) -> Path | None:
 
 
 def read_idx(path: Path) -> Tensor:
-    """A file of the IDX format: two zero bytes, the type (8: bytes), the number of sizes, the sizes, the data."""
+    """A file of the IDX format: two zero bytes, the type (8: bytes), the number of sizes, the sizes, the
+    data.
+    """
     import torch
 
     data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()

@@ -1,7 +1,8 @@
 """Labelled images as options: where they come from, how they are split, normalised and augmented.
 
-A sample is (float32 tensor [channels, height, width], class). Images in memory are augmented a whole batch at a time, by the seed
-of each sample; photographs in files one by one, from the default generators: who seeds them gets the same picture anywhere.
+A sample is (float32 tensor [channels, height, width], class). Images in memory are augmented a whole batch at
+a time, by the seed of each sample; photographs in files one by one, from the default generators: who seeds
+them gets the same picture anywhere.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ USED_BY = {
 
 
 class Facts(NamedTuple):
-    """What is known of a set before it is read. Mean and standard deviation per channel, of pixels from 0 to 1."""
+    """What is known of a set before it is read. Mean and standard deviation per channel, of pixels from 0 to
+    1.
+    """
 
     channels: int
     size: int
@@ -67,9 +70,13 @@ class Images:
     """`data.*`"""
 
     name: Literal["digits", "mnist", "cifar10", "imagefolder", "synthetic"] = "digits"
-    """digits comes with scikit-learn; mnist, cifar10 and imagefolder are read from data.root; synthetic is drawn"""
+    """digits comes with scikit-learn; mnist, cifar10 and imagefolder are read from data.root; synthetic is
+    drawn
+    """
     root: str = "data"
-    """folder that holds MNIST/raw/, cifar-10-batches-py/, or for imagefolder train/CLASS/*.png (val/, test/ optional)"""
+    """folder that holds MNIST/raw/, cifar-10-batches-py/, or for imagefolder train/CLASS/*.png (val/, test/
+    optional)
+    """
     image_size: int | None = None
     """height and width in pixels (default: the set's own; imagefolder 224)"""
     augment: bool = True
@@ -143,7 +150,7 @@ class Images:
             "imagefolder": "train/CLASS/*.png and val/CLASS/*.png, or CLASS/*.png for us to split",
         }[self.name]
 
-    # what a model has to know -----------------------------------------------------------------------------------------
+    # what a model has to know -------------------------------------------------------------------------------
 
     @property
     def channels(self) -> int:
@@ -161,7 +168,7 @@ class Images:
             return len(class_folders(self._train_folder()))
         return self.classes if self.name == "synthetic" else 10
 
-    # building ---------------------------------------------------------------------------------------------------------
+    # building -----------------------------------------------------------------------------------------------
 
     def build(self) -> Splits:
         """The splits: training images augmented, the others plain."""
@@ -281,7 +288,9 @@ class InMemory:
 
 
 class Synthetic:
-    """Noise over a coarse pattern of its class: learnable, and a function of the index, so that a million costs nothing."""
+    """Noise over a coarse pattern of its class: learnable, and a function of the index, so that a million
+    costs nothing.
+    """
 
     def __init__(self, options: Images) -> None:
         import torch

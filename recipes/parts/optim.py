@@ -35,7 +35,9 @@ class Optim:
     """adam, adamw: added to the denominator"""
 
     def check(self, declared: Optim | None = None) -> None:
-        """Raise ValueError for fields that make no sense; `declared` is what the recipe says unless the user speaks."""
+        """Raise ValueError for fields that make no sense; `declared` is what the recipe says unless the user
+        speaks.
+        """
         refuse_unused("optim", self, declared or Optim(), USED_BY)
         for name in ("lr", "weight_decay", "eps"):
             if not getattr(self, name) >= 0:

@@ -1,7 +1,8 @@
 """Learning-rate schedules in optimizer steps, as one multiplier of each parameter group's own learning rate.
 
-A schedule is a function of the step, not an object with a history: a resumed run needs nothing restored. The one exception,
-reduce-on-plateau, keeps its few numbers in `Plateau`. The formulas are those of `torch.optim.lr_scheduler`.
+A schedule is a function of the step, not an object with a history: a resumed run needs nothing restored. The
+one exception, reduce-on-plateau, keeps its few numbers in `Plateau`. The formulas are those of
+`torch.optim.lr_scheduler`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ USED_BY = {
 
 @dataclass(kw_only=True)
 class Schedule:
-    """`schedule.*`: lengths are optimizer steps, or below 1 a fraction of the run, so that they survive another `epochs`."""
+    """`schedule.*`: lengths are optimizer steps, or below 1 a fraction of the run, so that they survive
+    another `epochs`.
+    """
 
     name: Literal["constant", "step", "multistep", "cosine", "onecycle", "noam", "plateau"] = "constant"
     """how the learning rate moves after the warm-up"""
@@ -56,7 +59,9 @@ class Schedule:
     """plateau: evaluations after a decay in which nothing is counted"""
 
     def check(self, declared: Schedule | None = None) -> None:
-        """Raise ValueError for fields that make no sense; `declared` is what the recipe says unless the user speaks."""
+        """Raise ValueError for fields that make no sense; `declared` is what the recipe says unless the user
+        speaks.
+        """
         refuse_unused("schedule", self, declared or Schedule(), USED_BY)
         if not self.warmup >= 0:
             raise ValueError(
@@ -95,7 +100,8 @@ class Schedule:
                 raise ValueError(f"schedule.{name}={getattr(self, name)}: give 0 or more")
 
     def factor(self, step: int, total_steps: int) -> float:
-        """Multiplier of each group's learning rate at optimizer step `step` (0, 1, ...) of a run of `total_steps`.
+        """Multiplier of each group's learning rate at optimizer step `step` (0, 1, ...) of a run of
+        `total_steps`.
 
         Under `plateau` this is the warm-up alone; the loop multiplies by `Plateau.scale`.
         """
@@ -115,7 +121,8 @@ class Schedule:
             case "onecycle":
                 return self._onecycle(step - warmup, total_steps - warmup)
             case "noam":
-                # Vaswani et al. 2017, section 5.3: d^-0.5 * min(s^-0.5, s * warmup^-1.5), s = 1, 2, ..., over its peak
+                # Vaswani et al. 2017, section 5.3: d^-0.5 * min(s^-0.5, s * warmup^-1.5), s = 1, 2, ..., over
+                # its peak
                 return math.sqrt(max(warmup, 1) / (step + 1))
         return 1.0
 
@@ -129,7 +136,9 @@ class Schedule:
         return self.min_factor + (1 - self.min_factor) * (1 + math.cos(math.pi * progress)) / 2
 
     def _onecycle(self, step: int, steps: int) -> float:
-        """Smith and Topin 2018, as in torch's OneCycleLR: cosine up to 1 and cosine down, without cycling the momentum."""
+        """Smith and Topin 2018, as in torch's OneCycleLR: cosine up to 1 and cosine down, without cycling the
+        momentum.
+        """
         start = 1 / self.div_factor
         end = start / self.final_div_factor
         peak, last = self.pct_start * steps - 1, steps - 1
@@ -148,7 +157,9 @@ def in_steps(length: float, total_steps: int) -> int:
 
 
 class Plateau:
-    """Reduce-on-plateau: torch's ReduceLROnPlateau with a relative threshold, fed with one objective an evaluation."""
+    """Reduce-on-plateau: torch's ReduceLROnPlateau with a relative threshold, fed with one objective an
+    evaluation.
+    """
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule

@@ -28,8 +28,8 @@ def split(
 ) -> Splits:
     """Training, validation and test views of `dataset`; a fraction of 0 leaves that view out.
 
-    `plain` is the same data without augmentation, for validation and test. The seed is of the split, not of the run: what
-    is held out should stay held out when a run is repeated under another seed.
+    `plain` is the same data without augmentation, for validation and test. The seed is of the split, not of
+    the run: what is held out should stay held out when a run is repeated under another seed.
     """
     size = len(dataset)
     held = {name: held_out(size, fraction, name) for name, fraction in (("val", val), ("test", test))}

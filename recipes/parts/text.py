@@ -1,7 +1,7 @@
 """Text as options: windows of one file, as a function of their index.
 
-A sample is (x, y), int64 [block] each, y being x one token on. Validation and test are the tail of the text: windows drawn
-at random would have neighbours in the training part.
+A sample is (x, y), int64 [block] each, y being x one token on. Validation and test are the tail of the text:
+windows drawn at random would have neighbours in the training part.
 """
 
 from __future__ import annotations
@@ -154,7 +154,9 @@ class Windows:
 
 
 def stdlib_source(limit: int = STDLIB_BYTES) -> bytes:
-    """The top-level modules of this Python's standard library, sorted by name, up to `limit` bytes of whole characters."""
+    """The top-level modules of this Python's standard library, sorted by name, up to `limit` bytes of whole
+    characters.
+    """
     source = b""
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         source += path.read_bytes()

@@ -1,4 +1,6 @@
-"""A decoder-only transformer (Vaswani et al. 2017) with the habits of GPT-2: pre-norm, tied head, scaled residuals."""
+"""A decoder-only transformer (Vaswani et al. 2017) with the habits of GPT-2: pre-norm, tied head, scaled
+residuals.
+"""
 
 from __future__ import annotations
 
@@ -86,9 +88,11 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, module: nn.Module) -> None:
-        """Draw the parameters that `module`, one of this model's, holds itself; to be called for each of them.
+        """Draw the parameters that `module`, one of this model's, holds itself; to be called for each of
+        them.
 
-        One module at a time, so that a caller may seed each by its name and hold only a part of the model in memory.
+        One module at a time, so that a caller may seed each by its name and hold only a part of the model in
+        memory.
         """
         if module is self.head:
             return  # tied: drawn with the embedding
@@ -101,7 +105,9 @@ class Decoder(nn.Module):
 
 
 def residual_projection(inputs: int, outputs: int, layers: int) -> nn.Linear:
-    """A Linear that adds to the residual stream, one of 2 * layers that do: its weights start that much smaller."""
+    """A Linear that adds to the residual stream, one of 2 * layers that do: its weights start that much
+    smaller.
+    """
     linear = nn.Linear(inputs, outputs)
     linear.residual_scale = 1 / math.sqrt(2 * layers)  # type: ignore[assignment]
     return linear

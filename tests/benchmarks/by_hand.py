@@ -1,8 +1,10 @@
-"""A run written by hand, to compare with: data, model, optimizer and loss of a recipe, torch for the rest, DeepSpeed for ZeRO.
+"""A run written by hand, to compare with: data, model, optimizer and loss of a recipe, torch for the rest,
+DeepSpeed for ZeRO.
 
     torchrun --nproc_per_node=2 tests/benchmarks/by_hand.py recipe=mnist strategy=ddp batch_size=64 steps=1
 
-Prints the time (seconds since 1970) at which the first step was done. It imports nothing of rankzero but the recipe.
+Prints the time (seconds since 1970) at which the first step was done. It imports nothing of rankzero but the
+recipe.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ from recipes.base import Recipe
 
 
 def train(recipe: Recipe, strategy: str, batch_size: int, steps: int, save: Path | None = None) -> float:
-    """`batch_size` is that of all ranks. Returns when the first step was done; at the end each rank saves what it holds."""
+    """`batch_size` is that of all ranks. Returns when the first step was done; at the end each rank saves
+    what it holds.
+    """
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = (
         torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

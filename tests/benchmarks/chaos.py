@@ -2,10 +2,11 @@
 
     OMP_NUM_THREADS=1 python tests/benchmarks/chaos.py runs=100 ranks=2 seed=0 parallel=1 first=1 strategies=fsdp kinds=kill
 
-Kind, rank, step and strategy of run N follow from `seed` and N: `first=N runs=1` repeats it, `folder=PATH` keeps what it leaves.
-After the fault: nothing of the run lives, and nothing of it is in /dev/shm or in the folder for temporary files. Then the same
-command once more: it ends in order, goes on from the newest checkpoint that is whole, leaves no half of a checkpoint, and its
-losses, gradient norms and final weights are equal, bit by bit, to those of a run without a fault. Exit code 1 if anything is not.
+Kind, rank, step and strategy of run N follow from `seed` and N: `first=N runs=1` repeats it, `folder=PATH`
+keeps what it leaves. After the fault: nothing of the run lives, and nothing of it is in /dev/shm or in the
+folder for temporary files. Then the same command once more: it ends in order, goes on from the newest
+checkpoint that is whole, leaves no half of a checkpoint, and its losses, gradient norms and final weights are
+equal, bit by bit, to those of a run without a fault. Exit code 1 if anything is not.
 """
 
 from __future__ import annotations
@@ -67,7 +68,9 @@ MARK = "RANKZERO_CHAOS"
 OVER = Event()
 """set when this program is to end, by Ctrl-C"""
 NOT_OURS = ("torchelastic_", "torchinductor_", "pymp-")
-"""temporary folders that torchrun leaves behind each time, torch for the next time, and Python in a process that is killed"""
+"""temporary folders that torchrun leaves behind each time, torch for the next time, and Python in a process
+that is killed
+"""
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,9 @@ def drawn(number: int, draw: random.Random, kinds: list[str], strategies: list[s
 
 
 def life(run_dir: Path, layout: Layout, *words: str, kill_when: Callable[[], bool] = lambda: False) -> Ended:
-    """A life of a run, whose processes can be told from all others, and have a folder of their own for temporary files."""
+    """A life of a run, whose processes can be told from all others, and have a folder of their own for
+    temporary files.
+    """
     temporary = run_dir.with_name(f"{run_dir.name}.tmp")
     temporary.mkdir(parents=True, exist_ok=True)
     places = {**environment(layout.ranks), MARK: str(run_dir), "TMPDIR": str(temporary)}
@@ -197,7 +202,9 @@ def tried(fault: Fault, folder: Path, whole: Path) -> Outcome:
 
 
 def hangs(run_dir: Path, began: float) -> bool:
-    """Whether a run will not end: no start, or no end long after its last line. When we are to end, none is waited for."""
+    """Whether a run will not end: no start, or no end long after its last line. When we are to end, none is
+    waited for.
+    """
     if OVER.is_set():
         return True
     last = max((float(line["time"]) for line in lines_of(run_dir)[-3:] if "time" in line), default=0.0)
@@ -217,7 +224,7 @@ def codes_of(text: str) -> set[int]:
     return {int(code) for code in re.findall(r"exitcode\s*: (-?\d+)", text)}
 
 
-# what must be said ---------------------------------------------------------------------------------------------------------
+# what must be said ------------------------------------------------------------------------------------------
 
 Judge = Callable[[Fault, Path, int, list[str], set[int]], Iterator[str]]
 
@@ -255,9 +262,11 @@ def endured(fault: Fault, run_dir: Path, code: int, told: list[str], codes: set[
 
 
 def stopped(fault: Fault, run_dir: Path, code: int, told: list[str], codes: set[int]) -> Iterator[str]:
-    """The run has stopped and is saved, soon after the fault; one that was in its last steps has come to its end.
+    """The run has stopped and is saved, soon after the fault; one that was in its last steps has come to its
+    end.
 
-    torchrun sends SIGTERM to the others as soon as one rank has ended, and may meet an interpreter that no longer listens.
+    torchrun sends SIGTERM to the others as soon as one rank has ended, and may meet an interpreter that no
+    longer listens.
     """
     if fault.step >= STEPS - 1 and not code and not told:
         return
@@ -291,7 +300,7 @@ VERDICTS = {
 """the kind of verdict for a kind of fault, and what it says"""
 
 
-# what is left --------------------------------------------------------------------------------------------------------------
+# what is left -----------------------------------------------------------------------------------------------
 
 
 def remains(run_dir: Path) -> Iterator[str]:
@@ -327,7 +336,8 @@ def next_life(fault: Fault, run_dir: Path, whole: Path) -> Iterator[str]:
         yield f"the next life: {ended.trouble or 'hangs'}: {ended.last_words(8)}"
         return
     found, torn = resumed_at(run_dir, ended), fault.kind == "torn_checkpoint" and before > 0
-    # a save that was in flight may have come to its end after the torn one: then that is the newest, and whole
+    # a save that was in flight may have come to its end after the torn one: then that is the newest, and
+    # whole
     if before < STEPS and (found != before if not torn else found > before):
         yield f"the next life goes on from step {found}, saved was {before}"
     if torn and found < before and not list(checkpoints_dir(run_dir).glob("*.damaged")):

@@ -1,9 +1,11 @@
-"""What a checkpoint costs: the wait of the training, its slow-down, processor time, memory, the disk, a large manifest.
+"""What a checkpoint costs: the wait of the training, its slow-down, processor time, memory, the disk, a large
+manifest.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/checkpoint.py [folder=/where/to/write] [state_mb=200] [export_mb=2000]
 
-One process, a state of `state_mb` (weights and two moments of Adam). Times that are compared are taken in turns and given as the
-median of paired ratios. `folder` says which disk is meant (default: that of temporary files).
+One process, a state of `state_mb` (weights and two moments of Adam). Times that are compared are taken in
+turns and given as the median of paired ratios. `folder` says which disk is meant (default: that of temporary
+files).
 """
 
 from __future__ import annotations
@@ -74,7 +76,7 @@ def steps(run: Run, metrics: Metrics) -> Iterator[None]:
         yield
 
 
-# the wait -----------------------------------------------------------------------------------------------------------------
+# the wait ---------------------------------------------------------------------------------------------------
 
 
 def blocking_s(state_mb: float, rounds: int = 15) -> None:
@@ -128,7 +130,7 @@ def cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-# the slow-down ------------------------------------------------------------------------------------------------------------
+# the slow-down ----------------------------------------------------------------------------------------------
 
 
 def slow_down(state_mb: float, burner: bool, rounds: int = 4) -> None:
@@ -171,7 +173,7 @@ def slow_down(state_mb: float, burner: bool, rounds: int = 4) -> None:
     )
 
 
-# memory -------------------------------------------------------------------------------------------------------------------
+# memory -----------------------------------------------------------------------------------------------------
 
 
 def memory(state_mb: float) -> None:
@@ -202,7 +204,7 @@ def status(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-# the disk -----------------------------------------------------------------------------------------------------------------
+# the disk ---------------------------------------------------------------------------------------------------
 
 
 def disk(state_mb: float, rounds: int = 5) -> None:
@@ -266,7 +268,7 @@ def load_into(run: Run, folder: Path) -> None:
         run.strategies["model"].load_state(checkpoint.of("model"))
 
 
-# export and manifest ------------------------------------------------------------------------------------------------------
+# export and manifest ----------------------------------------------------------------------------------------
 
 
 def export(size_mb: float) -> None:

@@ -2,13 +2,14 @@
 
     OMP_NUM_THREADS=1 python tests/benchmarks/data.py [rounds=10] [largest=1e7] [ours_to=1e12] [shuffles=20000] [json=PATH]
 
-Order: rankzero's `TrainSampler` against torch's `DistributedSampler`, on one of 8 ranks: peak memory (tracemalloc sees Python's
-and numpy's, not torch's own) and time to the first index after a seek to the middle of an epoch, which for torch's means to draw
-the epoch and pass over what was seen. Uniformity: over many epochs of 12 samples, how often each sample comes to each place, and
-how often each pair of neighbours; p-values of chi-square tests, of which one in twenty is below 0.05 for a perfect shuffle.
-Loading: the batches of `recipe=mnist` through the loader that a run of it would have, and through torch's DataLoader with no
-workers, over the same 60,000 images of 28 x 28 bytes without augmentation; interleaved, the ratio is of times, so below 1 is
-faster.
+Order: rankzero's `TrainSampler` against torch's `DistributedSampler`, on one of 8 ranks: peak memory
+(tracemalloc sees Python's and numpy's, not torch's own) and time to the first index after a seek to the
+middle of an epoch, which for torch's means to draw the epoch and pass over what was seen. Uniformity: over
+many epochs of 12 samples, how often each sample comes to each place, and how often each pair of neighbours;
+p-values of chi-square tests, of which one in twenty is below 0.05 for a perfect shuffle. Loading: the batches
+of `recipe=mnist` through the loader that a run of it would have, and through torch's DataLoader with no
+workers, over the same 60,000 images of 28 x 28 bytes without augmentation; interleaved, the ratio is of
+times, so below 1 is faster.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def main(words: list[str]) -> None:
     report.row(what="loading, against a DataLoader", **loading(int(line["rounds"])))
 
 
-# order --------------------------------------------------------------------------------------------------------------------
+# order ------------------------------------------------------------------------------------------------------
 
 
 def order(size: int, with_torch: bool) -> dict[str, float]:
@@ -90,7 +91,9 @@ def order(size: int, with_torch: bool) -> dict[str, float]:
 
 
 def cost(work: Callable[[], object]) -> tuple[float, float]:
-    """Peak of tracemalloc in 1e6 bytes, and milliseconds without it; the second time counts, when all is imported."""
+    """Peak of tracemalloc in 1e6 bytes, and milliseconds without it; the second time counts, when all is
+    imported.
+    """
     work()
     start = time.perf_counter()
     work()
@@ -124,7 +127,7 @@ def large(size: int = 10**12, drawn: int = 200_000) -> np.ndarray[Any, Any]:
     return np.bincount(Permutation(size, 0, 0)(np.arange(drawn)) * 1000 // size, minlength=1000)
 
 
-# loading ------------------------------------------------------------------------------------------------------------------
+# loading ----------------------------------------------------------------------------------------------------
 
 
 class ByHand:

@@ -1,28 +1,32 @@
-"""What one GPU makes of GPT-2 124M, ResNet-50 and ViT-S, and what rankzero costs there. For an H100 or H200, in ten minutes.
+"""What one GPU makes of GPT-2 124M, ResNet-50 and ViT-S, and what rankzero costs there. For an H100 or H200,
+in ten minutes.
 
     python tests/benchmarks/gpu.py [rows=ceilings,gpt,resnet,vit,loop,checkpoint,mnist] [seconds=3] [rounds=1] [minutes=10]
         [mnist=FOLDER] [json=PATH] [rehearse=true]
 
-`ceilings`: matrix products and copies on this very card, sustained. `gpt` (sequence 1,024), `resnet` (224 pixels) and `vit`:
-ladders; each row is the raw loop of `loops/raw.py` with one thing more than the row above. `gain` is over that row, and `losses`
-how far the first ones are from its own, relative; too far, and there is no figure. `mfu` is the share of what the data sheet
-promises, `of_product` of the matrix product measured in the same precision: of the model's own operations, forward and backward,
-attention in full, as torch's FlopCounterMode counts them. Compiled are blocks and loss one by one, which is what rankzero does,
-and ResNet-50 as a whole.
+`ceilings`: matrix products and copies on this very card, sustained. `gpt` (sequence 1,024), `resnet` (224
+pixels) and `vit`: ladders; each row is the raw loop of `loops/raw.py` with one thing more than the row above.
+`gain` is over that row, and `losses` how far the first ones are from its own, relative; too far, and there is
+no figure. `mfu` is the share of what the data sheet promises, `of_product` of the matrix product measured in
+the same precision: of the model's own operations, forward and backward, attention in full, as torch's
+FlopCounterMode counts them. Compiled are blocks and loss one by one, which is what rankzero does, and
+ResNet-50 as a whole.
 
-`loop`: the raw loop (`raw_ms`) and rankzero (`ms`: `launch.training.loop.train` with its record) at the highest rung, one rank, A B B A
-`rounds` times; the ratio is the median over pairs, its quartiles beside it, and there is none unless losses agree. Both read loss
-and norm once in ten steps, and clip at a bound that is never reached. Each sets what torch has for all of a process as it would
-by itself: cuDNN's benchmark is on for the raw loop, and off for rankzero. `checkpoint`: what the training waits for a save of
-GPT-2 and its optimizer (`ms`), against a plain copy of as much into pinned host memory (`raw_ms`). `mnist=FOLDER` holds the four
-files of MNIST, as `data.root` does.
+`loop`: the raw loop (`raw_ms`) and rankzero (`ms`: `launch.training.loop.train` with its record) at the
+highest rung, one rank, A B B A
+`rounds` times; the ratio is the median over pairs, its quartiles beside it, and there is none unless losses
+agree. Both read loss and norm once in ten steps, and clip at a bound that is never reached. Each sets what
+torch has for all of a process as it would by itself: cuDNN's benchmark is on for the raw loop, and off for
+rankzero. `checkpoint`: what the training waits for a save of GPT-2 and its optimizer (`ms`), against a plain
+copy of as much into pinned host memory (`raw_ms`). `mnist=FOLDER` holds the four files of MNIST, as
+`data.root` does.
 
-The data are random and lie on the GPU. A row warms up for 5 steps, makes 3 to learn the pace, and is then measured for `seconds`,
-the device being waited for at both ends only. A batch that does not fit into memory is halved. The budget of an H100, not yet
-tried: 34 trainings of 6 s with warm-up and start, 60 s for first weights, 3 minutes of compilation, 80 s for all else; a row that
-would begin after `minutes` is left out, and says so. Without a GPU all rows stay empty. `rehearse=true` runs the code of each
-row on the CPU, at toy sizes and with torch.compile's `eager` backend: losses are compared, nothing is timed. Exit code 1 if a
-row failed.
+The data are random and lie on the GPU. A row warms up for 5 steps, makes 3 to learn the pace, and is then
+measured for `seconds`, the device being waited for at both ends only. A batch that does not fit into memory
+is halved. The budget of an H100, not yet tried: 34 trainings of 6 s with warm-up and start, 60 s for first
+weights, 3 minutes of compilation, 80 s for all else; a row that would begin after `minutes` is left out, and
+says so. Without a GPU all rows stay empty. `rehearse=true` runs the code of each row on the CPU, at toy sizes
+and with torch.compile's `eager` backend: losses are compared, nothing is timed. Exit code 1 if a row failed.
 """
 
 from __future__ import annotations

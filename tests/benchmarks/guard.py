@@ -1,9 +1,11 @@
-"""What it costs to be guarded: the roll-call at the start, then heartbeats and watchdog beside steps of 20 ms.
+"""What it costs to be guarded: the roll-call at the start, then heartbeats and watchdog beside steps of 20
+ms.
 
     OMP_NUM_THREADS=1 torchrun --nproc_per_node=4 tests/benchmarks/guard.py [seconds=20] [rounds=10]
 
-The roll-call is timed from the moment when all ranks are there to the last rank leaving, the first time with all its look-ups.
-Of the watch it is the processor time of its two threads on the busiest rank, which looks at all others, as the kernel counts it.
+The roll-call is timed from the moment when all ranks are there to the last rank leaving, the first time with
+all its look-ups. Of the watch it is the processor time of its two threads on the busiest rank, which looks at
+all others, as the kernel counts it.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ def roll_call_seconds(world: World, number: int) -> float:
 
 
 def watch_share(world: World, seconds: float) -> tuple[float, float]:
-    """Processor time of the watch's threads, as a share of the time that passed, on the busiest rank; and that in steps."""
+    """Processor time of the watch's threads, as a share of the time that passed, on the busiest rank; and
+    that in steps.
+    """
     phase = Phase()
     watchdog = Watchdog(world, phase, hang_timeout=60)
     time.sleep(3)  # it has connected

@@ -1,10 +1,12 @@
-"""One run, killed with SIGKILL again and again at random times, many of them during a save, and resumed until it is done.
+"""One run, killed with SIGKILL again and again at random times, many of them during a save, and resumed until
+it is done.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/kills.py kills=30 ranks=2 strategy=fsdp seed=0
 
-After each kill: every checkpoint that was committed is still there, or was removed because newer ones had replaced it; the newest
-verifies; the next life starts from it. At the end: every loss, gradient norm and learning rate, and the final weights, are equal
-bit by bit to those of a run that nobody killed. Exit code 1 if anything is not.
+After each kill: every checkpoint that was committed is still there, or was removed because newer ones had
+replaced it; the newest verifies; the next life starts from it. At the end: every loss, gradient norm and
+learning rate, and the final weights, are equal bit by bit to those of a run that nobody killed. Exit code 1
+if anything is not.
 """
 
 from __future__ import annotations
@@ -116,7 +118,9 @@ def main(words: list[str]) -> int:
 
 
 def aim(run_dir: Path, draw: random.Random, before: int) -> Callable[[], bool]:
-    """The moment of the next kill: in the first, second or third save of the life, some time after a step, or by the clock."""
+    """The moment of the next kill: in the first, second or third save of the life, some time after a step, or
+    by the clock.
+    """
     kind = draw.choices(("save", "step", "clock"), (5, 4, 1))[0]
     step, share = before + draw.randint(1, 3 * EVERY), draw.random()
     began = time.time()

@@ -3,15 +3,16 @@
     OMP_NUM_THREADS=1 python tests/benchmarks/memory.py [rounds=3] [steps=4] [strategies=single,ddp,fsdp,zero2,zero3]
         [layers=6] [width=2048] [json=PATH]
 
-A multilayer perceptron of 100 MB of parameters with Adam; one process, or two ranks under a strategy. On a CPU the high-water
-mark of the resident memory of each rank, of which the largest counts, on a GPU what torch has allocated at most. Both import the
-same modules, and `base` is a process that does nothing else. `training`: the real loop and record, but no checkpoint. `run`: all
-of a run, whose checkpoint is copied to host memory and written behind the training, and its test and export; by hand,
+A multilayer perceptron of 100 MB of parameters with Adam; one process, or two ranks under a strategy. On a
+CPU the high-water mark of the resident memory of each rank, of which the largest counts, on a GPU what torch
+has allocated at most. Both import the same modules, and `base` is a process that does nothing else.
+`training`: the real loop and record, but no checkpoint. `run`: all of a run, whose checkpoint is copied to
+host memory and written behind the training, and its test and export; by hand,
 `torch.save` (or the engine's own) at the end.
 
-On both sides a tensor of a megabyte or more has pages of its own (`MALLOC_MMAP_THRESHOLD_`). In glibc's heap, freed ones leave
-holes into which the next do not fit: under FSDP2 that trebles what a rank takes beyond its imports, by chance and growing with
-the steps, in the same way for a script by hand.
+On both sides a tensor of a megabyte or more has pages of its own (`MALLOC_MMAP_THRESHOLD_`). In glibc's heap,
+freed ones leave holes into which the next do not fit: under FSDP2 that trebles what a rank takes beyond its
+imports, by chance and growing with the steps, in the same way for a script by hand.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def peak(side: str, said: list[str]) -> int:
     return max(int(out.split()[-1]) for out, _ in outputs)
 
 
-# one rank -----------------------------------------------------------------------------------------------------------------
+# one rank ---------------------------------------------------------------------------------------------------
 
 
 def rank(side: str, folder: Path, said: dict[str, str]) -> int:

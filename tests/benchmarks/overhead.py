@@ -1,19 +1,21 @@
-"""What a step costs with rankzero and with its peers, over a loop written by hand: the whole step, loading included.
+"""What a step costs with rankzero and with its peers, over a loop written by hand: the whole step, loading
+included.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/overhead.py [rounds=10] [steps=200] [json=PATH]
         [strategies=single,ddp,fsdp,zero2,zero3] [workloads=mlp,cnn,gpt] [modes=bare,defaults]
         [contestants=rankzero,accelerate,fabric,lightning,hf] [keep=FOLDER]
 
-`pip install -e ".[peers]"` gives the peers. On CPU ranks: one process, or two under a strategy. Each contestant and the raw loop
-run in turns (A B B A) in the same processes, `rounds` times; the figure is the median of paired ratios. A run is `steps` steps;
-each starts where the loss function is called, which takes the time, for all alike. The first 20 steps do not count. An epoch is
-longer than a run, so what happens at its end (checkpoints) is not measured. Same data, order, weights and optimizer; all take
-the gradient norm and clip at a bound that is never reached.
+`pip install -e ".[peers]"` gives the peers. On CPU ranks: one process, or two under a strategy. Each
+contestant and the raw loop run in turns (A B B A) in the same processes, `rounds` times; the figure is the
+median of paired ratios. A run is `steps` steps; each starts where the loss function is called, which takes
+the time, for all alike. The first 20 steps do not count. An epoch is longer than a run, so what happens at
+its end (checkpoints) is not measured. Same data, order, weights and optimizer; all take the gradient norm and
+clip at a bound that is never reached.
 
-`defaults`: what a user gets: logs, progress bars, callbacks, data workers, to a file instead of a terminal. `bare`: all that can
-be left out is, on both sides. The losses of the first 20 steps must agree with the raw loop's, else there is no figure. A
-contestant that fails, or holds its model in another way than it was asked to (DDP in place of FSDP), has none either, and the
-table says why.
+`defaults`: what a user gets: logs, progress bars, callbacks, data workers, to a file instead of a terminal.
+`bare`: all that can be left out is, on both sides. The losses of the first 20 steps must agree with the raw
+loop's, else there is no figure. A contestant that fails, or holds its model in another way than it was asked
+to (DDP in place of FSDP), has none either, and the table says why.
 """
 
 from __future__ import annotations
@@ -89,7 +91,8 @@ def fight(duel: Duel) -> dict[str, Any]:
     expected = "whole" if duel.strategy in ("single", "ddp") else duel.strategy
     if held != expected:
         return {"note": f"left out: was asked for {duel.strategy}, holds the model {held}"}
-    # both ranks on the same data, say: Accelerate and its Trainer take themselves for alone under DeepSpeed on a CPU
+    # both ranks on the same data, say: Accelerate and its Trainer take themselves for alone under DeepSpeed
+    # on a CPU
     found = {"raw_ms": statistics.median(raw for raw, _ in pairs) * 1e3, "losses": apart}
     return {**found, **(ratios(pairs) if apart <= SAME else {"ratio": "differs"})}
 

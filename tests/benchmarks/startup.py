@@ -2,11 +2,13 @@
 
     OMP_NUM_THREADS=1 python tests/benchmarks/startup.py [rounds=10] [recipes=mnist,gpt] [json=PATH]
 
-Imports: processor seconds (user and system) of a process that imports what a run does, over one that imports torch. First step:
-seconds from the start of the command to the end of the first optimizer step, as `metrics.jsonl` has it, over those of
-`by_hand.py`: the same data, model, optimizer, batch; the same imports but rankzero's own; one process, and two under torchrun
-and DDP. All in turns (A B B A); the figure is the median of paired ratios. The parts of the start are those that the last run
-tells on its screen; a run of several ranks has its roll-call in `ranks`. `start_timeout` bounds that and is no cost.
+Imports: processor seconds (user and system) of a process that imports what a run does, over one that imports
+torch. First step: seconds from the start of the command to the end of the first optimizer step, as
+`metrics.jsonl` has it, over those of
+`by_hand.py`: the same data, model, optimizer, batch; the same imports but rankzero's own; one process, and
+two under torchrun and DDP. All in turns (A B B A); the figure is the median of paired ratios. The parts of
+the start are those that the last run tells on its screen; a run of several ranks has its roll-call in
+`ranks`. `start_timeout` bounds that and is no cost.
 """
 
 from __future__ import annotations

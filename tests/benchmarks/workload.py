@@ -1,4 +1,6 @@
-"""A run of a multilayer perceptron on random numbers, as large as a benchmark wants it, without the command around it."""
+"""A run of a multilayer perceptron on random numbers, as large as a benchmark wants it, without the command
+around it.
+"""
 
 from __future__ import annotations
 

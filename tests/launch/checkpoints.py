@@ -42,7 +42,9 @@ def write_checkpoint(
     config: Mapping[str, Any] | None = None,
     **more: Any,
 ) -> Path:
-    """A checkpoint of `tensors` in `folder`, each cut evenly over `ranks`; `more` is for the manifest. Returns `folder`."""
+    """A checkpoint of `tensors` in `folder`, each cut evenly over `ranks`; `more` is for the manifest.
+    Returns `folder`.
+    """
     folder.mkdir(parents=True)
     manifest = Manifest(
         **{

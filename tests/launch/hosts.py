@@ -1,4 +1,6 @@
-"""Two hosts on one machine: namespaces with a name, an address and processes of their own, joined by a cable that can be cut."""
+"""Two hosts on one machine: namespaces with a name, an address and processes of their own, joined by a cable
+that can be cut.
+"""
 
 from __future__ import annotations
 
@@ -83,10 +85,11 @@ def is_zombie(process: psutil.Process) -> bool:
 
 @contextmanager
 def two_hosts(folder: Path, files: Mapping[str, str] | None = None, rate: str = "") -> Iterator[list[Host]]:
-    """Two hosts joined by a cable. `files` are the /etc/hosts of each by its name; by default they know each other.
+    """Two hosts joined by a cable. `files` are the /etc/hosts of each by its name; by default they know each
+    other.
 
-    Their namespaces have no name on the disk: they end with the processes that hold them, and the cable with them; those end by
-    themselves in any case. All that still runs on the hosts at the end is killed.
+    Their namespaces have no name on the disk: they end with the processes that hold them, and the cable with
+    them; those end by themselves in any case. All that still runs on the hosts at the end is killed.
     """
     if os.geteuid() != 0:
         pytest.skip("network namespaces need root")
@@ -128,7 +131,9 @@ def two_hosts(folder: Path, files: Mapping[str, str] | None = None, rate: str = 
 def start_on(
     host: Host, words: Sequence[str], cwd: Path, env: Mapping[str, str] | None = None
 ) -> subprocess.Popen[str]:
-    """Start python with `words` on a host, in a process group of its own, without what a launcher around the tests has set."""
+    """Start python with `words` on a host, in a process group of its own, without what a launcher around the
+    tests has set.
+    """
     clean = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
     return subprocess.Popen(
         [

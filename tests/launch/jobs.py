@@ -46,7 +46,9 @@ def world_of(phase: ranks.World) -> World:
 
 
 def trained(run: Run, folder: Path, period: float = PERIOD) -> Run:
-    """The job after `launch.training.loop.train`, its record in `folder`. `period`: as the ranks agree, between steps, in seconds."""
+    """The job after `launch.training.loop.train`, its record in `folder`. `period`: as the ranks agree,
+    between steps, in seconds.
+    """
     if run.world.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
     metrics = Metrics(run, folder, versions(), Console(False))
@@ -57,7 +59,9 @@ def trained(run: Run, folder: Path, period: float = PERIOD) -> Run:
 
 
 def undisturbed(folder: Path, *words: str, ranks: int = 1) -> list[float]:
-    """The losses of the run that the command line `words` describes and that nothing happens to, without starting a command."""
+    """The losses of the run that the command line `words` describes and that nothing happens to, without
+    starting a command.
+    """
     run_ranks(ranks, straight, folder, words)
     return series(folder)
 

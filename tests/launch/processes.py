@@ -38,7 +38,9 @@ class Ended:
     err: str
     seconds: float
     cpu_seconds: float
-    """of it and of all that it started: on an idle machine about what one waits for; other load does not show in it"""
+    """of it and of all that it started: on an idle machine about what one waits for; other load does not show
+    in it
+    """
 
     @property
     def ours(self) -> list[str]:
@@ -101,7 +103,9 @@ def spent() -> float:
 
 
 def offspring(cwd: Path) -> list[psutil.Process]:
-    """The living processes that were started by a command in `cwd`, directly or not (torchrun's workers have own sessions)."""
+    """The living processes that were started by a command in `cwd`, directly or not (torchrun's workers have
+    own sessions).
+    """
     found = []
     for process in psutil.process_iter():
         try:

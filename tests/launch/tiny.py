@@ -28,7 +28,9 @@ FEATURES, CLASSES = 5, 3
 
 
 class Points:
-    """`size` points and their targets; `noise` is an augmentation: drawn anew each time that a sample is read."""
+    """`size` points and their targets; `noise` is an augmentation: drawn anew each time that a sample is
+    read.
+    """
 
     def __init__(self, size: int, classes: bool = False, noise: float = 0.0) -> None:
         generator = torch.Generator().manual_seed(size)
@@ -181,7 +183,9 @@ class Forgiving(Broken):
 
 @dataclass(kw_only=True)
 class Greedy(Fit):
-    """Each sample takes as many gigabytes, and the process may have 5 more than it had when its model was built."""
+    """Each sample takes as many gigabytes, and the process may have 5 more than it had when its model was
+    built.
+    """
 
     gigabytes: float = 1.0
 

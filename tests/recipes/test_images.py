@@ -28,7 +28,7 @@ def varies(dataset: Dataset | None) -> bool:
     return not torch.equal(sample(dataset)[0], sample(dataset)[0])
 
 
-# digits ---------------------------------------------------------------------------------------------------------------
+# digits -----------------------------------------------------------------------------------------------------
 
 
 def test_digits_are_split_and_normalised() -> None:
@@ -86,7 +86,7 @@ def test_image_size_is_what_the_model_gets() -> None:
     )
 
 
-# synthetic ------------------------------------------------------------------------------------------------------------
+# synthetic --------------------------------------------------------------------------------------------------
 
 
 def test_synthetic_images_are_a_function_of_the_index() -> None:
@@ -104,7 +104,7 @@ def test_synthetic_images_are_a_function_of_the_index() -> None:
     assert not torch.equal(sample(first, 0)[0], sample(first, 1)[0])
 
 
-# MNIST ----------------------------------------------------------------------------------------------------------------
+# MNIST ------------------------------------------------------------------------------------------------------
 
 
 def idx(array: np.ndarray[Any, Any]) -> bytes:
@@ -161,7 +161,7 @@ def mnist_root() -> Path:
     return root
 
 
-# CIFAR-10 and folders -------------------------------------------------------------------------------------------------
+# CIFAR-10 and folders ---------------------------------------------------------------------------------------
 
 
 def test_cifar10_is_read_as_torchvision_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,7 +229,7 @@ def test_imagefolder_with_other_classes_in_val_is_refused(tmp_path: Path) -> Non
         Images(name="imagefolder", root=str(tmp_path)).build()
 
 
-# mistakes -------------------------------------------------------------------------------------------------------------
+# mistakes ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

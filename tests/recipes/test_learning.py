@@ -115,6 +115,7 @@ def test_gan_draws_what_looks_like_digits() -> None:
     torch.manual_seed(0)
     drawn = generator(torch.randn(200, recipe.model.latent)).detach().flatten(1)
     shuffled = test_images[:, torch.randperm(64)]
-    # as near to a training image as unseen digits are, or nearly; the same pixels in another order are far away
+    # as near to a training image as unseen digits are, or nearly; the same pixels in another order are far
+    # away
     assert distance(drawn) < 2 * distance(test_images) < distance(shuffled)
     assert len(torch.cdist(drawn, train_images).argmin(1).unique()) > 20

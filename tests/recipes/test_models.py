@@ -25,7 +25,7 @@ from recipes.parts.text import Text
 from recipes.parts.transformer import Decoder
 from recipes.resnet import Model, ResNet
 
-# resnet ------------------------------------------------------------------------------------------------------------------
+# resnet -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("depth", "blocks"), [(18, 8), (34, 16), (50, 16), (101, 33), (152, 50)])
@@ -84,7 +84,7 @@ def test_label_smoothing_is_for_training_only() -> None:
         ResNet(label_smoothing=1.5).check()
 
 
-# mnist -------------------------------------------------------------------------------------------------------------------
+# mnist ------------------------------------------------------------------------------------------------------
 
 
 def test_mnist_is_initialised_after_kaiming() -> None:
@@ -106,7 +106,7 @@ def test_mnist_takes_any_size(pixels: int, channels: int) -> None:
     assert model(torch.randn(2, channels, pixels, pixels)).shape == (2, 10)
 
 
-# gpt ---------------------------------------------------------------------------------------------------------------------
+# gpt --------------------------------------------------------------------------------------------------------
 
 
 def initialised(recipe: GPT) -> Decoder:
@@ -187,7 +187,7 @@ def test_what_cannot_work_is_refused(recipe: GPT, message: str) -> None:
         recipe.check()
 
 
-# gan ---------------------------------------------------------------------------------------------------------------------
+# gan --------------------------------------------------------------------------------------------------------
 
 
 def test_gan_makes_images_of_the_size_and_range_of_the_data() -> None:
@@ -218,7 +218,7 @@ def test_gan_losses_are_the_papers() -> None:
         assert recipe.losses()[name](models, (real, None)).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-# regression --------------------------------------------------------------------------------------------------------------
+# regression -------------------------------------------------------------------------------------------------
 
 
 @dataclass(kw_only=True)

@@ -26,7 +26,8 @@ def test_a_large_size_sends_different_positions_to_different_places_inside(size:
     assert order.min() >= 0
     assert order.max() < size
     assert len(np.unique(order)) == len(positions)
-    # no position near the start stays near the start: the mean of uniform values is size / 2, to 1 / sqrt(12 n)
+    # no position near the start stays near the start: the mean of uniform values is size / 2, to 1 / sqrt(12
+    # n)
     assert abs(order.mean() / size - 0.5) < 5 / np.sqrt(12 * len(positions))
 
 

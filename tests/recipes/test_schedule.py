@@ -40,7 +40,9 @@ def rates_of(schedule: Schedule, steps: int) -> list[float]:
 def after_warmup(
     warmup: int, build: Callable[[Optimizer], LRScheduler]
 ) -> Callable[[Optimizer], LRScheduler]:
-    """torch's own way of putting a linear warm-up in front: `warmup` steps, the last of them at the full rate."""
+    """torch's own way of putting a linear warm-up in front: `warmup` steps, the last of them at the full
+    rate.
+    """
 
     def sequence(optimizer: Optimizer) -> LRScheduler:
         rise = lr_scheduler.LinearLR(optimizer, 1 / warmup, total_iters=warmup - 1)

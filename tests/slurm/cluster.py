@@ -1,7 +1,7 @@
 """A real SLURM of two nodes on this machine: its own munge, controller, node daemons, ports and folder.
 
-The nodes n1 and n2 have 4 processors and 2 GPUs each, on paper. The daemons see an /etc/hosts of their own (a mount
-namespace) in which the two names are this machine.
+The nodes n1 and n2 have 4 processors and 2 GPUs each, on paper. The daemons see an /etc/hosts of their own (a
+mount namespace) in which the two names are this machine.
 """
 
 from __future__ import annotations
@@ -85,7 +85,9 @@ class Cluster:
 
     @property
     def env(self) -> dict[str, str]:
-        """The environment of a user who has logged in: this Python first on PATH, no trace of other launchers."""
+        """The environment of a user who has logged in: this Python first on PATH, no trace of other
+        launchers.
+        """
         others = tuple({*LAUNCHERS, "SBATCH_", "SQUEUE_"} - {"RANK"})
         clean = {
             name: value
@@ -124,7 +126,9 @@ class Cluster:
         return dict(word.split("=", 1) for word in shown.split() if "=" in word)
 
     def wait(self, number: str, *states: str, timeout: float = 60.0) -> dict[str, str]:
-        """Wait until a job is in one of `states`; one that was put back into the queue waits there for 2 seconds, not minutes."""
+        """Wait until a job is in one of `states`; one that was put back into the queue waits there for 2
+        seconds, not minutes.
+        """
         end, hurried = time.monotonic() + timeout, {"0"}
         while (job := self.job(number))["JobState"] not in states:
             if time.monotonic() > end or job["JobState"] in ENDED:

@@ -36,7 +36,9 @@ def cluster(slurm: Cluster) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def stub(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for RANKZERO_HOME, whose launch/run.py is stub.py: what SLURM does shows sooner than with a training."""
+    """A folder for RANKZERO_HOME, whose launch/run.py is stub.py: what SLURM does shows sooner than with a
+    training.
+    """
     home = tmp_path_factory.mktemp("home")
     (home / "launch").mkdir()
     (home / "launch" / "run.py").symlink_to(HERE / "stub.py")

@@ -1,6 +1,7 @@
 """In place of launch/run.py: says what it was given, and stops as a run does. No torch: it starts at once.
 
-`stay=true` waits for a signal, then saves and stops on purpose; where something is saved, the next life is the last one.
+`stay=true` waits for a signal, then saves and stops on purpose; where something is saved, the next life is
+the last one.
 `fail=true` fails.
 """
 

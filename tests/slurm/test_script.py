@@ -1,4 +1,6 @@
-"""slurm/train.sbatch under a real SLURM: what it starts, and which ends lead back into the queue. The ranks are stub.py."""
+"""slurm/train.sbatch under a real SLURM: what it starts, and which ends lead back into the queue. The ranks
+are stub.py.
+"""
 
 from __future__ import annotations
 
@@ -106,7 +108,7 @@ def test_an_unknown_launcher_is_a_mistake(cluster: Cluster, stub: Path, tmp_path
     assert "launcher=mpi is neither" in (tmp_path / f"rankzero-{number}.out").read_text()
 
 
-# stopping ----------------------------------------------------------------------------------------------------------------
+# stopping ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("said", ["USR1", "USR2", "TERM", "USR1 --batch", "TERM --batch"])

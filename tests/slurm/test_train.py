@@ -1,4 +1,6 @@
-"""Real trainings under a real SLURM of two nodes: the numbers stay those of one process, whatever happens to the job."""
+"""Real trainings under a real SLURM of two nodes: the numbers stay those of one process, whatever happens to
+the job.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,9 @@ def test_srun_within_salloc(cluster: Cluster, alone: list[float], tmp_path: Path
 
 
 def test_a_requeued_run_goes_on_bit_by_bit(cluster: Cluster, tmp_path: Path) -> None:
-    """Both by `scontrol requeue`, which says TERM to all, and by a signal; with data workers, which hear the signals, too."""
+    """Both by `scontrol requeue`, which says TERM to all, and by a signal; with data workers, which hear the
+    signals, too.
+    """
     words = ("steps=60", "workers=1")
     number = begun(cluster, tmp_path, *words, "pause=0.1")
     cluster.ask("scontrol", "requeue", number)
@@ -87,7 +91,9 @@ def test_a_cancelled_run_is_over(cluster: Cluster, tmp_path: Path) -> None:
 
 
 def test_a_time_limit_is_met(cluster: Cluster, tmp_path: Path) -> None:
-    """A minute, the shortest that SLURM knows: the run, which has not saved yet and leaves time for it, stops at a third."""
+    """A minute, the shortest that SLURM knows: the run, which has not saved yet and leaves time for it, stops
+    at a third.
+    """
     words = (*LONG, "checkpoint.every=1000", "steps=180", "pause=0.1", "run_dir=run")
     number = cluster.submit(*words, cwd=tmp_path, options=f"{NODES} --time=1")
     until((tmp_path / "run" / "stopped.json").exists, "the run stops", seconds=60)

@@ -1,4 +1,6 @@
-"""Activation checkpointing, which must not show in the numbers: losses, gradients, the running statistics of BatchNorm."""
+"""Activation checkpointing, which must not show in the numbers: losses, gradients, the running statistics of
+BatchNorm.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from tests.strategies import models
 from tests.strategies.training import QUICK, STRATEGIES, Case, Outcome, each, set_up, train
 
 MODES = ("full", "every:2", "selective")
-# what is recomputed is a rank's own business: one of each kind of hooks, and neither a second dimension of the mesh nor ZeRO-2
+# what is recomputed is a rank's own business: one of each kind of hooks, and neither a second dimension of
+# the mesh nor ZeRO-2
 KINDS = [name for name in STRATEGIES if name not in ("fsdp-hybrid", "zero2")]
 
 

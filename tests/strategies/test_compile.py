@@ -38,7 +38,8 @@ class Deep(nn.Module):
 
 
 def graphs(world: World, alike: bool, checkpointing: str) -> tuple[list[int], bool]:
-    """Graphs compiled after training, after evaluation, and after an evaluation of another batch size; right numbers?
+    """Graphs compiled after training, after evaluation, and after an evaluation of another batch size; right
+    numbers?
 
     Compiled for real but for its last stage, the generation of code, which is slow and of no interest here.
     """

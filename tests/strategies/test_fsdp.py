@@ -1,4 +1,6 @@
-"""What only FSDP does: which blocks are units, drawing weights part by part, how much is communicated, refused options."""
+"""What only FSDP does: which blocks are units, drawing weights part by part, how much is communicated,
+refused options.
+"""
 
 from __future__ import annotations
 

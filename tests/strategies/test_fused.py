@@ -1,4 +1,6 @@
-"""The fused update: taken where the recipe leaves the choice open, and the same numbers as torch's own choice."""
+"""The fused update: taken where the recipe leaves the choice open, and the same numbers as torch's own
+choice.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Images may come with their channels last, as a GPU convolves them faster: that is the activations' business alone."""
+"""Images may come with their channels last, as a GPU convolves them faster: that is the activations' business
+alone.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Several models, trained in turns: each is called while it rests, and must then be exactly right in its own turn."""
+"""Several models, trained in turns: each is called while it rests, and must then be exactly right in its own
+turn.
+"""
 
 from __future__ import annotations
 

@@ -68,7 +68,9 @@ class Outcome:
 
 
 class Saved:
-    """A checkpoint in memory, put together from the ranges of all ranks. Fails if they leave a gap or overlap."""
+    """A checkpoint in memory, put together from the ranges of all ranks. Fails if they leave a gap or
+    overlap.
+    """
 
     def __init__(self, ranks: list[dict[str, TensorSlice]]) -> None:
         pieces: dict[str, list[TensorSlice]] = {}

@@ -68,7 +68,9 @@ def product(bench: Bench, precision: str) -> float:
 
 @cache
 def copied(bench: Bench, source: str, target: str) -> float:
-    """Bytes a second between `device` and `host` memory; within the device those that are read and those that are written."""
+    """Bytes a second between `device` and `host` memory; within the device those that are read and those that
+    are written.
+    """
     size = 2**16 if bench.rehearse else BYTES
     buffers = [
         torch.empty(size, dtype=torch.uint8, device=bench.device)

@@ -97,7 +97,9 @@ def ours(rung: Rung, strategy: str, world: World, folder: Path) -> Rung:
 def run_of(
     rung: Rung, strategy: str, world: World, folder: Path, **checkpoint: Any
 ) -> Iterator[tuple[Run, Metrics]]:
-    """A run as `launch.training.trainer` puts it together, with a line on its screen each ten steps, that saves only if it is told to."""
+    """A run as `launch.training.trainer` puts it together, with a line on its screen each ten steps, that
+    saves only if it is told to.
+    """
     config = Config(
         recipe="rung",
         strategy=strategy,  # type: ignore[arg-type]  # one of them

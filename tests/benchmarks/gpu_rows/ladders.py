@@ -85,7 +85,9 @@ def rows(bench: Bench, kind: str) -> Iterator[Row]:
 
 
 def climb(bench: Bench, kind: str, rung: Rung, before: list[tuple[Rung, float]]) -> dict[str, Any]:
-    """The speed of a rung, what it gains over the one `before` it, whose place it takes, and how far their losses are apart."""
+    """The speed of a rung, what it gains over the one `before` it, whose place it takes, and how far their
+    losses are apart.
+    """
     rung = fitting(replace(rung, tiled=CHECKED), trained)
     found = {**speed(bench, kind, rung, rung.paces[0]), "memory_gb": rung.peak / 1e9}
     lower, rate = before.pop() if before else (rung, found["rate"])
@@ -112,7 +114,8 @@ def trained(rung: Rung, strategy: str = "single") -> Rung:
 def fitting(rung: Rung, run: Callable[[Rung], Found]) -> Found:
     """What `run` makes of the rung; of half of its batch if that does not fit into memory, and so on."""
     while True:
-        # else torch would take a batch of another size for one that varies, and compile slower code for any size
+        # else torch would take a batch of another size for one that varies, and compile slower code for any
+        # size
         torch.compiler.reset()
         try:
             return run(rung)
@@ -124,7 +127,9 @@ def fitting(rung: Rung, run: Callable[[Rung], Found]) -> Found:
 
 
 def speed(bench: Bench, kind: str, rung: Rung, seconds: float) -> dict[str, Any]:
-    """Of a step of so many seconds: units a second, and the share of what the card can, by its data sheet and as measured."""
+    """Of a step of so many seconds: units a second, and the share of what the card can, by its data sheet and
+    as measured.
+    """
     flops = flops_of_sample(bench, kind) * rung.batch / seconds
     peak = peak_flops(bench.device, rung.precision)
     return {
@@ -140,7 +145,9 @@ def speed(bench: Bench, kind: str, rung: Rung, seconds: float) -> dict[str, Any]
 
 @cache
 def flops_of_sample(bench: Bench, kind: str) -> float:
-    """Of forward and backward, by the lowest rung: padding is no work done, nor is what a rung computes twice."""
+    """Of forward and backward, by the lowest rung: padding is no work done, nor is what a rung computes
+    twice.
+    """
     _, rung = next(rungs(bench, kind))
     counted = Throughput(cast(Run, SimpleNamespace(recipe=rung)))
     counted.first = one_sample(rung)

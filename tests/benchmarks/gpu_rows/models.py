@@ -1,6 +1,8 @@
-"""What is trained: GPT-2 124M, ResNet-50 and ViT-S on numbers drawn at random, each model with its loss in its `forward`.
+"""What is trained: GPT-2 124M, ResNet-50 and ViT-S on numbers drawn at random, each model with its loss in
+its `forward`.
 
-So the loss can be compiled too: as it is, a cross entropy writes and reads each logit in fp32 several times over.
+So the loss can be compiled too: as it is, a cross entropy writes and reads each logit in fp32 several times
+over.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ drawn: dict[str, nn.Module] = {}
 
 @dataclass(kw_only=True)
 class Rung(Workload):
-    """A workload on a GPU, and how the raw loop trains it. rankzero reads precision and compilation from its configuration."""
+    """A workload on a GPU, and how the raw loop trains it. rankzero reads precision and compilation from its
+    configuration.
+    """
 
     samples: int = 1024
     device: str = "cpu"
@@ -47,7 +51,9 @@ class Rung(Workload):
     fused: bool = False
     """the update of all parameters in one kernel"""
     tiled: int = 0
-    """so many batches at the start are the same few samples over and over: their mean loss is that of any batch size"""
+    """so many batches at the start are the same few samples over and over: their mean loss is that of any
+    batch size
+    """
     seconds: float = 0.0
     """length of the measured window"""
 
@@ -82,7 +88,7 @@ class Rung(Workload):
             fused=True if self.fused else None,
         )
 
-    # for the raw loop -------------------------------------------------------------------------------------------------
+    # for the raw loop ---------------------------------------------------------------------------------------
 
     def initial_model(self) -> nn.Module:
         """On the device, ready to be spread."""
@@ -118,7 +124,7 @@ class Rung(Workload):
             yield [tensor[indices] for tensor in tensors]
 
 
-# language -----------------------------------------------------------------------------------------------------------------
+# language ---------------------------------------------------------------------------------------------------
 
 
 class NaiveAttention(Attention):
@@ -181,7 +187,9 @@ class GPT2(Rung):
         return self.block
 
     def rows(self) -> tuple[Tensor, Tensor]:
-        """Tokens, int64 [samples, block], and those that follow; some come more often than others, so that there is a curve."""
+        """Tokens, int64 [samples, block], and those that follow; some come more often than others, so that
+        there is a curve.
+        """
         shape = (self.samples, self.block + 1)
         text = (torch.rand(shape, generator=torch.Generator().manual_seed(0)) ** 4 * self.vocabulary).long()
         return text[:, :-1].contiguous(), text[:, 1:].contiguous()
@@ -196,11 +204,13 @@ class GPT2(Rung):
         return model
 
     def blocks(self, model: nn.Module) -> Iterable[nn.Module]:
-        """The decoder blocks and the loss. The head belongs to neither: it shares its weights with the embedding."""
+        """The decoder blocks and the loss. The head belongs to neither: it shares its weights with the
+        embedding.
+        """
         return [*model.get_submodule("blocks").children(), model.get_submodule("loss")]
 
 
-# pictures -----------------------------------------------------------------------------------------------------------------
+# pictures ---------------------------------------------------------------------------------------------------
 
 
 class Classifier(nn.Module):

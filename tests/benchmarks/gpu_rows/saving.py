@@ -1,4 +1,6 @@
-"""What a checkpoint makes the training wait for, against a plain copy of as many bytes into pinned host memory."""
+"""What a checkpoint makes the training wait for, against a plain copy of as many bytes into pinned host
+memory.
+"""
 
 from __future__ import annotations
 

@@ -26,10 +26,11 @@ def now(device: str) -> float:
 
 
 def paced(items: Iterator[Item], device: str, seconds: float, paces: list[float]) -> Iterator[Item]:
-    """Pass `items` on, one a step: some to warm up, some to learn the pace, then as many as take about `seconds`.
+    """Pass `items` on, one a step: some to warm up, some to learn the pace, then as many as take about
+    `seconds`.
 
-    Appends to `paces` the seconds that a step of the last took. Whoever asks for the next item has asked the device for all of
-    the step before: that holds of the data of any training loop, by hand or not.
+    Appends to `paces` the seconds that a step of the last took. Whoever asks for the next item has asked the
+    device for all of the step before: that holds of the data of any training loop, by hand or not.
     """
     yield from islice(items, WARM_UP)
     many = PROBE

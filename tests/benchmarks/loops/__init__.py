@@ -1,4 +1,5 @@
-"""The contestants of `overhead.py`, one a file: `run(workload, steps, setting)` trains that many steps, its own way.
+"""The contestants of `overhead.py`, one a file: `run(workload, steps, setting)` trains that many steps, its
+own way.
 
 None takes the time by itself: the loss function, which all call once a step, does (`loops.workloads`).
 """

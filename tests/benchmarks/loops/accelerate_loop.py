@@ -16,7 +16,8 @@ def run(workload: Workload, steps: int, setting: Setting) -> None:
     """It deals whole micro-batches to the ranks by itself, in turn: the same cut."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    # with `cpu` it drops DeepSpeed in silence, without it takes itself for alone, and the ranks get the same data
+    # with `cpu` it drops DeepSpeed in silence, without it takes itself for alone, and the ranks get the same
+    # data
     accelerator = Accelerator(cpu=not setting.stage, **plugins(workload, setting))
     model = workload.initial_model()
     loader = workload.loader(steps, setting, batch_plan=False)

@@ -50,7 +50,9 @@ class Result:
 
 
 def compare(world: World, duel: Duel) -> tuple[list[tuple[float, float]], float, str]:
-    """Seconds a step of (raw, contestant) by pairs, the largest relative difference of any loss, how its model is held."""
+    """Seconds a step of (raw, contestant) by pairs, the largest relative difference of any loss, how its
+    model is held.
+    """
     if duel.strategy == "single":
         distributed.destroy_process_group()  # some would take it for a reason to reduce gradients
     else:

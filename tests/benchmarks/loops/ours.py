@@ -1,4 +1,6 @@
-"""rankzero: the real `launch.training.loop.train` with its record, checkpoints and watch, as `launch.training.trainer` puts them together."""
+"""rankzero: the real `launch.training.loop.train` with its record, checkpoints and watch, as
+`launch.training.trainer` puts them together.
+"""
 
 from __future__ import annotations
 

@@ -16,7 +16,9 @@ from tests.benchmarks.loops.workloads import Workload
 
 
 def run(workload: Workload, steps: int, setting: Setting) -> None:
-    """Unless it is to be bare, loss and norm are read once in ten steps, as one would for a line on the screen."""
+    """Unless it is to be bare, loss and norm are read once in ten steps, as one would for a line on the
+    screen.
+    """
     loader = workload.loader(steps, setting)
     model, optimizer = spread(
         workload, workload.initial_model(), setting.strategy, workload.batch // setting.ranks

@@ -1,4 +1,6 @@
-"""What the contestants train, the same for all: data in memory, its order, model, optimizer, and a loss that takes notes."""
+"""What the contestants train, the same for all: data in memory, its order, model, optimizer, and a loss that
+takes notes.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,8 @@ CHECKED = 20
 class Workload(Recipe):
     """A recipe that notes when each step starts, its first losses, and how its model is held.
 
-    The data are repeated until no epoch ends within a run: what each contestant does then is another question.
+    The data are repeated until no epoch ends within a run: what each contestant does then is another
+    question.
     """
 
     batch: int = 32
@@ -44,7 +47,9 @@ class Workload(Recipe):
         self.held = ""
 
     def rows(self) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, before they are repeated. The digits: [1797, 64] from 0 to 1, and their classes."""
+        """Inputs and targets, before they are repeated. The digits: [1797, 64] from 0 to 1, and their
+        classes.
+        """
         images, classes = load_digits(return_X_y=True)
         return torch.tensor(images / 16, dtype=torch.float32), torch.tensor(classes)
 
@@ -68,7 +73,7 @@ class Workload(Recipe):
             self.first_losses.append(loss.detach())
         return loss
 
-    # for those that do not sum and do not cut batches by themselves ---------------------------------------------------
+    # for those that do not sum and do not cut batches by themselves -----------------------------------------
 
     def mean_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """What everybody else calls the loss."""
@@ -142,7 +147,9 @@ WORKLOADS: dict[str, type[Workload]] = {"mlp": MLP, "cnn": CNN, "gpt": GPT}
 
 
 def how_held(model: nn.Module) -> str:
-    """What its parameters tell of how the model is spread, whatever was asked for; `whole`: each rank has all of it."""
+    """What its parameters tell of how the model is spread, whatever was asked for; `whole`: each rank has all
+    of it.
+    """
     parameters = list(model.parameters())
     if any(isinstance(parameter, DTensor) for parameter in parameters):
         return "fsdp"

@@ -57,7 +57,8 @@ def job_at(place: ranks.World, recipe: str, strategy: str) -> Run:
 
 
 def steps(run: Run, stop: int) -> list[float]:
-    """The steps up to `stop`: losses and gradient norms, and how far the last one has moved the weights of each model.
+    """The steps up to `stop`: losses and gradient norms, and how far the last one has moved the weights of
+    each model.
 
     The last needs the optimizer's state: a momentum that was lost would show in the loss only a step later.
     """

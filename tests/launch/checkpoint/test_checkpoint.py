@@ -31,7 +31,7 @@ from tests.ranks import World, run_ranks
 WORDS = ("batch_size=16", "micro_batch_size=4", "steps=6", "checkpoint.every=2", "checkpoint.keep=2")
 
 
-# damage -------------------------------------------------------------------------------------------------------------------
+# damage -----------------------------------------------------------------------------------------------------
 
 
 def life(place: World, folder: Path, *words: str) -> None:
@@ -184,7 +184,7 @@ def test_a_manifest_that_cannot_be_true_is_refused(
         Manifest.read(folder)
 
 
-# in the background --------------------------------------------------------------------------------------------------------
+# in the background ------------------------------------------------------------------------------------------
 
 
 def test_saves_are_recorded_with_their_times(run: Path) -> None:
@@ -215,7 +215,9 @@ def on_the_clock(place: World, folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_it_saves_by_the_clock_too(tmp_path: Path, world_size: int) -> None:
-    """By that of rank zero; several ranks agree a step later, and what was asked meanwhile has then been answered."""
+    """By that of rank zero; several ranks agree a step later, and what was asked meanwhile has then been
+    answered.
+    """
     found = run_ranks(world_size, on_the_clock, tmp_path)[0]
     assert found == [f"step-{step:08d}" for step in range(world_size, 7, world_size)]
 
@@ -248,7 +250,9 @@ def full_disk(size: int) -> Iterator[None]:
 
 
 def interrupted(place: World, folder: Path, trouble: str) -> tuple[list[str], list[str]]:
-    """A save before, one during and one after some trouble; the checkpoints after the second and after the third."""
+    """A save before, one during and one after some trouble; the checkpoints after the second and after the
+    third.
+    """
     run = job_of(place, "Fit", *WORDS)
     metrics = Metrics(run, folder, {}, Console(place.rank == 0))
     step(run, metrics)
@@ -304,7 +308,7 @@ def test_a_run_whose_last_save_fails_does_not_end_well(tmp_path: Path) -> None:
     assert len(series(tmp_path)) == 6
 
 
-# kept -------------------------------------------------------------------------------------------------------------------
+# kept -------------------------------------------------------------------------------------------------------
 
 
 def test_what_is_being_read_is_not_removed(run_dir: Path, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_a_problem_of_one_rank_is_that_of_all(tmp_path: Path) -> None:
     assert len(failed.value.errors) == 2
 
 
-# under every strategy ----------------------------------------------------------------------------------------------------
+# under every strategy ---------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -96,7 +96,9 @@ class Begun:
 
 
 def begun(place: World, strategy: str, path: Path) -> Begun:
-    """The weights as loaded, and two steps: the first shows what is computed with, the second what the optimizer updates."""
+    """The weights as loaded, and two steps: the first shows what is computed with, the second what the
+    optimizer updates.
+    """
     run = tiny("Tied", f"strategy={strategy}", place=place)
     read, counted = 0, tensors.empty_tensor
 

@@ -34,7 +34,9 @@ def tiny(recipe: str, *words: str, place: World | None = None) -> Run:
 
 
 class Wide(nn.Module):
-    """Big enough that it shows who reads what; BatchNorm brings buffers, the head is tied, no size divides by two."""
+    """Big enough that it shows who reads what; BatchNorm brings buffers, the head is tied, no size divides by
+    two.
+    """
 
     def __init__(self, ties: bool = True) -> None:
         super().__init__()
@@ -119,7 +121,7 @@ def same(found: Tensors, expected: Tensors, dtype: torch.dtype | None = None) ->
         assert torch.equal(found[name], tensor), name
 
 
-# where they come from ----------------------------------------------------------------------------------------------------
+# where they come from ---------------------------------------------------------------------------------------
 
 
 def prefixed(prefix: str, tensors: Tensors) -> Tensors:
@@ -255,7 +257,7 @@ def test_one_model_of_several(tmp_path: Path) -> None:
     same(found, prefixed("student.", unique(elsewhere())) | prefixed("teacher.", both["teacher"]))
 
 
-# what does not fit -------------------------------------------------------------------------------------------------------
+# what does not fit ------------------------------------------------------------------------------------------
 
 
 def other_head(model: Wide) -> Tensors:

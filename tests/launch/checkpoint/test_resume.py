@@ -29,12 +29,16 @@ COMMAND = (
     "eval.every=3",
     "workers=0",
 )
-"""its own `run_dir=` comes on top; with KILL_AT=9 in the environment it ends in step 9 by SIGKILL, once KILL_AFTER is there"""
+"""its own `run_dir=` comes on top; with KILL_AT=9 in the environment it ends in step 9 by SIGKILL, once
+KILL_AFTER is there
+"""
 
 
 @pytest.fixture(scope="module")
 def lives(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended, Ended, Ended]:
-    """A run without interruption in `whole`, one killed in step 9 and started again in `killed`; the killed, the second."""
+    """A run without interruption in `whole`, one killed in step 9 and started again in `killed`; the killed,
+    the second.
+    """
     folder = tmp_path_factory.mktemp("lives")
     kill = {"KILL_AT": "9", "KILL_AFTER": "killed/checkpoints/step-00000005"}
     both = (

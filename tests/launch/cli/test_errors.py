@@ -39,7 +39,9 @@ MISTAKES = {
     "no key=value": (["resnet"], "key=value"),
 }
 UNDER_TORCHRUN = ("misspelt key", "impossible split", "run directory of another recipe")
-"""one of each place that refuses: the words, what depends on the ranks, what lies on the disk; one answer is for all"""
+"""one of each place that refuses: the words, what depends on the ranks, what lies on the disk; one answer is
+for all
+"""
 PROMPT = 15
 """seconds of a busy machine; an idle one takes a tenth or, with torchrun, a fifth of it"""
 
@@ -81,7 +83,8 @@ def test_a_mistake_is_one_line_in_all_under_torchrun(folder: Path, mistake: str)
     assert len(ended.ours) == 1, ended.err
     assert MISTAKES[mistake][1] in ended.ours[0]
     assert str(RUN.parent) not in "".join(re.findall(r'File "(.*)"', ended.err)), "a traceback of ours"
-    # torchrun reports each failed rank in its own words and exits 1 itself; a rank that it ended first shows a signal
+    # torchrun reports each failed rank in its own words and exits 1 itself; a rank that it ended first shows
+    # a signal
     codes = [int(code) for code in re.findall(r"exitcode *: (-?\d+)", ended.err)]
     assert 2 in codes, ended.err
     assert set(codes) <= {2, -15}, ended.err

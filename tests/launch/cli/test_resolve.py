@@ -32,7 +32,7 @@ def said(message: str, *words: str, world: World | None = None) -> None:
     assert message in str(error.value)
 
 
-# values -------------------------------------------------------------------------------------------------------------------
+# values -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_numbers_that_would_fail_later(word: str) -> None:
     said("must be", word)
 
 
-# keys ---------------------------------------------------------------------------------------------------------------------
+# keys -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_the_last_of_a_repeated_key_counts() -> None:
     assert resnet("seed=1", "seed=2").config.seed == 2
 
 
-# files --------------------------------------------------------------------------------------------------------------------
+# files ------------------------------------------------------------------------------------------------------
 
 
 def test_defaults_then_file_then_command_line(tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_config_yaml_starts_the_same_run_again(tmp_path: Path) -> None:
     assert again.config == first.config
 
 
-# length, batches, combinations ----------------------------------------------------------------------------------------------
+# length, batches, combinations ------------------------------------------------------------------------------
 
 
 def test_steps_and_epochs_replace_each_other(tmp_path: Path) -> None:
@@ -285,7 +285,7 @@ def test_the_world_decides_what_auto_means() -> None:
     said("debug=true is one process", "debug=true", world=FOUR)
 
 
-# recipes --------------------------------------------------------------------------------------------------------------------
+# recipes ----------------------------------------------------------------------------------------------------
 
 
 def test_where_recipes_come_from() -> None:
@@ -334,7 +334,7 @@ def test_a_recipe_that_clashes_with_a_key_of_the_run_is_refused(tmp_path: Path) 
     said("Bare.seed", f"recipe={tmp_path / 'clash.py'}", "steps=1", "width=1")
 
 
-# the run directory ------------------------------------------------------------------------------------------------------------
+# the run directory ------------------------------------------------------------------------------------------
 
 
 def test_run_directories(tmp_path: Path) -> None:

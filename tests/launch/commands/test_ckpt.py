@@ -65,7 +65,7 @@ def spoil(path: Path, position: int = -1) -> None:
     path.write_bytes(content if position else content[1:])
 
 
-# the real command --------------------------------------------------------------------------------------------------------
+# the real command -------------------------------------------------------------------------------------------
 
 
 def test_list_inspect_and_prune_import_no_torch(made: Path) -> None:
@@ -110,7 +110,7 @@ def test_no_words_is_the_manual(tmp_path: Path) -> None:
     assert max(map(len, (ckpt.__doc__ or "").splitlines())) <= 130
 
 
-# list, inspect -----------------------------------------------------------------------------------------------------------
+# list, inspect ----------------------------------------------------------------------------------------------
 
 
 def test_list(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,7 +142,9 @@ def test_list_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_what_the_run_removes_meanwhile(
     made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between the listing and the opening: the real race is too narrow to be met, so the removal is put into it."""
+    """Between the listing and the opening: the real race is too narrow to be met, so the removal is put into
+    it.
+    """
     reading = Manifest.read
 
     def removed_first(folder: Path) -> Manifest:
@@ -183,7 +185,7 @@ def test_inspect(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert str(checkpoint_dir(made, 10)) in call(capsys, "inspect", checkpoint_dir(made, 10))
 
 
-# verify ------------------------------------------------------------------------------------------------------------------
+# verify -----------------------------------------------------------------------------------------------------
 
 
 def test_verify_names_each_damaged_file(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -200,7 +202,7 @@ def test_verify_names_each_damaged_file(made: Path, capsys: pytest.CaptureFixtur
     call(capsys, "verify", checkpoint_dir(made, 20), expect=1)
 
 
-# export ------------------------------------------------------------------------------------------------------------------
+# export -----------------------------------------------------------------------------------------------------
 
 
 def test_a_damaged_checkpoint_is_not_exported(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -228,7 +230,7 @@ def test_export_of_several_models(made: Path, capsys: pytest.CaptureFixture[str]
     assert f'model.load_state_dict(torch.load("{made / "t.pt"}", weights_only=True))' in said
 
 
-# prune -------------------------------------------------------------------------------------------------------------------
+# prune ------------------------------------------------------------------------------------------------------
 
 
 def test_prune(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -270,7 +272,7 @@ def test_prune_leaves_something_to_go_on_from(made: Path, capsys: pytest.Capture
     ]  # the first is the best
 
 
-# mistakes ----------------------------------------------------------------------------------------------------------------
+# mistakes ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -319,7 +321,7 @@ def test_a_path_may_hold_an_equals_sign(
     assert not console.is_option("runs/lr=0.2")
 
 
-# size --------------------------------------------------------------------------------------------------------------------
+# size -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -1,4 +1,6 @@
-"""The doctor as users call it: alone, under torchrun, with a rank missing, on two hosts that are network namespaces."""
+"""The doctor as users call it: alone, under torchrun, with a rank missing, on two hosts that are network
+namespaces.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,7 @@ def wait_until_files(folder: Path) -> None:
         time.sleep(0.002)
 
 
-# one machine -------------------------------------------------------------------------------------------------------------
+# one machine ------------------------------------------------------------------------------------------------
 
 
 def test_this_machine(tmp_path: Path) -> None:
@@ -114,7 +116,7 @@ def test_two_ranks_under_torchrun(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-# ranks that do not come, or go -------------------------------------------------------------------------------------------
+# ranks that do not come, or go ------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -159,7 +161,7 @@ def test_the_term_signal_leaves_no_file(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-# meeting -----------------------------------------------------------------------------------------------------------------
+# meeting ----------------------------------------------------------------------------------------------------
 
 
 def test_what_keeps_a_rank_from_the_master() -> None:
@@ -209,7 +211,7 @@ def test_two_ranks_in_a_store(tmp_path: Path) -> None:
     assert within(5, lambda: meetings[1].wait_for("alone", [0, 1], 0.1)) is False
 
 
-# two hosts ---------------------------------------------------------------------------------------------------------------
+# two hosts --------------------------------------------------------------------------------------------------
 
 
 def on_both(hosts: list[Host], folder: Path, address: str, *words: str, **env: str) -> list[Ended]:
@@ -254,7 +256,9 @@ def test_two_hosts_on_a_slow_cable_without_a_shared_folder(tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_two_hosts_that_take_themselves_for_loopback(tmp_path: Path) -> None:
-    """Debian's installer writes `127.0.1.1 HOSTNAME` into /etc/hosts: gloo binds to it, and the others connect to themselves."""
+    """Debian's installer writes `127.0.1.1 HOSTNAME` into /etc/hosts: gloo binds to it, and the others
+    connect to themselves.
+    """
     with two_hosts(tmp_path, {host: f"127.0.1.1 {host}\n" for host in ("n1", "n2")}) as hosts:
         first, second = on_both(hosts, tmp_path, "10.9.9.1")
         cured, _ = on_both(hosts, tmp_path, "10.9.9.1", GLOO_SOCKET_IFNAME="eth0")

@@ -121,7 +121,7 @@ THROUGHOUT = ("clip_norm=0.1", "activation_checkpointing=full")
 """in all rows, so that there are two in place of four of each strategy"""
 
 
-# the same in the processes of the tests ----------------------------------------------------------------------------------
+# the same in the processes of the tests ---------------------------------------------------------------------
 
 
 def traced(place: ranks.World, cases: dict[str, list[str]], steps: int) -> dict[str, dict[str, Tensor]]:
@@ -152,7 +152,8 @@ def assert_alike(found: list[Row], strategies: Sequence[str], each: int) -> None
     [
         ("gpt", EACH_KIND, ("model.layers=2", "micro_batch_size=2")),
         ("mnist", ALL, THROUGHOUT),
-        # at 8 pixels its last stage is BatchNorm over a single pixel of few samples: that blows rounding up 90-fold a step
+        # at 8 pixels its last stage is BatchNorm over a single pixel of few samples: that blows rounding up
+        # 90-fold a step
         ("resnet", EACH_KIND, (*THROUGHOUT, "data.image_size=16", "micro_batch_size=4", "optim.lr=0.005")),
         ("gan", EACH_KIND, THROUGHOUT),
     ],
@@ -160,7 +161,8 @@ def assert_alike(found: list[Row], strategies: Sequence[str], each: int) -> None
 def test_every_strategy_trains_our_recipes_alike(
     recipe: str, strategies: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
-    # the second step shows what the first has made of the weights, the weights in the end what the second has made of the moments
+    # the second step shows what the first has made of the weights, the weights in the end what the second has
+    # made of the moments
     assert_alike(
         compared(strategies, f"recipe={recipe}", *words), strategies, 2 if "clip_norm=0.1" in words else 4
     )

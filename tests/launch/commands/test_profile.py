@@ -40,7 +40,7 @@ class Mine(Fit):
 """
 
 
-# intervals ---------------------------------------------------------------------------------------------------------------
+# intervals --------------------------------------------------------------------------------------------------
 
 
 def test_a_union_is_in_order_and_apart() -> None:
@@ -95,7 +95,7 @@ def test_any_intervals_are_split_as_one_would_count_them() -> None:
         )
 
 
-# events of a GPU ---------------------------------------------------------------------------------------------------------
+# events of a GPU --------------------------------------------------------------------------------------------
 
 
 def on_host(
@@ -114,7 +114,9 @@ def on_gpu(name: str, start: float, end: float, mark: bool = False) -> FunctionE
 
 
 def two_steps() -> Iterator[FunctionEvent]:
-    """Each 100 long, from 1000 on: a copy, two multiplications, an all-reduce beside the second one, a compiled kernel."""
+    """Each 100 long, from 1000 on: a copy, two multiplications, an all-reduce beside the second one, a
+    compiled kernel.
+    """
     yield on_gpu("before", 900, 1015)
     for begin in (1000, 1100):
         yield on_host(STEP, begin, begin + 100, mark=True)
@@ -180,7 +182,7 @@ def test_what_runs_on_a_gpu_is_known_by_name(name: str, kind: Kind | None) -> No
     assert kind_of_kernel(name) == kind
 
 
-# what is said ------------------------------------------------------------------------------------------------------------
+# what is said -----------------------------------------------------------------------------------------------
 
 
 def figures(**given: float) -> Figures:
@@ -256,7 +258,7 @@ def test_the_table_names_the_ranks_with_least_and_most() -> None:
     assert not [row for row in cells if "copies" in str(row[0])], "there are none"
 
 
-# the command -------------------------------------------------------------------------------------------------------------
+# the command ------------------------------------------------------------------------------------------------
 
 
 def profile(cwd: Path, *words: str, ranks: int = 0, code: int = 0) -> tuple[str, str]:

@@ -1,4 +1,6 @@
-"""The command that proves that a killed run goes on: what it asks for, what it compares, and that it finds what is wrong."""
+"""The command that proves that a killed run goes on: what it asks for, what it compares, and that it finds
+what is wrong.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ import pytest
 
 from launch.cli.resolve import Settings
 from launch.commands.resume_check import agree, own_keys, plan
+from launch.equivalence import subprocesses
 from launch.equivalence.common import command, environment
 from launch.equivalence.compare_metrics import Row, compared, deviation, judge, same_files, wrong_steps
 from launch.equivalence.subprocesses import Layout, last_step, run_process
@@ -63,7 +66,7 @@ def agreed(*words: str) -> tuple[Settings, list[str]]:
     return agree(others, own)
 
 
-# what is asked for -------------------------------------------------------------------------------------------------------
+# what is asked for ------------------------------------------------------------------------------------------
 
 
 def test_own_keys_are_taken_out_and_what_the_check_sets_itself() -> None:
@@ -135,7 +138,7 @@ def test_all_is_every_pair() -> None:
     assert (alone.saving, alone.readers) == ([False, True], [("fsdp", 1)])
 
 
-# what is compared --------------------------------------------------------------------------------------------------------
+# what is compared -------------------------------------------------------------------------------------------
 
 
 def curve(*steps: int, **changes: float) -> list[dict[str, Any]]:
@@ -240,7 +243,7 @@ def test_weights_are_compared_byte_by_byte(tmp_path: Path) -> None:
     assert not same_files(tmp_path, tmp_path), "none at all is not the same"
 
 
-# the real thing ----------------------------------------------------------------------------------------------------------
+# the real thing ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

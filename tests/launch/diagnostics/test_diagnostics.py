@@ -59,7 +59,7 @@ def only(findings: list[Finding]) -> Finding:
     return finding
 
 
-# one machine -------------------------------------------------------------------------------------------------------------
+# one machine ------------------------------------------------------------------------------------------------
 
 
 def test_checks_of_this_machine(tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_a_check_that_hangs_or_raises_is_a_finding() -> None:
     assert only(tried("disk", 1, lambda: [][1])).found.startswith("IndexError")
 
 
-# names, interfaces -------------------------------------------------------------------------------------------------------
+# names, interfaces ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_the_link() -> None:
     assert (lost.status, lost.found) == ("fail", "no route to the master n1")
 
 
-# versions, environment, GPUs ---------------------------------------------------------------------------------------------
+# versions, environment, GPUs --------------------------------------------------------------------------------
 
 
 def with_versions(*torch: str) -> list[Report]:
@@ -261,7 +261,7 @@ def test_gpus_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not list(gpus.in_use([], None))
 
 
-# several nodes -----------------------------------------------------------------------------------------------------------
+# several nodes ----------------------------------------------------------------------------------------------
 
 
 def test_ranks_that_are_missing() -> None:
@@ -353,7 +353,7 @@ def test_a_report_travels_as_json() -> None:
     assert findings_of_json([]) == []
 
 
-# the table ---------------------------------------------------------------------------------------------------------------
+# the table --------------------------------------------------------------------------------------------------
 
 
 def test_the_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,7 +132,9 @@ def test_no_garbage_is_collected_in_a_step() -> None:
 
 
 def test_a_run_that_stops_is_saved_before_anything_is_summed_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The time that a scheduler leaves is for saving: counting the operations of a large model may take longer."""
+    """The time that a scheduler leaves is for saving: counting the operations of a large model may take
+    longer.
+    """
     monkeypatch.setattr(Throughput, "in_words", lambda _: pytest.fail("summed up"))
     with prepared(Dense(samples=16)) as (run, metrics):
         run.stop_at = 2

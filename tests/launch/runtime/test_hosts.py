@@ -1,5 +1,6 @@
-"""The real command on two hosts that are namespaces of this machine: a start, a host that does not come, a cable that is cut, a
-host that dies, and a run that goes on with the host that is left."""
+"""The real command on two hosts that are namespaces of this machine: a start, a host that does not come, a
+cable that is cut, a host that dies, and a run that goes on with the host that is left.
+"""
 
 from __future__ import annotations
 
@@ -127,7 +128,9 @@ def verdict(cwd: Path, since: float) -> dict[str, Any]:
 
 
 def goes_on(hosts: Sequence[Host], cwd: Path, losses: Sequence[float]) -> None:
-    """The same command continues the run from its checkpoint; in the end the losses are those of a run that nobody touched."""
+    """The same command continues the run from its checkpoint; in the end the losses are those of a run that
+    nobody touched.
+    """
     done = ends(hosts, without_launcher(hosts, cwd), 60)
     assert [ended.code for ended in done] == [0, 0], done
     assert re.search(r"continues run/checkpoints/step-\d+ at step \d+", done[0].out)
@@ -149,7 +152,9 @@ def test_a_host_that_does_not_come_is_named(tmp_path: Path, hosts: list[Host]) -
 
 
 def test_torchrun_waits_for_a_host_as_long_as_it_is_told_to(tmp_path: Path, hosts: list[Host]) -> None:
-    """Its rendezvous comes before any rank is started: join_timeout (10 minutes unless given) is its own, and it names nobody."""
+    """Its rendezvous comes before any rank is started: join_timeout (10 minutes unless given) is its own, and
+    it names nobody.
+    """
     (ended,) = ends(hosts, torchrun(hosts[:1], tmp_path, nodes="2", conf="join_timeout=5"), 40)
     assert ended.code == 1
     assert not ended.ours
@@ -157,7 +162,8 @@ def test_torchrun_waits_for_a_host_as_long_as_it_is_told_to(tmp_path: Path, host
 
 
 def test_a_cable_that_is_cut(tmp_path: Path, hosts: list[Host], losses: list[float]) -> None:
-    """No connection ends. The side of rank zero sees that nothing moves, the other side that the store does not answer.
+    """No connection ends. The side of rank zero sees that nothing moves, the other side that the store does
+    not answer.
 
     (A torchrun on the far side waits for the store of its rendezvous until the cable is in again.)
     """

@@ -125,7 +125,7 @@ def test_512_ranks_meet_in_seconds(store: TCPStore) -> None:
     )
 
 
-# real processes -----------------------------------------------------------------------------------------------------------
+# real processes ---------------------------------------------------------------------------------------------
 
 
 def alone(cwd: Path, rank: int, *words: str, port: int) -> Ended:

@@ -1,4 +1,6 @@
-"""Who takes part, from the environment of each launcher; and what cannot be is refused with the line that mends it."""
+"""Who takes part, from the environment of each launcher; and what cannot be is refused with the line that
+mends it.
+"""
 
 from __future__ import annotations
 

@@ -140,7 +140,7 @@ def test_two_ranks_and_a_wrong_number_are_refused(recipe: Path, tmp_path: Path) 
     assert "debug=true is one process" in two.err
 
 
-# the table ----------------------------------------------------------------------------------------------------------------
+# the table --------------------------------------------------------------------------------------------------
 
 
 def job_of(*words: str) -> Run:
@@ -192,7 +192,7 @@ def test_a_resnet_fits_one_screen_and_each_block_shows(depth: int, blocks: int) 
     assert sum(" BasicBlock " in line for line in lines) == blocks
 
 
-# overfitting one batch ----------------------------------------------------------------------------------------------------
+# overfitting one batch --------------------------------------------------------------------------------------
 
 
 def tried(run: Run) -> str:
@@ -226,7 +226,7 @@ def test_several_losses_are_not_tried() -> None:
     assert "does not apply: judge and student" in tried(job_of(f"recipe={TINY}:Pair", "batch_size=10"))
 
 
-# exceptions ---------------------------------------------------------------------------------------------------------------
+# exceptions -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -261,7 +261,9 @@ def test_pdb_stands_in_the_users_frame(recipe: Path, tmp_path: Path) -> None:
 
 
 def at_a_terminal(words: list[str], cwd: Path, answers: list[str], timeout: float = 60.0) -> tuple[str, int]:
-    """Run a command under a pseudo-terminal and answer its debugger's prompts. Returns all that was shown, and the exit code."""
+    """Run a command under a pseudo-terminal and answer its debugger's prompts. Returns all that was shown,
+    and the exit code.
+    """
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         words,

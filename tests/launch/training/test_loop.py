@@ -147,7 +147,9 @@ def test_plateau_and_early_stopping(tmp_path: Path) -> None:
 
 
 def test_what_is_due_at_the_end_of_an_epoch_and_of_the_run(tmp_path: Path) -> None:
-    """50 samples in batches of 16: the steps that complete an epoch are 4 (64 > 50), 7 (112 > 100) and the last."""
+    """50 samples in batches of 16: the steps that complete an epoch are 4 (64 > 50), 7 (112 > 100) and the
+    last.
+    """
     trained(job_of(alone(), "Fit", "held_out=5", "batch_size=16", "steps=8"), tmp_path / "run")
     assert [line["step"] for line in lines_of(tmp_path / "run") if "eval/loss" in line] == [4, 7, 8]
 
@@ -190,7 +192,7 @@ def test_numbers_are_read_when_the_next_step_is_on_its_way(tmp_path: Path) -> No
         assert series(tmp_path / "3", name) == series(tmp_path / "1", name)
 
 
-# several models ----------------------------------------------------------------------------------------------------------
+# several models ---------------------------------------------------------------------------------------------
 
 TWO = ("batch_size=16", "steps=6", "noise=0", "lr=0.05")
 

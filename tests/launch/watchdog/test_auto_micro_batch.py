@@ -1,4 +1,6 @@
-"""`micro_batch_size=auto`: memory that runs out on one rank makes all ranks begin again with smaller micro-batches."""
+"""`micro_batch_size=auto`: memory that runs out on one rank makes all ranks begin again with smaller
+micro-batches.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,7 @@ def test_what_forbids_accumulation_is_refused(other: str) -> None:
         resolve([*AUTO, other], two())
 
 
-# real processes -----------------------------------------------------------------------------------------------------------
+# real processes ---------------------------------------------------------------------------------------------
 
 
 def gone_on(cwd: Path, ended: Ended, rank: int, was: int, now: int) -> None:

@@ -1,4 +1,6 @@
-"""A run that fails says why, once, and ends; one that is interrupted ends cleanly. Real processes under torchrun."""
+"""A run that fails says why, once, and ends; one that is interrupted ends cleanly. Real processes under
+torchrun.
+"""
 
 from __future__ import annotations
 

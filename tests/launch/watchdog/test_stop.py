@@ -1,4 +1,6 @@
-"""Stopping on purpose: all ranks at the same step, saved, exit code 75; the next life goes on as if nothing had happened."""
+"""Stopping on purpose: all ranks at the same step, saved, exit code 75; the next life goes on as if nothing
+had happened.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ class AfterSo(StopRequest):
 
 
 def life(phase: World, folder: Path, asked: int, who: int) -> tuple[str, int, bool]:
-    """A life in which rank `who` wishes to stop at question `asked`: why and when it ended, and if it owes an evaluation."""
+    """A life in which rank `who` wishes to stop at question `asked`: why and when it ended, and if it owes an
+    evaluation.
+    """
     run = job_of(phase, "Fit", *WORDS)
     resume(run, folder)
     folder.mkdir(exist_ok=True)
@@ -188,7 +192,7 @@ def test_the_margin_before_the_limit_follows_what_a_save_takes() -> None:
     assert request.reason == "its time is up"
 
 
-# real signals -------------------------------------------------------------------------------------------------------------
+# real signals -----------------------------------------------------------------------------------------------
 
 BUSY = (
     f"recipe={TINY}:Broken",

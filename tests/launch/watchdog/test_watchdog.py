@@ -110,7 +110,7 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_goes_on_by_itself(tmp_path:
     assert series(tmp_path / "run") == undisturbed(tmp_path / "whole", *words, ranks=2)
 
 
-# parts --------------------------------------------------------------------------------------------------------------------
+# parts ------------------------------------------------------------------------------------------------------
 
 
 def test_a_rank_is_missed_when_its_heart_stops() -> None:
