@@ -23,7 +23,7 @@ TOP_LEVEL = {
 }
 PICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 EXPORT = "launch/checkpoint/export.py"
-LINES, RECIPE_LINES = 350, 150
+LINES, RECIPE_LINES = 450, 150
 
 
 def files(*folders: str) -> list[Path]:
