@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from launch.cli.rich_table import make_table
 from launch.data.loader import tensors_of
 from launch.runtime.seeding import seed_device
 
@@ -151,23 +152,14 @@ def rows(node: Node, depth: int, level: int = 0) -> Iterator[tuple[str, ...]]:
 
 def draw(name: str, root: Node) -> list[str]:
     """The deepest table that fits one screen, as lines."""
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     shown, depth = list(rows(root, 1)), 1
     while len(deeper := list(rows(root, depth + 1))) <= TABLE_ROWS and len(deeper) > len(shown):
         shown, depth = deeper, depth + 1
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in (
-        f"model {name}" if name != "model" else "model",
-        "class",
-        "output",
-        "dtype",
-        "parameters",
-    ):
-        table.add_column(heading, justify="right" if heading == "parameters" else "left", overflow="fold")
+    headings = [f"model {name}" if name != "model" else "model", "class", "output", "dtype"]
+    table = make_table([*headings, ">parameters"], wrap=headings)
     for row in shown:
         table.add_row(*map(Text, row))
     width = shutil.get_terminal_size((110, 24)).columns
