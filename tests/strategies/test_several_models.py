@@ -102,7 +102,7 @@ def in_turns(world: World, name: str, micro_batches: int) -> tuple[list[float], 
     return losses, {model: list(tensors.values()) for model, tensors in weights.items()}
 
 
-@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("accumulation_steps", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize(
     "strategy", each([name for name in STRATEGIES if name != "fsdp-hybrid"], ("single", "ddp", "fsdp"))
 )

@@ -153,10 +153,10 @@ def test_without_a_whole_one_the_run_does_not_start_afresh(run_dir: Path, tmp_pa
             resume(job_of(alone(), "Fit", *WORDS), tmp_path / "run")
 
 
-def test_going_back_within_a_run_is_refused(run: Path) -> None:
-    older, newest = directory.list_checkpoints(run)
+def test_going_back_within_a_run_is_refused(run_dir: Path) -> None:
+    older, newest = directory.list_checkpoints(run_dir)
     with pytest.raises(ValueError, match=f"would mix two runs.* remove {newest}"):
-        resume(job_of(alone(), "Fit", *WORDS, f"resume={older}"), run)
+        resume(job_of(alone(), "Fit", *WORDS, f"resume={older}"), run_dir)
 
 
 @pytest.mark.parametrize(
@@ -173,9 +173,9 @@ def test_going_back_within_a_run_is_refused(run: Path) -> None:
     ],
 )
 def test_a_manifest_that_cannot_be_true_is_refused(
-    run: Path, tmp_path: Path, change: Callable[[Manifest], object], message: str
+    run_dir: Path, tmp_path: Path, change: Callable[[Manifest], object], message: str
 ) -> None:
-    folder = shutil.copytree(directory.list_checkpoints(run)[-1], tmp_path / "copy")
+    folder = shutil.copytree(directory.list_checkpoints(run_dir)[-1], tmp_path / "copy")
     manifest = Manifest.read(folder)
     change(manifest)
     manifest.check = lambda: None  # type: ignore[method-assign]
@@ -187,8 +187,8 @@ def test_a_manifest_that_cannot_be_true_is_refused(
 # in the background ------------------------------------------------------------------------------------------
 
 
-def test_saves_are_recorded_with_their_times(run: Path) -> None:
-    lines = [line for line in lines_of(run) if "checkpoint/stall" in line]
+def test_saves_are_recorded_with_their_times(run_dir: Path) -> None:
+    lines = [line for line in lines_of(run_dir) if "checkpoint/stall" in line]
     assert [line["step"] for line in lines] == [2, 4, 6]
     assert all(line["checkpoint/bytes"] > 0 and line["checkpoint/write"] > 0 for line in lines)
 
@@ -348,11 +348,11 @@ def test_what_a_kill_left_is_swept_up(run_dir: Path, tmp_path: Path) -> None:
     ]
 
 
-def test_the_format_is_open(run: Path) -> None:
+def test_the_format_is_open(run_dir: Path) -> None:
     """JSON, and files that the safetensors package reads."""
-    for file in directory.list_checkpoints(run)[-1].glob("*.safetensors"):
+    for file in directory.list_checkpoints(run_dir)[-1].glob("*.safetensors"):
         assert all(tensor.ndim == 1 for tensor in load_file(file).values())
-    found = json.loads((directory.list_checkpoints(run)[-1] / NAME).read_text())["manifest"]
+    found = json.loads((directory.list_checkpoints(run_dir)[-1] / NAME).read_text())["manifest"]
     assert (found["step"], found["samples"]) == (6, 96)
     assert found["config"]["lr"] == 0.01
     assert found["optimizers"]["model"][0]["optimizer"] == "AdamW"
