@@ -70,7 +70,7 @@ class Manifest:
     time: float
     """seconds since the epoch, when it was taken"""
     progress: dict[str, Any]
-    """`launch.state.run.TrainState.state()`"""
+    """`launch.state.progress.TrainState.state()`"""
     config: dict[str, Any]
     """every key of the run, as resolved"""
     train_samples: int

@@ -119,7 +119,7 @@ def run(settings: Settings, own: Own, world: World) -> int:
     from launch.profiling.measure import Phases, figures, measured
     from launch.profiling.report import show
     from launch.runtime.rendezvous import RendezvousError, process_group
-    from launch.state.run import prepare
+    from launch.state.build import prepare
     from launch.training.trainer import identity, is_mistake, not_all_there
     from launch.watchdog import fault_injection
     from launch.watchdog.failure import fail

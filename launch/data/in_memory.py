@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 
-from launch.data.loader import tensors_of
+from launch.data.batch import tensors_of
 from recipes.parts.data import InMemoryDataset
 from recipes.parts.split import View
 

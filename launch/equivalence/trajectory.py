@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from launch.cli.resolve import resolve
 from launch.runtime.rendezvous import process_group
 from launch.runtime.world import World, find_world
-from launch.state.run import Run, prepare
+from launch.state.build import prepare
+from launch.state.run import Run
 from launch.training.loop import set_learning_rate, train_step
 
 NOISE = 1e-7

@@ -13,7 +13,7 @@ from launch.reporting.throughput import SLOW_DATA, Throughput, duration
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from launch.data.loader import BatchPlan
+    from launch.data.batch_plan import BatchPlan
     from launch.state.run import Run
 
 EXPOSED, IDLE, COPIES, SLOWED = 0.10, 0.20, 0.05, 0.25

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from launch.cli.rich_table import make_table
-from launch.data.loader import tensors_of
+from launch.data.batch import tensors_of
 from launch.runtime.seeding import seed_device
 
 if TYPE_CHECKING:

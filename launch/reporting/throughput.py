@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from launch.data.loader import map_tensors
+from launch.data.batch import map_tensors
 from launch.runtime.collectives import all_gather_rows
 from launch.runtime.restarts import BORN
 

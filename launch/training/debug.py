@@ -24,7 +24,8 @@ from torch.utils.data import Subset
 
 from launch.reporting.model_table import tables
 from launch.state.batchnorm import RunningStatistics
-from launch.state.run import Run, build_strategies
+from launch.state.build import build_strategies
+from launch.state.run import Run
 from launch.training.overfit import overfit
 from launch.watchdog.failure_report import is_users
 

@@ -27,7 +27,8 @@ from launch.runtime.phase import Phase
 from launch.runtime.rendezvous import RendezvousError, process_group
 from launch.runtime.versions import versions
 from launch.runtime.world import World
-from launch.state.run import Run, prepare
+from launch.state.build import prepare
+from launch.state.run import Run
 from launch.training import debug
 from launch.training.loop import evaluate, train
 from launch.training.run_dir import start_run_dir

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from launch.data.loader import tensors_of
+from launch.data.batch import tensors_of
 from launch.runtime.collectives import first_error
 from launch.runtime.seeding import seed_device
 

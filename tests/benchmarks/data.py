@@ -35,9 +35,11 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from launch.cli.config import read_line
 from launch.cli.resolve import resolve
-from launch.data.loader import BatchPlan, TrainSampler
+from launch.data.batch_plan import BatchPlan
+from launch.data.sampler import TrainSampler
 from launch.runtime.world import World
-from launch.state.run import Run, prepare
+from launch.state.build import prepare
+from launch.state.run import Run
 from recipes.parts.image_files import MNIST_FILES
 from recipes.parts.permutation import Permutation
 from tests.benchmarks.report import Report, in_turns, ratios

@@ -132,7 +132,7 @@ def ours(recipe: Recipe, said: dict[str, str], run_dir: Path, save: bool) -> Non
     from launch.reporting.metrics import Metrics
     from launch.runtime.rendezvous import process_group
     from launch.runtime.world import find_world
-    from launch.state.run import prepare
+    from launch.state.build import prepare
     from launch.training import trainer
     from launch.training.loop import train
 

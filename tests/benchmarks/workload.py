@@ -22,7 +22,8 @@ from launch.cli.resolve import Settings
 from launch.reporting.console import Console
 from launch.reporting.metrics import Metrics
 from launch.runtime.world import World
-from launch.state.run import Run, prepare
+from launch.state.build import prepare
+from launch.state.run import Run
 from recipes.base import Recipe
 from recipes.parts.data import Batch, Splits
 

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from launch.cli.resolve import resolve
-from launch.data.loader import SampleIndices, sample_indices
+from launch.data.sampler import SampleIndices, sample_indices
 from launch.reporting.console import Console
 from launch.reporting.metrics import Metrics
 from launch.runtime.versions import versions
 from launch.runtime.world import World
-from launch.state.run import Run, prepare
+from launch.state.build import prepare
+from launch.state.run import Run
 from launch.training.loop import train
 from launch.watchdog.consensus import PERIOD
 from tests import ranks

@@ -23,7 +23,8 @@ from launch.runtime.phase import Phase
 from launch.runtime.rendezvous import process_group
 from launch.runtime.versions import versions
 from launch.runtime.world import World
-from launch.state.run import Run, prepare
+from launch.state.build import prepare
+from launch.state.run import Run
 from launch.training.loop import train
 from launch.watchdog.watchdog import Watchdog
 from tests.benchmarks.gpu_rows import LEFT_OUT, WRONG, Bench, Row

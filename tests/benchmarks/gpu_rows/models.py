@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torchvision.models.resnet import Bottleneck
 
-from launch.data.loader import sample_indices
+from launch.data.sampler import sample_indices
 from recipes.parts.data import Batch
 from recipes.parts.optim import decay_groups
 from recipes.parts.transformer import Attention, Decoder

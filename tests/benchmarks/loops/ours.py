@@ -16,7 +16,7 @@ from launch.reporting.metrics import Metrics
 from launch.runtime.phase import Phase
 from launch.runtime.rendezvous import meet
 from launch.runtime.world import World
-from launch.state.run import prepare
+from launch.state.build import prepare
 from launch.training.loop import train
 from launch.watchdog.watchdog import Watchdog
 from tests.benchmarks.loops import BOUND, Setting

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from launch.checkpoint.resume import resume
 from launch.cli.resolve import resolve
-from launch.data.loader import group_micro_batches
+from launch.data.prefetch import group_micro_batches
 from launch.reporting.console import Console
 from launch.reporting.metrics import Metrics
 from launch.runtime.world import World
-from launch.state.run import Run, prepare
+from launch.state.build import prepare
+from launch.state.run import Run
 from launch.training.loop import set_learning_rate, train_step
 from tests import ranks
 from tests.launch.processes import TINY

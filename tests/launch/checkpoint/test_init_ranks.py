@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from launch.checkpoint import tensors
 from launch.checkpoint.init_weights import load_initial_weights
 from launch.checkpoint.name_matching import match_names
-from launch.data.loader import group_micro_batches
+from launch.data.prefetch import group_micro_batches
 from launch.training.loop import train_step
 from tests.launch.checkpoint.test_init_weights import (
     Tensors,

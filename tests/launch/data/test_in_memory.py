@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset, TensorDataset, default_collate
 
+from launch.data.batch_plan import BatchPlan
 from launch.data.in_memory import IndexedView, as_in_memory
-from launch.data.loader import BatchPlan, InMemoryLoader, TrainSampler, loader
+from launch.data.loader import InMemoryLoader, loader
+from launch.data.sampler import TrainSampler
 from launch.runtime.cpus import usable_cpus
 from launch.runtime.world import World
 from recipes.parts.augment import crop_and_mirror, rotate_and_move, uniform

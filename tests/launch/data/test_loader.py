@@ -13,15 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from launch.data.loader import (
-    BatchPlan,
-    EvalSampler,
-    TrainSampler,
-    default_workers,
-    group_micro_batches,
-    loader,
-    to_device,
-)
+from launch.data.batch import to_device
+from launch.data.batch_plan import BatchPlan
+from launch.data.loader import default_workers, loader
+from launch.data.prefetch import group_micro_batches
+from launch.data.sampler import EvalSampler, TrainSampler
 from launch.runtime.world import World
 from tests.launch.jobs import Draw, draws, pairs
 

@@ -19,7 +19,8 @@ from torch import nn
 from launch.cli.resolve import resolve
 from launch.reporting.model_table import TABLE_ROWS, rows, tables, tree
 from launch.runtime.world import World
-from launch.state.run import Run, prepare
+from launch.state.build import prepare
+from launch.state.run import Run
 from launch.training.overfit import overfit
 from tests.launch.processes import TINY, call, command
 
