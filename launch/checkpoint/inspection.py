@@ -26,16 +26,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
-    del sys.path[0]
-try:
-    from launch.checkpoint import describe
-except ModuleNotFoundError as missing:
-    sys.exit(f"rankzero is not installed here ({missing}): pip install -e .")
-
 from rich.filesize import decimal
 
-from launch.checkpoint import console, directory
+from launch.checkpoint import console, describe, directory
 from launch.checkpoint.console import find, opened, progress
 from launch.checkpoint.manifest import NAME, DamagedCheckpoint, Manifest
 from launch.cli.config import exit_with_mistake, flatten, show
@@ -280,7 +273,3 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "export": export,
     "prune": prune,
 }
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -17,20 +17,12 @@ or warn; 1 something fails; 2 a mistake in the command.
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
-
-if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
-    del sys.path[0]
-try:
-    from launch.diagnostics import run_all
-except ModuleNotFoundError as missing:
-    sys.exit(f"rankzero is not installed here ({missing}): pip install -e .")
 
 from launch.cli.config import (
     RANK_ZERO_GRACE_S,
@@ -41,6 +33,7 @@ from launch.cli.config import (
     parse,
     read_line,
 )
+from launch.diagnostics import run_all
 from launch.diagnostics.exchange import join
 from launch.diagnostics.report import Finding, Report, nodes_of
 from launch.diagnostics.table import show
@@ -153,12 +146,3 @@ def end(number: int, _: FrameType | None) -> NoReturn:
     """End at once, whatever hangs, and leave no file."""
     remove_all()
     os._exit(128 + number)
-
-
-if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, end)
-    ended = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(ended)  # a thread that hangs (a dead file server, a collective) must not keep the command

@@ -13,22 +13,15 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
-    del sys.path[0]
-try:
-    from launch.cli.resolve import Settings, resolve
-except ModuleNotFoundError as missing:
-    sys.exit(f"rankzero is not installed here ({missing}): pip install -e .")
-
 from launch.cli import help
 from launch.cli.config import exit_with_mistake, read_line
+from launch.cli.resolve import Settings, resolve
 from launch.equivalence.common import (
     TOLERANCE,
     choose_strategies,
@@ -326,7 +319,3 @@ def show(rows: list[Row], traces: dict[str, Trace], settings: Settings, own: Own
     ):
         console.print(f"left out, its true gradient being zero: {words}", highlight=False)
     console.print(f"{config.precision}: {contract(config.precision)}", highlight=False)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

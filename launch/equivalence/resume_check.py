@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import random
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -36,16 +35,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
-    del sys.path[0]
-try:
-    from launch.cli.resolve import Settings, resolve
-except ModuleNotFoundError as missing:
-    sys.exit(f"rankzero is not installed here ({missing}): pip install -e .")
-
 from launch.checkpoint.directory import checkpoint_dir
 from launch.cli import help
 from launch.cli.config import exit_with_mistake, read_line
+from launch.cli.resolve import Settings, resolve
 from launch.equivalence.common import (
     TOLERANCE,
     choose_strategies,
@@ -401,8 +394,3 @@ def show(rows: Sequence[Row], settings: Settings, seconds: float) -> None:
         f"required: where the same strategy resumes on as many ranks, 0 and the same bytes of final weights; else {allowed:g}"
     )
     print(f"{sum(not row.news for row in rows)} of {len(rows)} passed in {seconds:.0f} s")
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no process is left behind
-    sys.exit(main(sys.argv[1:]))

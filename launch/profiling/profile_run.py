@@ -23,15 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
-    del sys.path[0]  # above all: this file must not stand for Python's own `profile`, which cProfile imports
-try:
-    from launch.cli.resolve import Settings, resolve
-except ModuleNotFoundError as missing:
-    sys.exit(f"rankzero is not installed here ({missing}): pip install -e .")
-
 from launch.cli import help
 from launch.cli.config import exit_with_mistake, read_line
+from launch.cli.resolve import Settings, resolve
 from launch.equivalence.common import whole_number
 from launch.runtime.world import World, find_world
 
@@ -168,7 +162,3 @@ def save(profiler: profile, trace: Path) -> int:
         return 1
     print(f"trace of rank 0: {trace} (open it in https://ui.perfetto.dev)")
     return 0
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -11,16 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from launch.checkpoint import console, directory
+from launch.checkpoint import console, directory, inspection
 from launch.checkpoint.directory import checkpoint_dir
 from launch.checkpoint.manifest import FileEntry, Manifest, TensorEntry
 from launch.checkpoint.reader import Checkpoint
-from launch.commands import ckpt
 from launch.runtime.files import remove_folder
 from tests.launch.checkpoints import CONFIG, GROUPS, call, state, write_checkpoint, write_run
-from tests.launch.processes import command
+from tests.launch.processes import ROOT, command
 
-CKPT = Path(ckpt.__file__)
+CKPT = ROOT / "launch" / "commands" / "ckpt.py"
 WEIGHTS = {
     "layer.weight": torch.arange(30.0).view(5, 6),
     "layer.bias": torch.ones(5),
@@ -105,9 +104,11 @@ def test_export_and_verify_as_users_call_them(made: Path) -> None:
 
 def test_no_words_is_the_manual(tmp_path: Path) -> None:
     assert (
-        run(cwd=tmp_path).stdout == run("--help", cwd=tmp_path).stdout == f"{(ckpt.__doc__ or '').strip()}\n"
+        run(cwd=tmp_path).stdout
+        == run("--help", cwd=tmp_path).stdout
+        == f"{(inspection.__doc__ or '').strip()}\n"
     )
-    assert max(map(len, (ckpt.__doc__ or "").splitlines())) <= 130
+    assert max(map(len, (inspection.__doc__ or "").splitlines())) <= 130
 
 
 # list, inspect ----------------------------------------------------------------------------------------------

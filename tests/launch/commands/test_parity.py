@@ -13,7 +13,7 @@ import pytest
 from torch import Tensor
 
 from launch.cli.resolve import resolve
-from launch.commands.parity import Row, compare, own_keys, plan
+from launch.equivalence.parity import Row, compare, own_keys, plan
 from launch.equivalence.trajectory import follow
 from launch.runtime.world import World
 from strategies.precision import contract

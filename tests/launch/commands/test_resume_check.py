@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from launch.cli.resolve import Settings
-from launch.commands.resume_check import agree, own_keys, plan
 from launch.equivalence import subprocesses
 from launch.equivalence.common import command, environment
 from launch.equivalence.compare_metrics import Row, compared, deviation, judge, same_files, wrong_steps
+from launch.equivalence.resume_check import agree, own_keys, plan
 from launch.equivalence.subprocesses import Layout, last_step, run_process
 from tests.launch.processes import MARK, TINY, offspring
 
@@ -48,7 +48,7 @@ def check(*words: str, cwd: Path, expect: int) -> str:
     """What `launch/commands/resume_check.py` prints."""
     found = {**os.environ, "COLUMNS": "80", "PYTHONPATH": str(Path(__file__).parents[3])}
     done = subprocess.run(
-        [*command("resume_check.py", 1), *words],
+        [*command("commands/resume_check.py", 1), *words],
         capture_output=True,
         text=True,
         timeout=600,

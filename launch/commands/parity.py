@@ -1,0 +1,13 @@
+"""Prove on your own recipe that the strategies agree."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+    del sys.path[0]
+from launch.equivalence.parity import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
