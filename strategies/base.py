@@ -15,12 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from strategies import activation, compile, precision
-from strategies.fused import fuse
-from strategies.init_weights import initialize
-from strategies.norm import squared_norm
+from strategies import activation_checkpointing, precision, torch_compile
+from strategies.fused_optimizer import fuse
+from strategies.grad_norm import squared_norm
 from strategies.options import Options
-from strategies.shards import (
+from strategies.sharded_state import (
     StateReader,
     TensorSlice,
     described_groups,
@@ -28,6 +27,7 @@ from strategies.shards import (
     slice_for_rank,
     unique_state,
 )
+from strategies.weight_init import initialize
 
 
 class World(Protocol):
@@ -103,15 +103,15 @@ class Strategy:
         if build_optimizer is None:
             module.requires_grad_(False).eval()
         parts = list(blocks(module))
-        recomputed = activation.select_blocks(parts, str(self.options.activation_checkpointing))
+        recomputed = activation_checkpointing.select_blocks(parts, str(self.options.activation_checkpointing))
         # Around what is compiled: the other way round, blocks with a BatchNorm would silently run as they
         # are. But a choice of operations has to be compiled in: from around it none can be seen.
         selective = self.options.activation_checkpointing == "selective"
-        inside = activation.checkpointed_forward if selective else None
+        inside = activation_checkpointing.checkpointed_forward if selective else None
         if self.options.compile:
-            compile.compile_parts(parts or [module], self.options.compile, inside)
+            torch_compile.compile_parts(parts or [module], self.options.compile, inside)
         if not (self.options.compile and selective):
-            activation.checkpoint_blocks(recomputed, selective)
+            activation_checkpointing.checkpoint_blocks(recomputed, selective)
         self.module = module
         self.model = self.shard(module, blocks)
         self.trainable = [p for p in module.parameters() if p.requires_grad]
@@ -151,7 +151,7 @@ class Strategy:
 
     def inference(self) -> AbstractContextManager[object]:
         """The compute precision, around each batch of an evaluation; `micro_batch` enters it by itself."""
-        compile.begin(self.options.compile)
+        torch_compile.begin(self.options.compile)
         return precision.autocast(self.options.precision, self.world.device, self._cache_casts)
 
     @contextmanager
@@ -160,7 +160,7 @@ class Strategy:
         step only.
         """
         if not last:
-            compile.refuse_accumulation(self.options.compile, self.world.device)
+            torch_compile.refuse_accumulation(self.options.compile, self.world.device)
         with self.inference():
             yield
 

@@ -19,10 +19,10 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from strategies.base import Blocks, BuildModel, BuildOptimizer, Strategy, World
-from strategies.init_weights import build_without_weights, initialize, materialize
-from strategies.norm import squared_norm
+from strategies.grad_norm import squared_norm
 from strategies.options import Options
-from strategies.shards import StateReader, TensorSlice, slice_for_rank, unique_state
+from strategies.sharded_state import StateReader, TensorSlice, slice_for_rank, unique_state
+from strategies.weight_init import build_without_weights, initialize, materialize
 
 
 class FSDP(Strategy):

@@ -21,7 +21,7 @@ from strategies import precision
 from strategies.base import BuildOptimizer, Strategy, World
 from strategies.deepspeed_compat import at_least_1d, free_gathered_weights, import_deepspeed, load_deepspeed
 from strategies.options import Options
-from strategies.shards import StateReader, TensorSlice, unique_state
+from strategies.sharded_state import StateReader, TensorSlice, unique_state
 
 # they look at the shape of each parameter; to an elementwise optimizer a flat partition is as good
 SHAPED_OPTIMIZERS = ("Adafactor", "Muon", "LBFGS", "SparseAdam")

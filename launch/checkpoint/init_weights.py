@@ -28,7 +28,7 @@ from launch.runtime.collectives import broadcast_object, first_error
 from launch.runtime.world import World
 from launch.state.run import Run
 from strategies.base import listed
-from strategies.shards import tied_names
+from strategies.sharded_state import tied_names
 
 INDEX = ".safetensors.index.json"
 NESTED = (
@@ -58,7 +58,7 @@ class Target(NamedTuple):
 
 
 class Weights:
-    """What was found for one model (a `strategies.shards.StateReader`)."""
+    """What was found for one model (a `strategies.sharded_state.StateReader`)."""
 
     def __init__(self, parts: Mapping[str, Part]) -> None:
         self.parts = parts

@@ -156,7 +156,7 @@ class Checkpoint:
 
 
 class ModelState:
-    """The tensors of one model in a checkpoint (a `strategies.shards.StateReader`)."""
+    """The tensors of one model in a checkpoint (a `strategies.sharded_state.StateReader`)."""
 
     def __init__(self, checkpoint: Checkpoint, prefix: str) -> None:
         self.checkpoint, self.prefix = checkpoint, prefix

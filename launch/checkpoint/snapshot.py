@@ -9,7 +9,7 @@ from torch import Tensor
 
 from launch.checkpoint.tensor_file import Kind, Stored, layout
 from launch.checkpoint.tensors import DTYPES, NAMES
-from strategies.shards import TensorSlice
+from strategies.sharded_state import TensorSlice
 
 
 def kinds(ranges: Mapping[str, TensorSlice]) -> dict[str, Kind]:

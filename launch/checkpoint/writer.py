@@ -29,7 +29,7 @@ from launch.checkpoint.snapshot import Snapshot, kinds
 from launch.cli.config import nested
 from launch.runtime.collectives import first_error
 from launch.runtime.files import check_free_space, remove_folder, sync, write_hashed, write_text_atomically
-from strategies.shards import TensorSlice, tied_names
+from strategies.sharded_state import TensorSlice, tied_names
 
 if TYPE_CHECKING:
     from launch.state.run import Run

@@ -15,7 +15,7 @@ from launch.checkpoint.manifest import FileEntry, Manifest, TensorEntry
 from launch.checkpoint.tensor_file import layout
 from launch.checkpoint.tensors import NAMES
 from launch.runtime.files import write_hashed
-from strategies.shards import slice_for_rank
+from strategies.sharded_state import slice_for_rank
 
 CONFIG = {
     "recipe": "gpt",

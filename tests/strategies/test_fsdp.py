@@ -15,9 +15,9 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from strategies.base import Strategy
 from strategies.fsdp import FSDP, check_options, separate_blocks
-from strategies.init_weights import build_without_weights, initialize, materialize
 from strategies.options import FSDPOptions, Options
-from strategies.shards import TensorSlice
+from strategies.sharded_state import TensorSlice
+from strategies.weight_init import build_without_weights, initialize, materialize
 from tests.ranks import World, run_ranks
 from tests.strategies import models
 from tests.strategies.training import Case, assert_equal, set_up, train, train_step

@@ -15,7 +15,7 @@ from torch import Tensor, distributed, nn
 from strategies import strategy_class
 from strategies.base import Strategy
 from strategies.options import DDPOptions, FSDPOptions, Options
-from strategies.shards import TensorSlice
+from strategies.sharded_state import TensorSlice
 from tests.ranks import World
 from tests.strategies import models
 

@@ -22,7 +22,7 @@ from recipes.parts.data import Batch, Splits
 from recipes.parts.permutation import Permutation
 from recipes.parts.text import stdlib_source
 from recipes.parts.transformer import Decoder
-from strategies.init_weights import initialize
+from strategies.weight_init import initialize
 from tests.benchmarks.loops import Setting
 
 CHECKED = 20

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from strategies.norm import ROW, SMALL, squared_norm
+from strategies.grad_norm import ROW, SMALL, squared_norm
 
 
 def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

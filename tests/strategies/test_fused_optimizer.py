@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from strategies.fused import fuse
+from strategies.fused_optimizer import fuse
 
 
 def model() -> nn.Module:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from strategies.activation import select_blocks
+from strategies.activation_checkpointing import select_blocks
 from strategies.options import Options
 from tests.ranks import World, run_ranks
 from tests.strategies import models
