@@ -14,6 +14,7 @@ from launch.checkpoint.directory import DAMAGED, checkpoints_dir, list_checkpoin
 from launch.checkpoint.manifest import Manifest, TensorEntry
 from launch.checkpoint.tensor_file import SIZES
 from launch.cli.config import flatten, show
+from launch.runtime.text import plural
 
 
 class Row(NamedTuple):
@@ -79,13 +80,13 @@ def facts(folder: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield "progress", words(dict(flatten(progress)))
     yield (
         "size",
-        f"{decimal(manifest.size)} in {counted(len(sizes), 'file')}"
+        f"{decimal(manifest.size)} in {plural(len(sizes), 'file')}"
         + (f", {decimal(sizes[0])} to {decimal(sizes[-1])} each" if len(sizes) > 1 else ""),
     )
     yield "files", f"damaged: {problem}" if problem else "complete, by their sizes (`verify` reads them)"
     for model, groups in manifest.optimizers.items():
         for n, group in enumerate(groups):
-            of = counted(len(group["parameters"]), "parameter")
+            of = plural(len(group["parameters"]), "parameter")
             yield "optimizer", f"{model}, group {n}: {group['optimizer']} of {of}: {words(group['settings'])}"
     for model, aliases in manifest.tied.items():
         if aliases:
@@ -140,8 +141,3 @@ def writer(manifest: Manifest) -> str:
 def words(values: dict[str, Any]) -> str:
     """A mapping as one would type it."""
     return ", ".join(f"{name} {show(value)}" for name, value in values.items())
-
-
-def counted(count: int, what: str) -> str:
-    """A number of something."""
-    return f"{count:,} {what}{'' if count == 1 else 's'}"

@@ -25,9 +25,9 @@ from launch.checkpoint.name_matching import Shape, match_names
 from launch.checkpoint.reader import Checkpoint
 from launch.checkpoint.tensor_file import TensorFile
 from launch.runtime.collectives import broadcast_object, first_error
+from launch.runtime.text import join_names, shape_text
 from launch.runtime.world import World
 from launch.state.run import Run
-from strategies.base import listed
 from strategies.sharded_state import tied_names
 
 INDEX = ".safetensors.index.json"
@@ -178,7 +178,7 @@ def from_index(path: Path, stack: ExitStack) -> dict[str, Part]:
         raise ValueError(f"{path.name} leads out of its folder, to {outside[0]}")
     files = {file: from_file(path.with_name(file), stack) for file in set(held.values())}
     if lost := [name for name, file in held.items() if name not in files[file]]:
-        raise ValueError(f"{held[lost[0]]} does not hold what {path.name} says: {listed(lost, 3)}")
+        raise ValueError(f"{held[lost[0]]} does not hold what {path.name} says: {join_names(lost, 3)}")
     return {name: files[file][name] for name, file in held.items()}
 
 
@@ -229,7 +229,7 @@ def state_dict_in(found: Any, models: list[str]) -> tuple[dict[str, Tensor], str
     key = next((key for key in NESTED if key in inner), None)
     if key is None and len(inner) > 1:
         raise ValueError(
-            f"several state_dicts in it ({listed(list(map(str, inner)))}); save the one that is meant by itself"
+            f"several state_dicts in it ({join_names(list(map(str, inner)))}); save the one that is meant by itself"
         )
     key = next(iter(inner)) if key is None else key
     return inner[key], f"[{key}]"
@@ -260,7 +260,9 @@ def fitted(
             if parts[source].shape == target.shape:
                 plan.setdefault(target, parts[source])
             else:
-                other[target] = f"{name} {sizes(target.shape)}, in the file {sizes(parts[source].shape)}"
+                other[target] = (
+                    f"{name} {shape_text(target.shape)}, in the file {shape_text(parts[source].shape)}"
+                )
     first = {target: name for name, target in reversed(targets.items())}  # a tied tensor by its first name
     shapes = [words for target, words in other.items() if target not in plan]
     missing = [
@@ -270,9 +272,9 @@ def fitted(
     unused = [name for name, part in parts.items() if id(part) not in used]
     found = f"{len(plan)} of {len(plan) + len(shapes) + len(missing)} tensors{match.prefix and f', {match.prefix}'}"
     differences = [
-        *([f"not in the file: {len(missing)} ({listed(missing)})"] if missing else []),
-        *([f"of no use to the model: {len(unused)} ({listed(unused)})"] if unused else []),
-        *([f"of another shape: {len(shapes)} ({listed(shapes)})"] if shapes else []),
+        *([f"not in the file: {len(missing)} ({join_names(missing)})"] if missing else []),
+        *([f"of no use to the model: {len(unused)} ({join_names(unused)})"] if unused else []),
+        *([f"of another shape: {len(shapes)} ({join_names(shapes)})"] if shapes else []),
     ]
     if not plan:
         raise ValueError(f"nothing in it fits the model; {'; '.join(differences)}")
@@ -292,8 +294,3 @@ def needless(name: str, target: Target) -> bool:
     none), and nothing.
     """
     return name.endswith("num_batches_tracked") or 0 in target.shape
-
-
-def sizes(shape: Shape) -> str:
-    """A shape as people write it."""
-    return "x".join(map(str, shape)) or "a scalar"

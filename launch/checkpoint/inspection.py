@@ -32,6 +32,7 @@ from launch.checkpoint import console, describe, directory
 from launch.checkpoint.console import find, opened, progress
 from launch.checkpoint.manifest import NAME, DamagedCheckpoint, Manifest
 from launch.cli.config import exit_with_mistake, flatten, show
+from launch.runtime.text import plural
 
 TOP = 20
 """tensors that `diff` shows"""
@@ -123,7 +124,7 @@ def verify_one(folder: Path) -> int:
     for problem in problems:
         print(problem)
     if not problems:
-        files = describe.counted(len(checkpoint.manifest.files), "file")
+        files = plural(len(checkpoint.manifest.files), "file")
         print(f"{folder} is whole: {files}, {decimal(checkpoint.manifest.size)}")
     return int(bool(problems))
 
@@ -151,7 +152,7 @@ def diff(a: Path, b: Path, *, all: bool = False) -> int:
             print(f"  {name}  {show(old)} -> {show(new)}")
         if len(changes) > TOP and not all:
             print(f"  and {len(changes) - TOP} more; all=true shows them")
-    print(f"\nvalues: {describe.counted(found.equal, 'tensor')} equal, {len(found.apart)} differ")
+    print(f"\nvalues: {plural(found.equal, 'tensor')} equal, {len(found.apart)} differ")
     shown = found.apart if all else found.apart[:TOP]
     rows = [(f"{a.largest:.3g}", f"{a.relative:.2g}", f"{a.differ:,} of {a.numel:,}", a.name) for a in shown]
     if rows:
@@ -195,7 +196,7 @@ def export(
                 shard_bytes=int(shard_gb * 1e9),
                 on_progress=on_progress,
             )
-    tensors, names = describe.counted(len(weights), "tensor"), ", ".join(map(str, files))
+    tensors, names = plural(len(weights), "tensor"), ", ".join(map(str, files))
     print(f"{tensors} of step {checkpoint.manifest.step}, {decimal(size)}, in {names}")
     print(
         f"load with: {how_to_load(files[-1], 'model' if len(models) == 1 else 'torch.nn.ModuleDict(models)')}"

@@ -14,6 +14,7 @@ from launch.checkpoint.reader import Checkpoint
 from launch.cli.config import flatten, nested
 from launch.runtime.collectives import barrier, broadcast_object, first_error
 from launch.runtime.restarts import restart_count
+from launch.runtime.text import shape_text
 from launch.state.run import Run
 
 MAY_CHANGE = {
@@ -163,7 +164,7 @@ def changed_code(checkpoint: Checkpoint, run: Run) -> Iterator[str]:
         now = {name: shape for name, shape in strategy.shapes().items() if 0 not in shape}
         for name in sorted(before.keys() | now.keys()):
             if before.get(name) != now.get(name):
-                yield f"{model} {name.removeprefix('model/')}: {words(before.get(name))}, now {words(now.get(name))}"
+                yield f"{model} {name.removeprefix('model/')}: {shape_or_absent(before.get(name))}, now {shape_or_absent(now.get(name))}"
         yield from changed_groups(model, checkpoint.manifest.optimizers.get(model, []), strategy.groups)
 
 
@@ -184,6 +185,6 @@ def changed_groups(model: str, before: list[dict[str, Any]], now: list[dict[str,
                 yield f"{where} {key}: {old['settings'][key]}, now {value}"
 
 
-def words(shape: tuple[int, ...] | None) -> str:
+def shape_or_absent(shape: tuple[int, ...] | None) -> str:
     """A shape, or that there is none."""
-    return "not there" if shape is None else "x".join(map(str, shape)) or "a scalar"
+    return "not there" if shape is None else shape_text(shape)

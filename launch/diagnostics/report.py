@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from launch.runtime.store import within
+from launch.runtime.text import join_names
 from launch.runtime.world import World
 
 Status = Literal["pass", "warn", "fail"]
@@ -90,8 +91,7 @@ def leaders_of(reports: Iterable[Report]) -> dict[str, Report]:
 
 def listed(names: Sequence[str], what: str = "nodes") -> str:
     """Names as one would say them; many are counted."""
-    few = len(names) <= NAMED + 1
-    return ", ".join(names) if few else f"{', '.join(names[:NAMED])} and {len(names) - NAMED} more {what}"
+    return join_names(names, NAMED, what)
 
 
 def by_value(check: str, values: Mapping[str, tuple[Status, str, str]]) -> list[Finding]:

@@ -13,6 +13,7 @@ from torch import nn
 from launch.cli.rich_table import make_table
 from launch.data.batch import tensors_of
 from launch.runtime.seeding import seed_device
+from launch.runtime.text import shape_text
 
 if TYPE_CHECKING:
     from launch.state.run import Run
@@ -75,7 +76,7 @@ def noting(seen: dict[nn.Module, Seen]) -> Callable[[nn.Module, Any, Any], None]
             return
         parts = list(tensors_of(output))
         dtypes = dict.fromkeys(str(part.dtype).removeprefix("torch.") for part in parts)
-        shapes = ", ".join(" x ".join(map(str, part.shape)) or "scalar" for part in parts)
+        shapes = ", ".join(shape_text(part.shape) for part in parts)
         seen[module] = Seen(shapes or type(output).__name__, ", ".join(dtypes))
 
     return note

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 import psutil
 from rich.filesize import decimal
 
+from launch.runtime.text import shape_text
+
 if TYPE_CHECKING:
     from launch.runtime.phase import Phase
     from launch.runtime.world import World
@@ -85,7 +87,7 @@ def frames_of(error: BaseException) -> Iterator[str]:
 def shapes(batch: Any) -> Iterator[str]:
     """The tensors of a batch: `64 x 3 x 32 x 32 float32`."""
     if hasattr(batch, "shape") and hasattr(batch, "dtype"):
-        yield f"{' x '.join(map(str, batch.shape)) or 'scalar'} {str(batch.dtype).removeprefix('torch.')}"
+        yield f"{shape_text(batch.shape)} {str(batch.dtype).removeprefix('torch.')}"
     elif isinstance(batch, Mapping):
         for name, part in batch.items():
             yield from (f"{name} {shape}" for shape in shapes(part))

@@ -274,7 +274,7 @@ def test_differences_are_listed_and_refused(tmp_path: Path) -> None:
         load_initial_weights(tiny("Tied"), str(path))
     assert str(refused.value).endswith(
         "a.safetensors: it fits 8 of 10 tensors; not in the file: 1 (stem.bias); of no use to the model: 1 "
-        "(extra.weight); of another shape: 1 (out.weight 1x33, in the file 7x33). If that is meant, say init_partial=true"
+        "(extra.weight); of another shape: 1 (out.weight 1 x 33, in the file 7 x 33). If that is meant, say init_partial=true"
     )
     run = tiny("Tied", "init_partial=true")
     before = weights_of(run)
