@@ -94,26 +94,29 @@ def one_pair(
     """Bytes a second of both collectives, or a problem."""
     if any(meeting.store.check([f"stuck/{rank}"]) for rank in pair):
         return {"problem": "not measured: one of the two hangs since the pair before"}
+    problems: list[str] = []
     try:
         return within(
             PAIR[backend] + 1,
-            lambda: exchange(open_store(point, name), pair.index(meeting.rank), device, backend),
+            lambda: exchange(open_store(point, name), pair.index(meeting.rank), device, backend, problems),
         )
     except (
         TimeoutError
     ) as error:  # its group is still in the hands of the thread that hangs: no other can be made here
         meeting.put(f"stuck/{meeting.rank}", True)
-        return {"problem": str(error)}
+        return {"problem": problems[0] if problems else str(error)}
     except Exception as error:
         return {"problem": " ".join(str(error).split())[:160]}
 
 
-def exchange(store: Store, rank: int, device: str, backend: str) -> dict[str, float]:
+def exchange(store: Store, rank: int, device: str, backend: str, problems: list[str]) -> dict[str, float]:
     """All-reduce and all-gather between two ranks, in bytes a second in one direction of the link.
 
     Each sends as many bytes as it has, S (n - 1) / n twice for all-reduce and S (n - 1) for all-gather with n
     = 2, so both figures compare with the speed of the link.
     https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md
+
+    An exception is noted in `problems` at once: with NCCL, leaving the group may then wait for the other rank.
     """
     import torch
     import torch.distributed as dist
@@ -138,6 +141,9 @@ def exchange(store: Store, rank: int, device: str, backend: str) -> dict[str, fl
             return lambda: all_gather(whole, tensor)
 
         return {"all_reduce": speed(reduce, device, backend), "all_gather": speed(gather, device, backend)}
+    except Exception as error:
+        problems.append(" ".join(str(error).split())[:160])
+        raise
     finally:
         dist.destroy_process_group()
 

@@ -134,8 +134,8 @@ def run(settings: Settings, own: Own, world: World) -> int:
             if world.rank == 0:
                 show(run, rows, operations_of(events, world.device != "cpu"), len(steps_of(events)))
             code = save(profiler, own.trace) if world.rank == 0 and own.trace else 0
-            watchdog.close()
-            return code
+        watchdog.close()  # only now: leaving the group may wait for a rank that fails
+        return code
     except KeyboardInterrupt:
         if world.rank == 0:
             print("rankzero: interrupted", file=sys.stderr)

@@ -117,14 +117,14 @@ class Metrics:
         self.start_gather()
         self.finish_gather()
 
-    def start_gather(self) -> None:
-        """Send for the numbers of the pending steps."""
+    def start_gather(self, local: bool = False) -> None:
+        """Send for the numbers of the pending steps; with `local`, those of this rank alone."""
         if not self.pending:
             return
         names, missing = list(self.pending[0].losses), torch.full((), math.nan, device=self.run.world.device)
         losses = torch.stack([step.losses[name] for step in self.pending for name in names])
         norms = torch.stack([step.norms.get(name, missing) for step in self.pending for name in names])
-        self.asked = InFlight(self.pending, AsyncGather(torch.cat([losses, norms.to(losses)])))
+        self.asked = InFlight(self.pending, AsyncGather(torch.cat([losses, norms.to(losses)]), local))
         self.pending = []
 
     def finish_gather(self) -> None:
@@ -134,7 +134,7 @@ class Metrics:
         steps, numbers = self.asked.steps, self.asked.numbers
         self.asked = None
         rows = numbers.get().view(-1, 2, len(steps), len(steps[0].losses))
-        mine = rows[self.run.world.rank]
+        mine = rows[self.run.world.rank if len(rows) > 1 else 0]
         # summed up here, rank by rank: what a reduction of several numbers adds first depends on how many
         # there are
         losses = mine[0] if self.run.sync_every_step else rows[:, 0].sum(0)
@@ -256,9 +256,12 @@ class Metrics:
         ]
 
     def abort(self) -> None:
-        """After a failure: write what is known, and leave the save in flight the time to become whole."""
+        """After a failure: write what is known, and leave the save in flight the time to become whole. Asks no
+        other rank.
+        """
         if self.run.sync_every_step:  # else the numbers of the last steps are still spread over the ranks
-            self.flush()
+            self.start_gather(local=True)
+            self.finish_gather()
         self.checkpoint_writer.wait_briefly()
 
     def write(self, lines: list[dict[str, Any]]) -> None:

@@ -51,9 +51,12 @@ class AsyncGather:
     numbers.
     """
 
-    def __init__(self, value: Tensor) -> None:
+    def __init__(self, value: Tensor, local: bool = False) -> None:
+        """With `local`, the row of this rank alone, without asking the others: after a failure they would not
+        answer.
+        """
         self.rows, self.work, self.copied = value[None], None, None
-        if is_distributed():
+        if is_distributed() and not local:
             gather = (
                 getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
             )  # renamed in torch 2.14

@@ -68,7 +68,8 @@ def process_group(
     world: World, strategy: str = "ddp", start_timeout: float = 60.0, identity: str = ""
 ) -> Iterator[World]:
     """The world with its device and store and, unless `strategy` is single, a process group for as long as
-    the context lasts.
+    the context lasts. After an exception the group is left as it is: the failure is reported first, and ends
+    the process.
 
     `identity` is what this rank was asked to do, as text that must be the same on all. Raises ValueError if a
     node has fewer GPUs than ranks, NotAllThere if the ranks do not come together.
@@ -97,10 +98,9 @@ def process_group(
         timeout=COLLECTIVE_TIMEOUT,
         device_id=torch.device(world.device) if cuda else None,
     )
-    try:
-        yield world
-    finally:
-        dist.destroy_process_group()
+    yield world
+    # not after an exception: with NCCL this waits for the other ranks, which wait for this one in a collective
+    dist.destroy_process_group()
 
 
 def meet(world: World, timeout: float, again: bool = False) -> Store:

@@ -69,8 +69,9 @@ def run(settings: Settings, world: World, run_dir: Path) -> int:
             watchdog.run_dir, started = run_dir, True
             stop.listen(signal.SIGINT)
             why = drive(run, run_dir, beginning, stop, watchdog, start)
-            watchdog.close()
-            return stop_with(why, run, run_dir) if why else 0
+            code = stop_with(why, run, run_dir) if why else 0
+        watchdog.close()  # only now: leaving the group may wait for a rank that fails while it exports
+        return code
     except KeyboardInterrupt:
         if world.rank == 0:
             print("rankzero: interrupted", file=sys.stderr)

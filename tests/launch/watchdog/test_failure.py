@@ -68,6 +68,71 @@ def test_an_exception_without_launcher_is_told_once(tmp_path: Path) -> None:
     assert failure(tmp_path)["step"] == 3
 
 
+NCCL_DESTROY = Path(__file__).with_name("nccl_destroy.py")
+"""leaving the process group waits for all ranks"""
+
+
+def fails_as_with_nccl(cwd: Path, fail: str, *words: str) -> Ended:
+    common = ("batch_size=8", "steps=8", "log.every=5", "hang_timeout=20", "run_dir=run")
+    return call(
+        f"recipe={NCCL_DESTROY}",
+        "strategy=ddp",
+        f"fail={fail}",
+        *common,
+        *words,
+        cwd=cwd,
+        ranks=2,
+        timeout=120,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("fail", "words"), [("forward", ()), ("evaluate", ("eval.every=4",))])
+def test_an_exception_is_told_where_leaving_the_group_waits_for_all(
+    tmp_path: Path, fail: str, words: tuple[str, ...]
+) -> None:
+    """Else the rank that failed would wait for the others, which wait for it in a collective: told as a hang."""
+    ended = fails_as_with_nccl(tmp_path, fail, *words)
+    assert ended.code == 1
+    assert len(ended.ours) == 1, ended.err
+    assert re.search(rf"rank 1 on .*, step 4, {fail}: LookupError: the shelf is empty", ended.ours[0])
+
+
+@pytest.mark.slow
+def test_numbers_are_written_after_a_failure_without_asking_the_others(tmp_path: Path) -> None:
+    ended = fails_as_with_nccl(tmp_path, "forward", "fail_rank=0")
+    assert failure(tmp_path)["error"] == "LookupError", ended.err
+    assert len(losses(tmp_path)) == 3, "log.every=5: they were pending"
+
+
+@pytest.mark.slow
+def test_ranks_restart_where_leaving_the_group_waits_for_all(tmp_path: Path) -> None:
+    ended = fails_as_with_nccl(tmp_path, "memory", "micro_batch_size=auto")
+    assert "all ranks begin again with 2" in ended.ours[0], ended.err
+
+
+@pytest.mark.slow
+def test_a_failed_export_ends_all_where_leaving_the_group_waits_for_all(tmp_path: Path) -> None:
+    ended = fails_as_with_nccl(tmp_path, "export")
+    assert ended.code == 1
+    assert len(ended.ours) == 1, ended.err
+    assert re.search(r"rank 0 on .*, export: ", ended.ours[0])
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_where_leaving_the_group_waits_for_all(tmp_path: Path) -> None:
+    ended = fails_as_with_nccl(tmp_path, "interrupt")
+    assert "exitcode  : 130" in ended.err
+    assert not offspring(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_run_that_succeeds_leaves_the_group(tmp_path: Path) -> None:
+    ended = fails_as_with_nccl(tmp_path, "no")
+    assert ended.code == 0, ended.err
+    assert len(list((tmp_path / "left-the-group").iterdir())) == 2
+
+
 @pytest.mark.slow
 def test_the_next_life_of_a_failed_run_forgets_the_failure(tmp_path: Path) -> None:
     fails(tmp_path, "raise", "fail_rank=0", "checkpoint.every=2", ranks=0)

@@ -48,7 +48,7 @@ def test_a_hang_says_who_is_where(tmp_path: Path) -> None:
         r"no rank has made progress for 4 s \(hang_timeout=4\); they are not in the same place", ended.ours[0]
     )
     assert re.search(r"^  rank 0: step 9, backward, ", ended.err, re.MULTILINE)
-    assert re.search(r"^  rank 1: step 9, forward, chaos.py:\d+ in stall$", ended.err, re.MULTILINE)
+    assert re.search(r"^  rank 1: step 9, forward, fault_injection.py:\d+ in stall$", ended.err, re.MULTILINE)
     assert "in stall" in "".join(failure(tmp_path)["stacks"].values()), "the whole stacks are kept"
 
 
