@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from launch.cli.config import Config, build, check_known, keys_of, parse, read_file, read_line
+from launch.cli.durations import parse_duration
+from launch.cli.faults import parse_fault
 from launch.runtime.world import World
-from launch.watchdog.fault_injection import parse as parse_chaos
-from launch.watchdog.stop import seconds
 from recipes import RECIPES
 from recipes.base import Recipe
 from strategies.options import CUDA_GRAPH_MODES, DDPOptions, FSDPOptions, ZeroOptions
@@ -160,8 +160,8 @@ def check(config: Config, recipe: Recipe, world: World) -> None:
         if value not in (None, "auto") and value <= 0:
             raise ValueError(f"{name}={value} must be greater than 0")
     if config.max_time is not None:
-        seconds(config.max_time)
-    if config.chaos is not None and (rank := parse_chaos(config.chaos).rank) >= world.world_size:
+        parse_duration(config.max_time)
+    if config.chaos is not None and (rank := parse_fault(config.chaos).rank) >= world.world_size:
         raise ValueError(f"chaos={config.chaos}: there is no rank {rank} among {world.world_size}")
     for name in ("workers", "eval.min_delta"):
         value = nested_value(config, name)

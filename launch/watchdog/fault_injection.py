@@ -11,12 +11,12 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.checkpoint.directory import list_checkpoints
+from launch.cli.faults import parse_fault
 from launch.runtime.restarts import restart_count
 
 if TYPE_CHECKING:
@@ -27,36 +27,11 @@ SLOW = 0.5
 Strike = Callable[["Run", Path], object]
 
 
-@dataclass(frozen=True)
-class Fault:
-    """What happens, where and when."""
-
-    kind: str
-    rank: int
-    step: int
-
-
-def parse(text: str) -> Fault:
-    """What `text` asks for. Raises ValueError."""
-    kind, _, where = text.partition(":")
-    found = dict(part.partition("=")[::2] for part in where.split(",")) if where else {}
-    given = {"rank": "0", "step": "5"} | found
-    if (
-        kind not in FAULTS
-        or set(given) != {"rank", "step"}
-        or not all(value.isdecimal() for value in given.values())
-    ):
-        raise ValueError(
-            f"chaos={text} is not KIND:rank=R,step=S, such as kill:rank=1,step=50; kinds: {', '.join(FAULTS)}"
-        )
-    return Fault(kind, int(given["rank"]), int(given["step"]))
-
-
 def prepare(run: Run, run_dir: Path) -> None:
     """Let the fault that `chaos` asks for happen, if this is its rank and the first life of the run."""
     if run.config.chaos is None or run.progress.step > 0 or restart_count(os.environ):
         return
-    chaos = parse(run.config.chaos)
+    chaos = parse_fault(run.config.chaos)
     if chaos.rank != run.world.rank:
         return
     losses = run.recipe.losses()

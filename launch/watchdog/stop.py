@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from launch.cli.durations import parse_duration
 from launch.runtime.files import write_text_atomically
 
 EXIT_CODE = 75
@@ -97,28 +98,10 @@ def deadline(max_time: str | None, environment: Mapping[str, str]) -> float | No
     import psutil
 
     # from the start of the process: it stays the same one if the run begins again by itself
-    ends = [psutil.Process().create_time() + seconds(max_time)] if max_time is not None else []
+    ends = [psutil.Process().create_time() + parse_duration(max_time)] if max_time is not None else []
     if environment.get("SLURM_JOB_END_TIME", "").isdecimal():
         ends.append(float(environment["SLURM_JOB_END_TIME"]))
     return min(ends, default=None)
-
-
-def seconds(text: str) -> float:
-    """A length of time as SLURM writes it: minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS. Raises
-    ValueError.
-    """
-    days, dash, rest = text.rpartition("-")
-    parts = rest.split(":")
-    if not all(part.isdecimal() for part in (*parts, *([days] if dash else []))) or len(parts) > 3:
-        raise ValueError(
-            f"max_time={text} is no time; write it as SLURM does: 90 (minutes), 1:30:00, 2-12 (days-hours)"
-        )
-    numbers = [int(part) for part in parts]
-    if dash:
-        hours, minutes, left = [*numbers, 0, 0][:3]
-    else:
-        hours, minutes, left = {1: (0, numbers[0], 0), 2: (0, *numbers), 3: tuple(numbers)}[len(numbers)]
-    return float(((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + left)
 
 
 def leave_note(run_dir: Path, note: dict[str, Any]) -> None:

@@ -32,6 +32,7 @@ import psutil
 
 from launch.checkpoint.directory import checkpoints_dir, list_checkpoints
 from launch.cli.config import read_line
+from launch.cli.faults import FAULT_KINDS
 from launch.equivalence.common import environment
 from launch.equivalence.compare_metrics import compared, only_one_knows, same_files, steps_of, wrong_steps
 from launch.equivalence.subprocesses import (
@@ -43,7 +44,6 @@ from launch.equivalence.subprocesses import (
     run_process,
     saved_step,
 )
-from launch.watchdog.fault_injection import FAULTS
 
 STEPS, EVERY, HANG = 30, 4, 8
 RECIPE = Path(__file__).parents[1] / "launch" / "tiny.py"
@@ -111,7 +111,7 @@ def main(words: list[str]) -> int:
         "first": "1",
         "strategies": "ddp,fsdp",
     }
-    line = {**given, "kinds": ",".join(FAULTS), **read_line(words)}
+    line = {**given, "kinds": ",".join(FAULT_KINDS), **read_line(words)}
     ranks, first = int(line["ranks"]), int(line["first"])
     strategies, kinds = line["strategies"].split(","), line["kinds"].split(",")
     start = time.monotonic()

@@ -153,28 +153,6 @@ def test_in_an_evaluation_each_batch_asks() -> None:
     assert run_ranks(2, evaluation_between) == [[1, 2, 3, 4, 5]] * 2
 
 
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [
-        ("90", 5400),
-        ("1:30", 90),
-        ("2:00:00", 7200),
-        ("1-00", 86400),
-        ("1-12", 129600),
-        ("1-0:30", 88200),
-        ("2-1:02:03", 176523),
-    ],
-)
-def test_max_time_is_written_as_slurm_does(text: str, seconds: int) -> None:
-    assert stops.seconds(text) == seconds
-
-
-@pytest.mark.parametrize("text", ["", "soon", "1:2:3:4", "1h", "-5", "1-"])
-def test_what_is_no_time_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=f"max_time={text} is no time; write it as SLURM does"):
-        stops.seconds(text)
-
-
 def test_the_nearer_of_two_limits_counts() -> None:
     began = psutil.Process().create_time()
     assert stops.deadline(None, {}) is None
