@@ -33,13 +33,13 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
-RANKS = 4
-TIMEOUT = 120.0
-GRACE = 5.0
+MAX_RANKS = 4
+TASK_TIMEOUT_S = 120.0
+FAILURE_GRACE_S = 5.0
 """seconds that the other ranks get after a first failure: they may be stuck in a collective with the failed
 one
 """
-IMPORTED = (
+PRELOADED_MODULES = (
     *(
         "torch",
         "torch.distributed.fsdp",
@@ -57,12 +57,14 @@ IMPORTED = (
 """what is there when a worker starts, if it is installed, DeepSpeed's late imports too; none of it starts a
 thread
 """
-SINGLE = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"), "1")
+SINGLE_THREAD_ENV = dict.fromkeys(
+    ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"), "1"
+)
 """before torch is imported; the third one: else inductor starts a pool of processes that outlives the test"""
 
 
 @dataclass(frozen=True)
-class World:
+class CpuWorld:
     """What a function under test is told about its place (`strategies.base.World`)."""
 
     rank: int
@@ -85,13 +87,13 @@ class RanksFailed(AssertionError):
 
 
 def run_ranks(
-    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT
+    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = TASK_TIMEOUT_S
 ) -> list[Any]:
     """The results of `function(world, *args)` on ranks 0 to `world_size` - 1, by value.
 
     `function` is a module-level function; arguments and results must pickle. Raises RanksFailed.
     """
-    assert 1 <= world_size <= RANKS, f"the pool has {RANKS} ranks, not {world_size}"
+    assert 1 <= world_size <= MAX_RANKS, f"the pool has {MAX_RANKS} ranks, not {world_size}"
     return _pool().run(world_size, function, args, timeout)
 
 
@@ -107,9 +109,9 @@ _pools: list[Pool] = []
 def _ready_to_fork() -> ForkServerContext:
     """The context whose processes are forked from one that has imported IMPORTED."""
     context = get_context("forkserver")
-    context.set_forkserver_preload(list(IMPORTED))
-    before = {name: os.environ.get(name) for name in SINGLE}
-    os.environ.update(SINGLE)
+    context.set_forkserver_preload(list(PRELOADED_MODULES))
+    before = {name: os.environ.get(name) for name in SINGLE_THREAD_ENV}
+    os.environ.update(SINGLE_THREAD_ENV)
     try:
         forkserver.ensure_running()
     finally:
@@ -169,7 +171,7 @@ class Pool:
             self.workers.setdefault(rank, Worker()) for rank in range(world_size) if rank not in self.workers
         ]
         for worker in started:  # together; and what a busy machine takes for that must not count as a hang
-            assert worker.connection.poll(TIMEOUT), "a worker does not start"
+            assert worker.connection.poll(TASK_TIMEOUT_S), "a worker does not start"
             worker.connection.recv()
         with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
             # pickled twice: the worker takes over sys.path before it imports the module of the function
@@ -204,7 +206,7 @@ class Pool:
                 except (EOFError, ConnectionResetError):
                     failed_at, answer = (
                         -math.inf,
-                        f"the process died, exit code {self.workers.pop(rank).end(GRACE)}",
+                        f"the process died, exit code {self.workers.pop(rank).end(FAILURE_GRACE_S)}",
                     )
                 if not ready:
                     self.workers.pop(rank).end(0.0)
@@ -213,7 +215,7 @@ class Pool:
                     results[rank] = pickle.loads(answer)
                 else:
                     errors[rank] = failed_at, answer
-                    deadline = min(deadline, time.monotonic() + GRACE)
+                    deadline = min(deadline, time.monotonic() + FAILURE_GRACE_S)
         return results, {
             rank: answer for rank, (_, answer) in sorted(errors.items(), key=lambda error: error[1][0])
         }
@@ -223,7 +225,7 @@ class Pool:
         for worker in self.workers.values():
             worker.connection.close()  # all at once: none waits for the one before it
         for worker in self.workers.values():
-            worker.end(GRACE)
+            worker.end(FAILURE_GRACE_S)
         forkserver._forkserver._stop()  # else it would end with this process only
 
 
@@ -245,7 +247,7 @@ def _work(connection: Connection) -> None:
             with _process_group(rank, world_size, store):
                 try:
                     function, args = pickle.loads(payload)
-                    world = World(
+                    world = CpuWorld(
                         rank=rank, local_rank=rank, world_size=world_size, local_world_size=world_size
                     )
                     # plain pickle sends tensors by value; that of torch.multiprocessing would share their

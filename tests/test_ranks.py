@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, distributed
 
 from tests import ranks
-from tests.ranks import RanksFailed, World, run_ranks
+from tests.ranks import CpuWorld, RanksFailed, run_ranks
 
 
-def summed(world: World, tensor: Tensor) -> tuple[int, Tensor]:
+def summed(world: CpuWorld, tensor: Tensor) -> tuple[int, Tensor]:
     value = tensor * (world.rank + 1)
     distributed.all_reduce(value)
     return world.rank, value
@@ -30,25 +30,25 @@ class Unlucky(LookupError):
         return super().__str__()
 
 
-def raises_on(world: World, rank: int) -> None:
+def raises_on(world: CpuWorld, rank: int) -> None:
     if world.rank == rank:
         raise Unlucky(f"no luck on {world.rank}")
     distributed.barrier()
 
 
-def dies_on(world: World, rank: int, how: str) -> None:
+def dies_on(world: CpuWorld, rank: int, how: str) -> None:
     if world.rank == rank:
         if how == "exit":
             os._exit(7)
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def hangs_on(world: World, rank: int) -> None:
+def hangs_on(world: CpuWorld, rank: int) -> None:
     if world.rank == rank:
         time.sleep(60)
 
 
-def place(_: World) -> tuple[int, int, str]:
+def place(_: CpuWorld) -> tuple[int, int, str]:
     return os.getpid(), torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from launch.cli.config import Config, keys_of
 from tests.launch.jobs import undisturbed
-from tests.launch.processes import ROOT, call
+from tests.launch.processes import ROOT, run_command
 
 README = (ROOT / "README.md").read_text()
 SHORT = {  # nothing is evaluated, and the largest model is small
@@ -73,17 +73,22 @@ def test_every_run_runs(folder: Path) -> None:
         steps = 2 if run_dir in known else 1
         known |= {run_dir} - {""}
         short = () if "--help" in said else (*SHORT[recipe], f"steps={steps}")
-        ended = call(*said, *short, cwd=folder, ranks=ranks, timeout=120)
-        assert ended.code == 0, f"{shlex.join(words)}\n{ended.err}"
+        ended = run_command(*said, *short, cwd=folder, ranks=ranks, timeout=120)
+        assert ended.returncode == 0, f"{shlex.join(words)}\n{ended.stderr}"
         if short and recipe == "./mine.py":
-            assert "test/accuracy" in ended.out
+            assert "test/accuracy" in ended.stdout
         if steps == 2:
-            assert "continues" in ended.out
+            assert "continues" in ended.stdout
 
 
 @pytest.mark.slow
 def test_every_look_into_checkpoints_works(folder: Path) -> None:
-    assert call("recipe=./mine.py", "steps=4", "checkpoint.every=2", "run_dir=runs/a", cwd=folder).code == 0
+    assert (
+        run_command(
+            "recipe=./mine.py", "steps=4", "checkpoint.every=2", "run_dir=runs/a", cwd=folder
+        ).returncode
+        == 0
+    )
     shutil.copytree(folder / "runs" / "a", folder / "runs" / "b")
     looks = [words for words in commands() if "launch/commands/ckpt.py" in words]
     said = {words[words.index("launch/commands/ckpt.py") + 1] for words in looks}
@@ -134,15 +139,15 @@ def test_the_batch_script_is_bash() -> None:
 def test_the_mistake_reads_as_shown(folder: Path) -> None:
     shown = re.search(r"^\$ python launch/run\.py (.*)\n(rankzero: .*)$", README, re.MULTILINE)
     assert shown is not None
-    ended = call(*shlex.split(shown[1]), cwd=folder)
-    assert (ended.code, ended.err) == (2, shown[2] + "\n")
+    ended = run_command(*shlex.split(shown[1]), cwd=folder)
+    assert (ended.returncode, ended.stderr) == (2, shown[2] + "\n")
 
 
 @pytest.mark.slow
 def test_the_weights_load_in_three_lines(folder: Path) -> None:
     words = ("batch_size=2", "micro_batch_size=2", "steps=1", "run_dir=run")
-    ended = call("recipe=resnet", *SHORT["resnet"][:2], *words, cwd=folder)
-    assert ended.code == 0, ended.err
+    ended = run_command("recipe=resnet", *SHORT["resnet"][:2], *words, cwd=folder)
+    assert ended.returncode == 0, ended.stderr
     code = re.sub(r'"runs/.*?/model\.safetensors"', f'"{folder}/run/model.safetensors"', blocks("python")[1])
     assert str(folder) in code
     exec(compile(code, "README.md", "exec"), {})

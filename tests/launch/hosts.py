@@ -16,11 +16,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.launch.processes import LAUNCHERS, MARK
+from tests.launch.processes import FOLDER_VARIABLE, LAUNCHER_VARIABLES
 
-TOOLS = ("ip", "unshare", "nsenter", "mount", "tc")
-KNOWN = "10.9.9.1 n1\n10.9.9.2 n2\n"
-OURS = (*LAUNCHERS, "GROUP_RANK", "GLOO_", "NCCL_")
+REQUIRED_TOOLS = ("ip", "unshare", "nsenter", "mount", "tc")
+HOSTS_FILE = "10.9.9.1 n1\n10.9.9.2 n2\n"
+CLUSTER_VARIABLES = (*LAUNCHER_VARIABLES, "GROUP_RANK", "GLOO_", "NCCL_")
 """variables that must not come from around the tests"""
 
 
@@ -93,12 +93,12 @@ def two_hosts(folder: Path, files: Mapping[str, str] | None = None, rate: str = 
     """
     if os.geteuid() != 0:
         pytest.skip("network namespaces need root")
-    if missing := [tool for tool in TOOLS if shutil.which(tool) is None]:
+    if missing := [tool for tool in REQUIRED_TOOLS if shutil.which(tool) is None]:
         pytest.skip(f"network namespaces need {', '.join(missing)}")
     holders: list[subprocess.Popen[str]] = []
     hosts: list[Host] = []
     try:
-        for number, (name, text) in enumerate((files or {"n1": KNOWN, "n2": KNOWN}).items(), 1):
+        for number, (name, text) in enumerate((files or {"n1": HOSTS_FILE, "n2": HOSTS_FILE}).items(), 1):
             (folder / name).write_text(f"127.0.0.1 localhost\n{text}")
             script = f"hostname {name} && ip link set lo up && mount --bind {folder / name} /etc/hosts && echo up && exec sleep 300"
             made = ["unshare", "--net", "--uts", "--mount", "sh", "-c", script]
@@ -128,13 +128,13 @@ def two_hosts(folder: Path, files: Mapping[str, str] | None = None, rate: str = 
             holder.communicate()
 
 
-def start_on(
+def start_on_host(
     host: Host, words: Sequence[str], cwd: Path, env: Mapping[str, str] | None = None
 ) -> subprocess.Popen[str]:
     """Start python with `words` on a host, in a process group of its own, without what a launcher around the
     tests has set.
     """
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(CLUSTER_VARIABLES)}
     return subprocess.Popen(
         [
             *host.inside,
@@ -143,7 +143,13 @@ def start_on(
             *words,
         ],  # a change of the mount namespace goes to the root folder
         cwd=cwd,
-        env={**clean, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", MARK: str(cwd), **(env or {})},
+        env={
+            **clean,
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            FOLDER_VARIABLE: str(cwd),
+            **(env or {}),
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -151,7 +157,7 @@ def start_on(
     )
 
 
-def by_hand(rank: int, address: str, port: int) -> dict[str, str]:
+def launcher_env(rank: int, address: str, port: int) -> dict[str, str]:
     """What a launcher of two nodes sets."""
     places = {"RANK": rank, "GROUP_RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
     return {name: str(value) for name, value in places.items()} | {

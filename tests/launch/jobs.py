@@ -25,18 +25,18 @@ Draw = tuple[int, int]
 """(epoch, index): one sample of the stream"""
 
 
-def job_of(phase: ranks.World, recipe: str, *words: str) -> Run:
+def job_of(phase: ranks.CpuWorld, recipe: str, *words: str) -> Run:
     """The run that the command line describes, of a recipe of `tests.launch.tiny`, on this rank."""
     return made(phase, f"recipe=tests.launch.tiny:{recipe}", "workers=0", *words)
 
 
-def made(phase: ranks.World, *words: str) -> Run:
+def made(phase: ranks.CpuWorld, *words: str) -> Run:
     """The run that the command line `words` describes, on this rank."""
     world = world_of(phase)
     return prepare(resolve(list(words), world), world)
 
 
-def world_of(phase: ranks.World) -> World:
+def world_of(phase: ranks.CpuWorld) -> World:
     """The place as a run knows it."""
     return World(
         rank=phase.rank,
@@ -67,7 +67,7 @@ def undisturbed(folder: Path, *words: str, ranks: int = 1) -> list[float]:
     return series(folder)
 
 
-def straight(phase: ranks.World, folder: Path, words: tuple[str, ...]) -> None:
+def straight(phase: ranks.CpuWorld, folder: Path, words: tuple[str, ...]) -> None:
     trained(made(phase, *words, "workers=0"), folder)
 
 
@@ -81,9 +81,9 @@ def series(folder: Path, name: str = "loss") -> list[float]:
     return [line[name] for line in lines_of(folder) if name in line]
 
 
-def alone() -> ranks.World:
+def alone() -> ranks.CpuWorld:
     """The place of a process without others."""
-    return ranks.World(rank=0, local_rank=0, world_size=1, local_world_size=1)
+    return ranks.CpuWorld(rank=0, local_rank=0, world_size=1, local_world_size=1)
 
 
 def draws(size: int, seed: int, start: int, stop: int) -> list[Draw]:

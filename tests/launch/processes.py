@@ -1,4 +1,4 @@
-"""The real command in a process of its own: what it says, how it ends, and what it leaves behind."""
+"""Run the real commands as subprocesses: their exit code, their output, and the processes that they leave."""
 
 from __future__ import annotations
 
@@ -16,60 +16,60 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
-RUN = ROOT / "launch" / "run.py"
+RUN_SCRIPT = ROOT / "launch" / "run.py"
 TINY = Path(__file__).with_name("tiny.py")
-MARK = "RANKZERO_TEST_FOLDER"
-LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "SLURM_", "ACCELERATE_")
+FOLDER_VARIABLE = "RANKZERO_TEST_FOLDER"
+"""environment variable that marks all processes of a command, also those in sessions of their own"""
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "SLURM_", "ACCELERATE_")
+"""prefixes of the environment variables that torchrun, srun and Accelerate set"""
+PATIENCE = 10.0
+"""how many times longer than on an idle machine a test waits before it fails: a machine may be slow or busy"""
+COMMAND_TIMEOUT_S = PATIENCE * 30.0
+"""until a command counts as hanging: on an idle machine the longest ends within half a minute"""
 
 
 def free_port() -> int:
-    """A port that nobody uses now."""
+    """A TCP port that no process listens on now."""
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         return int(bound.getsockname()[1])
 
 
 @dataclass(frozen=True)
-class Ended:
-    """A process that has ended."""
+class CommandResult:
+    """A command that has ended."""
 
-    code: int
-    out: str
-    err: str
+    returncode: int
+    stdout: str
+    stderr: str
     seconds: float
+    """from the call of `wait_for_command` to the end"""
     cpu_seconds: float
-    """of it and of all that it started: on an idle machine about what one waits for; other load does not show
-    in it
-    """
+    """processor time of the command and of all its children: hardly more on a busy machine"""
 
     @property
-    def ours(self) -> list[str]:
-        """What we said on stderr, leaving out what torchrun adds to it."""
-        return [line for line in self.err.splitlines() if line.startswith("rankzero: ")]
+    def messages(self) -> list[str]:
+        """The lines of rankzero on stderr, without those of torchrun and of libraries."""
+        return [line for line in self.stderr.splitlines() if line.startswith("rankzero: ")]
 
 
-def command(*words: str, ranks: int = 0, run: Path = RUN, restarts: int = 0) -> list[str]:
-    """The command line; with `ranks` under torchrun, on a port that nobody else has."""
-    torchrun = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={ranks}",
-        f"--max-restarts={restarts}",
-    ]
-    launcher = torchrun if ranks else []
-    return [sys.executable, *launcher, str(run), *words]
+def command_line(*args: str, ranks: int = 0, run: Path = RUN_SCRIPT, restarts: int = 0) -> list[str]:
+    """The argv of a command: one process, or with `ranks` under torchrun, on a port of its own."""
+    nproc, max_restarts = f"--nproc_per_node={ranks}", f"--max-restarts={restarts}"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", nproc, max_restarts]
+    return [sys.executable, *(torchrun if ranks else []), str(run), *args]
 
 
-def start(
-    *words: str, cwd: Path, ranks: int = 0, restarts: int = 0, env: Mapping[str, str] | None = None
+def start_command(
+    *args: str, cwd: Path, ranks: int = 0, restarts: int = 0, env: Mapping[str, str] | None = None
 ) -> subprocess.Popen[str]:
-    """Start the command in a process group of its own, without what a launcher around the tests may have set."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
+    """Start `launch/run.py` in a process group of its own, without the variables of a launcher around pytest."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_VARIABLES)}
+    ours = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", FOLDER_VARIABLE: str(cwd)}
     return subprocess.Popen(
-        command(*words, ranks=ranks, restarts=restarts),
+        command_line(*args, ranks=ranks, restarts=restarts),
         cwd=cwd,
-        env={**clean, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", MARK: str(cwd), **(env or {})},
+        env={**clean, **ours, **(env or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -77,40 +77,44 @@ def start(
     )
 
 
-def finish(process: subprocess.Popen[str], timeout: float = 60.0) -> Ended:
-    """Wait for the end of a started command; on time-out kill its group and fail."""
-    since, before = time.monotonic(), spent()
+def wait_for_command(process: subprocess.Popen[str], timeout: float = COMMAND_TIMEOUT_S) -> CommandResult:
+    """Wait for the end of a started command; after `timeout` seconds kill its process group and fail."""
+    started_at, cpu_before = time.monotonic(), children_cpu_seconds()
     try:
-        out, err = process.communicate(timeout=timeout)
+        stdout, stderr = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        out, err = process.communicate()
-        raise AssertionError(f"no end after {timeout:g} s\n{out}\n{err}") from None
-    return Ended(process.returncode, out, err, time.monotonic() - since, spent() - before)
+        stdout, stderr = process.communicate()
+        raise AssertionError(f"no end after {timeout:g} s\n{stdout}\n{stderr}") from None
+    seconds = time.monotonic() - started_at
+    return CommandResult(process.returncode, stdout, stderr, seconds, children_cpu_seconds() - cpu_before)
 
 
-def call(
-    *words: str, cwd: Path, ranks: int = 0, env: Mapping[str, str] | None = None, timeout: float = 60.0
-) -> Ended:
-    """Run the command to its end."""
-    return finish(start(*words, cwd=cwd, ranks=ranks, env=env), timeout)
+def run_command(
+    *args: str,
+    cwd: Path,
+    ranks: int = 0,
+    env: Mapping[str, str] | None = None,
+    timeout: float = COMMAND_TIMEOUT_S,
+) -> CommandResult:
+    """Run `launch/run.py` to its end."""
+    return wait_for_command(start_command(*args, cwd=cwd, ranks=ranks, env=env), timeout)
 
 
-def spent() -> float:
-    """Processor time of all processes that have been waited for so far."""
+def children_cpu_seconds() -> float:
+    """Processor time of all child processes that have been waited for so far."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 
 
-def offspring(cwd: Path) -> list[psutil.Process]:
-    """The living processes that were started by a command in `cwd`, directly or not (torchrun's workers have
-    own sessions).
-    """
-    found = []
+def descendants(cwd: Path) -> list[psutil.Process]:
+    """The living processes of the commands in `cwd`, also those in other sessions (torchrun's workers)."""
+    alive = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get(MARK) == str(cwd) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except psutil.Error:  # gone, or not ours
+            marked = process.environ().get(FOLDER_VARIABLE) == str(cwd)
+            if marked and process.status() != psutil.STATUS_ZOMBIE:
+                alive.append(process)
+        except psutil.Error:  # ended meanwhile, or of another user
             continue
-    return found
+    return alive

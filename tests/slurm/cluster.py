@@ -21,7 +21,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.launch.processes import LAUNCHERS, ROOT
+from tests.launch.processes import LAUNCHER_VARIABLES, ROOT
 
 CPUS = 4
 DEVICES = ("/dev/null", "/dev/zero")
@@ -88,7 +88,7 @@ class Cluster:
         """The environment of a user who has logged in: this Python first on PATH, no trace of other
         launchers.
         """
-        others = tuple({*LAUNCHERS, "SBATCH_", "SQUEUE_"} - {"RANK"})
+        others = tuple({*LAUNCHER_VARIABLES, "SBATCH_", "SQUEUE_"} - {"RANK"})
         clean = {
             name: value
             for name, value in os.environ.items()

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from strategies.activation_checkpointing import select_blocks
 from strategies.options import Options
-from tests.ranks import World, run_ranks
+from tests.ranks import CpuWorld, run_ranks
 from tests.strategies import models
 from tests.strategies.training import QUICK, STRATEGIES, Case, Outcome, each, set_up, train
 
@@ -25,7 +25,7 @@ MODES = ("full", "every:2", "selective")
 KINDS = [name for name in STRATEGIES if name not in ("fsdp-hybrid", "zero2")]
 
 
-def by_mode(world: World, strategy: str, case: Case) -> dict[str, Outcome]:
+def by_mode(world: CpuWorld, strategy: str, case: Case) -> dict[str, Outcome]:
     cases = {
         mode: replace(case, options=(*case.options, ("activation_checkpointing", mode)))
         for mode in ("none", *MODES)
@@ -74,7 +74,7 @@ class Counted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def operations(world: World, model: str) -> dict[str, Counter[str]]:
+def operations(world: CpuWorld, model: str) -> dict[str, Counter[str]]:
     """How often each operation runs in a forward and a backward pass, by mode."""
     found = {}
     for mode in ("none", *MODES):

@@ -11,7 +11,7 @@ from torch.optim import SGD
 
 from strategies.ddp import DDP
 from strategies.options import DDPOptions, Options
-from tests.ranks import RanksFailed, World, run_ranks
+from tests.ranks import CpuWorld, RanksFailed, run_ranks
 from tests.strategies import models
 from tests.strategies.training import Case, Outcome, raw, set_up, train, train_step
 
@@ -33,7 +33,7 @@ def build() -> Branches:
     return Branches()
 
 
-def go(world: World, ways: list[list[str]], options: DDPOptions) -> tuple[str, list[Tensor]]:
+def go(world: CpuWorld, ways: list[list[str]], options: DDPOptions) -> tuple[str, list[Tensor]]:
     """Two steps, with `ways[rank]` the way of each micro-batch. Returns the error, and the weights after it."""
     strategy = DDP(world, Options(strategy="ddp", ddp=options))
     strategy.setup(build, lambda model: SGD(model.parameters(), lr=0.1), lambda _: ())
@@ -87,7 +87,7 @@ def test_a_parameter_that_one_rank_misses_is_named_there_and_nobody_hangs() -> N
         torch.testing.assert_close(weight, parameter - 0.1 * parameter.grad)
 
 
-def go_once(world: World) -> tuple[str, list[Tensor]]:
+def go_once(world: CpuWorld) -> tuple[str, list[Tensor]]:
     strategy = DDP(world, Options(strategy="ddp"))
     strategy.setup(build, lambda model: SGD(model.parameters(), lr=0.1), lambda _: ())
     with strategy.micro_batch(last=True):
@@ -108,7 +108,7 @@ def test_find_unused_parameters_lets_them_go_without_gradient(ways: list[list[st
         torch.testing.assert_close(weights, by_hand(ways))
 
 
-def static(world: World, case: Case) -> list[float]:
+def static(world: CpuWorld, case: Case) -> list[float]:
     strategy = set_up(world, "ddp", case)
     return [train_step(world, strategy, case, step)[0] for step in range(case.steps)]
 
@@ -122,7 +122,7 @@ def test_a_static_graph_trains_alike_but_refuses_to_accumulate() -> None:
         run_ranks(2, static, many)
 
 
-def compressed(world: World, case: Case) -> Outcome:
+def compressed(world: CpuWorld, case: Case) -> Outcome:
     return train(world, "ddp", case)
 
 
@@ -156,7 +156,7 @@ def test_gradients_are_views_of_the_buckets() -> None:
     assert run_ranks(2, bucketed) == [(1, True)] * 2
 
 
-def bucketed(world: World) -> tuple[int, bool]:
+def bucketed(world: CpuWorld) -> tuple[int, bool]:
     """Storages that hold the gradients of a step, and whether the next step finds none of them."""
     strategy = set_up(world, "ddp", Case())
     for step in range(2):  # buckets are built again after the first
@@ -169,14 +169,14 @@ def bucketed(world: World) -> tuple[int, bool]:
 
 
 def test_options_that_contradict_are_refused() -> None:
-    world = World(0, 0, 2, 2)
+    world = CpuWorld(0, 0, 2, 2)
     with pytest.raises(ValueError, match="drop one of the two keys"):
         DDP(world, Options(ddp=DDPOptions(static_graph=True, find_unused_parameters=True)))
     with pytest.raises(ValueError, match="at least 1 MB"):
         DDP(world, Options(ddp=DDPOptions(bucket_mb=0)))
 
 
-def fixed(world: World) -> tuple[bool, bool, int]:
+def fixed(world: CpuWorld) -> tuple[bool, bool, int]:
     strategy = DDP(world, Options(strategy="ddp"))
     strategy.setup(build, None, lambda _: ())
     with strategy.frozen():

@@ -18,7 +18,7 @@ from strategies.fsdp import FSDP, check_options, separate_blocks
 from strategies.options import FSDPOptions, Options
 from strategies.sharded_state import TensorSlice
 from strategies.weight_init import build_without_weights, initialize, materialize
-from tests.ranks import World, run_ranks
+from tests.ranks import CpuWorld, run_ranks
 from tests.strategies import models
 from tests.strategies.training import Case, assert_equal, set_up, train, train_step
 
@@ -33,7 +33,7 @@ def test_blocks_that_share_a_parameter_belong_to_the_root() -> None:
     assert separate_blocks(shared, models.blocks(shared)) == [shared.blocks[1]]
 
 
-def shapes(world: World) -> tuple[int, list[tuple[str, int]]]:
+def shapes(world: CpuWorld) -> tuple[int, list[tuple[str, int]]]:
     strategy = set_up(world, "fsdp", Case(model="scalar"))
     units = sum(isinstance(module, FSDPModule) for module in strategy.module.modules())
     return units, [(name, strategy.local(p)[0].numel()) for name, p in strategy.module.named_parameters()]
@@ -48,7 +48,7 @@ def test_each_rank_holds_its_rows_only() -> None:
     assert [rank["scale"] for rank in held] == [1, 1, 1, 1]
 
 
-def initial(world: World, strategy: str) -> tuple[dict[str, Tensor], int, Tensor]:
+def initial(world: CpuWorld, strategy: str) -> tuple[dict[str, Tensor], int, Tensor]:
     made = set_up(world, strategy, Case(model="drawn", options=(("seed", 3),)))
     return made.export(), sum(p.is_meta for p in made.module.parameters()), made.module.shift
 
@@ -96,7 +96,7 @@ def test_a_model_on_meta_keeps_its_buffers_and_ties() -> None:
     assert all(map(torch.equal, empty.parameters(), whole.parameters()))
 
 
-def communicated(world: World, strategy: str) -> tuple[dict[str, int], dict[str, int]]:
+def communicated(world: CpuWorld, strategy: str) -> tuple[dict[str, int], dict[str, int]]:
     """The collectives of a micro-batch that is not the last, and of the last with its step."""
     case = Case(model="mlp", micro_batches=2 * world.world_size)
     made = set_up(world, strategy, case)
@@ -128,7 +128,7 @@ def test_accumulating_reduces_nothing() -> None:
         )
 
 
-def after_evaluation(world: World) -> list[float]:
+def after_evaluation(world: CpuWorld) -> list[float]:
     """An evaluation leaves the root gathered: what is loaded or trained next must not see the old weights."""
     case = Case(model="mlp", steps=2)
     made = set_up(world, "fsdp", case)
@@ -159,7 +159,7 @@ def test_loading_after_an_evaluation() -> None:
     assert losses[:2] == losses[2:]
 
 
-def fixed(world: World) -> tuple[bool, list[int]]:
+def fixed(world: CpuWorld) -> tuple[bool, list[int]]:
     strategy = FSDP(world, Options(strategy="fsdp"))
     strategy.setup(partial(models.build, "mlp"), None, models.blocks)
     x = torch.ones(2, 6, requires_grad=True)
@@ -188,4 +188,4 @@ def test_a_fixed_model_is_sharded_passes_gradients_on_and_keeps_no_record_of_cal
 )
 def test_options_without_effect_are_refused(options: FSDPOptions, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_options(World(0, 0, 4, 4), Options(fsdp=options))
+        check_options(CpuWorld(0, 0, 4, 4), Options(fsdp=options))

@@ -11,7 +11,7 @@ from torch.optim import SGD
 
 from strategies import strategy_class
 from strategies.options import Options
-from tests.ranks import World, run_ranks
+from tests.ranks import CpuWorld, run_ranks
 from tests.strategies.training import STRATEGIES, each
 
 
@@ -24,7 +24,7 @@ def build() -> nn.Module:
     return nn.Sequential(*blocks, nn.Conv2d(3, 5, 1))
 
 
-def trained(world: World, name: str, last: bool) -> tuple[list[float], dict[str, Tensor], bool]:
+def trained(world: CpuWorld, name: str, last: bool) -> tuple[list[float], dict[str, Tensor], bool]:
     """Losses, what is saved, and whether the activations had their channels last."""
     options = Options(**STRATEGIES[name], clip_norm=0.1)
     strategy = strategy_class(options.strategy)(world, options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.ranks import World, run_ranks
+from tests.ranks import CpuWorld, run_ranks
 from tests.strategies import models
 from tests.strategies.training import Case, each, raw, set_up, train, train_step
 
@@ -25,7 +25,7 @@ def test_half_precision_stays_near_fp32(strategy: str, precision: str) -> None:
     assert ours.losses != full.losses
 
 
-def overflowing(world: World, strategy: str) -> tuple[list[float], list[float], bool]:
+def overflowing(world: CpuWorld, strategy: str) -> tuple[list[float], list[float], bool]:
     """Rank zero's gradient overflows in the second of four steps."""
     case = Case(model="mlp", micro_batches=world.world_size, options=(("precision", "fp16"),))
     made = set_up(world, strategy, case)

@@ -16,7 +16,7 @@ from torch.optim import AdamW
 from strategies import strategy_class
 from strategies.base import Strategy
 from strategies.options import Options
-from tests.ranks import World, run_ranks
+from tests.ranks import CpuWorld, run_ranks
 from tests.strategies.models import MLP, blocks
 from tests.strategies.training import STRATEGIES, each
 
@@ -74,7 +74,7 @@ def by_hand(micro_batches: int) -> tuple[list[float], dict[str, list[Tensor]]]:
     return losses, {name: [p.detach() for p in model.parameters()] for name, model in models.items()}
 
 
-def in_turns(world: World, name: str, micro_batches: int) -> tuple[list[float], dict[str, list[Tensor]]]:
+def in_turns(world: CpuWorld, name: str, micro_batches: int) -> tuple[list[float], dict[str, list[Tensor]]]:
     options = Options(**STRATEGIES[name])
     strategies: dict[str, Strategy] = {}
     for model in ("critic", "generator", "teacher"):
@@ -114,7 +114,7 @@ def test_a_gan_with_a_teacher_equals_raw_pytorch(strategy: str, accumulation_ste
     torch.testing.assert_close(weights, expected, rtol=1e-4, atol=1e-5)
 
 
-def interleaved(world: World, name: str) -> tuple[list[float], dict[str, list[Tensor]]]:
+def interleaved(world: CpuWorld, name: str) -> tuple[list[float], dict[str, list[Tensor]]]:
     """Both models accumulate at the same time: micro-batch by micro-batch, one and the other."""
     options = Options(**STRATEGIES[name])
     strategies: dict[str, Strategy] = {}

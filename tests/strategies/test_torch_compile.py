@@ -16,7 +16,7 @@ from torch.optim import SGD
 from strategies.base import Strategy
 from strategies.options import Options
 from strategies.zero import Zero
-from tests.ranks import World, run_ranks
+from tests.ranks import CpuWorld, run_ranks
 from tests.strategies import models
 from tests.strategies.training import Case, Outcome, assert_equal, raw, train
 
@@ -37,7 +37,7 @@ class Deep(nn.Module):
         ).sum()
 
 
-def graphs(world: World, alike: bool, checkpointing: str) -> tuple[list[int], bool]:
+def graphs(world: CpuWorld, alike: bool, checkpointing: str) -> tuple[list[int], bool]:
     """Graphs compiled after training, after evaluation, and after an evaluation of another batch size; right
     numbers?
 
@@ -85,7 +85,7 @@ def test_blocks_of_many_kinds_are_all_compiled(checkpointing: str) -> None:
     assert run_ranks(1, graphs, False, checkpointing) == [([10, 10, 20, 30, 30], True)]
 
 
-def compiled(world: World, strategy: str, case: Case) -> tuple[Outcome, int, int]:
+def compiled(world: CpuWorld, strategy: str, case: Case) -> tuple[Outcome, int, int]:
     counters = torch._dynamo.utils.counters
     torch._dynamo.reset()
     counters.clear()
@@ -129,7 +129,7 @@ def test_compiled_blocks_train_alike_under_zero(strategy: str, checkpointing: st
     case = Case(model="mlp", optimizer="sgd", micro_batches=4, steps=4)
     if strategy == "zero3" and checkpointing == "selective":
         with pytest.raises(ValueError, match="use activation_checkpointing=full, or strategy=fsdp"):
-            Zero(World(0, 0, 2, 2), Options(**dict(options), strategy="zero3"))
+            Zero(CpuWorld(0, 0, 2, 2), Options(**dict(options), strategy="zero3"))
         return
     ours, graphs, breaks = run_ranks(2, compiled, strategy, replace(case, options=options))[0]
     assert_equal(ours, raw(case))
@@ -137,7 +137,7 @@ def test_compiled_blocks_train_alike_under_zero(strategy: str, checkpointing: st
     assert strategy == "zero3" or (graphs, breaks) == (1, 0)
 
 
-def asked(world: World, mode: Any) -> list[dict[str, Any]]:
+def asked(world: CpuWorld, mode: Any) -> list[dict[str, Any]]:
     """What torch.compile is asked for."""
     calls: list[dict[str, Any]] = []
     compile, torch.compile = torch.compile, lambda forward, **settings: calls.append(settings) or forward
@@ -161,7 +161,7 @@ def test_the_mode_is_torchs_own(mode: Any, said: str | None) -> None:
 
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
 def test_cuda_graphs_refuse_to_accumulate(mode: Any) -> None:
-    strategy = Strategy(World(0, 0, 1, 1, device="cuda:0"), Options(compile=mode))
+    strategy = Strategy(CpuWorld(0, 0, 1, 1, device="cuda:0"), Options(compile=mode))
     with (
         pytest.raises(ValueError, match="does not go with gradient accumulation"),
         strategy.micro_batch(last=False),
@@ -169,5 +169,5 @@ def test_cuda_graphs_refuse_to_accumulate(mode: Any) -> None:
         pass
     with strategy.micro_batch(last=True):
         pass
-    with Strategy(World(0, 0, 1, 1), Options(compile=mode)).micro_batch(last=False):  # no graphs on a CPU
+    with Strategy(CpuWorld(0, 0, 1, 1), Options(compile=mode)).micro_batch(last=False):  # no graphs on a CPU
         pass

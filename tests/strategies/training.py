@@ -16,7 +16,7 @@ from strategies import strategy_class
 from strategies.base import Strategy
 from strategies.options import DDPOptions, FSDPOptions, Options
 from strategies.sharded_state import TensorSlice
-from tests.ranks import World
+from tests.ranks import CpuWorld
 from tests.strategies import models
 
 STRATEGIES: dict[str, dict[str, Any]] = {
@@ -119,14 +119,14 @@ def raw(case: Case) -> Outcome:
     return outcome
 
 
-def set_up(world: World, strategy: str, case: Case) -> Strategy:
+def set_up(world: CpuWorld, strategy: str, case: Case) -> Strategy:
     options = Options(**{**STRATEGIES[strategy], **dict(case.options)})
     made = strategy_class(options.strategy)(world, options)
     made.setup(partial(models.build, case.model), partial(models.optimizer, case.optimizer), models.blocks)
     return made
 
 
-def train(world: World, strategy: str, case: Case, saved: Saved | None = None) -> Outcome:
+def train(world: CpuWorld, strategy: str, case: Case, saved: Saved | None = None) -> Outcome:
     """The same training under a strategy, from `saved` on."""
     made = set_up(world, strategy, case)
     if saved is not None:
@@ -143,7 +143,7 @@ def train(world: World, strategy: str, case: Case, saved: Saved | None = None) -
     return outcome
 
 
-def train_step(world: World, strategy: Strategy, case: Case, step: int) -> tuple[float, float]:
+def train_step(world: CpuWorld, strategy: Strategy, case: Case, step: int) -> tuple[float, float]:
     """One optimizer step: this rank's share of its micro-batches."""
     count = sum(models.batch(case.model, step, index)[1].numel() for index in range(case.micro_batches))
     mine = range(world.rank, case.micro_batches, world.world_size)

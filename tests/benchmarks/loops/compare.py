@@ -17,7 +17,7 @@ from torch import distributed
 from tests.benchmarks.loops import Setting, contestant
 from tests.benchmarks.loops.workloads import WORKLOADS
 from tests.benchmarks.report import in_turns
-from tests.ranks import World
+from tests.ranks import CpuWorld
 
 WARM_UP = 20
 """steps of each run that do not count"""
@@ -49,7 +49,7 @@ class Result:
     held: str
 
 
-def compare(world: World, duel: Duel) -> tuple[list[tuple[float, float]], float, str]:
+def compare(world: CpuWorld, duel: Duel) -> tuple[list[tuple[float, float]], float, str]:
     """Seconds a step of (raw, contestant) by pairs, the largest relative difference of any loss, how its
     model is held.
     """
@@ -84,7 +84,7 @@ def result(stamps: list[float], losses: torch.Tensor, held: str) -> Result:
     return Result((stamps[-1] - stamps[WARM_UP]) / (len(stamps) - 1 - WARM_UP), losses, held)
 
 
-def describe(world: World, port: int) -> None:
+def describe(world: CpuWorld, port: int) -> None:
     """The environment that torchrun would give a rank."""
     os.environ.update(
         RANK=str(world.rank),

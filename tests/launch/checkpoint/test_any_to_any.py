@@ -45,7 +45,7 @@ QUICK: list[tuple[Phase, Phase]] = [
 ]
 
 
-def job_at(place: ranks.World, recipe: str, strategy: str) -> Run:
+def job_at(place: ranks.CpuWorld, recipe: str, strategy: str) -> Run:
     world = World(
         rank=place.rank,
         local_rank=place.local_rank,
@@ -89,7 +89,7 @@ def weights(run: Run) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-def write(place: ranks.World, recipe: str, strategy: str, folder: Path) -> list[float]:
+def write(place: ranks.CpuWorld, recipe: str, strategy: str, folder: Path) -> list[float]:
     """The first steps, then a checkpoint."""
     run = job_at(place, recipe, strategy)
     found = steps(run, SAVED_AT)
@@ -100,7 +100,7 @@ def write(place: ranks.World, recipe: str, strategy: str, folder: Path) -> list[
 
 
 def read(
-    place: ranks.World, recipe: str, strategy: str, folders: list[Path], elsewhere: Path
+    place: ranks.CpuWorld, recipe: str, strategy: str, folders: list[Path], elsewhere: Path
 ) -> list[list[float]]:
     """The other steps, after the checkpoint of each run in `folders`."""
     run = job_at(place, recipe, strategy)
@@ -113,7 +113,7 @@ def read(
     return found
 
 
-def whole(place: ranks.World, recipe: str) -> list[list[float]]:
+def whole(place: ranks.CpuWorld, recipe: str) -> list[list[float]]:
     """The steps before the save and those after it, without interruption, in one process."""
     run = job_at(place, recipe, "single")
     return [steps(run, SAVED_AT), steps(run, SAVED_AT + 1)]

@@ -26,7 +26,7 @@ from launch.reporting.metrics import Metrics
 from launch.state.run import Run
 from launch.training.loop import train
 from tests.launch.jobs import alone, job_of, lines_of, series, trained
-from tests.ranks import World, run_ranks
+from tests.ranks import CpuWorld, run_ranks
 
 WORDS = ("batch_size=16", "micro_batch_size=4", "steps=6", "checkpoint.every=2", "checkpoint.keep=2")
 
@@ -34,8 +34,8 @@ WORDS = ("batch_size=16", "micro_batch_size=4", "steps=6", "checkpoint.every=2",
 # damage -----------------------------------------------------------------------------------------------------
 
 
-def life(place: World, folder: Path, *words: str) -> None:
-    trained(job_of(place, "Fit", *WORDS, *words), folder)
+def life(world: CpuWorld, folder: Path, *words: str) -> None:
+    trained(job_of(world, "Fit", *WORDS, *words), folder)
 
 
 @pytest.fixture(scope="module")
@@ -127,8 +127,8 @@ def test_fifty_corruptions_are_found_before_a_tensor_is_read(
         asked.clear()
 
 
-def resumed(place: World, folder: Path, *words: str) -> int:
-    run = job_of(place, "Fit", *WORDS, *words)
+def resumed(world: CpuWorld, folder: Path, *words: str) -> int:
+    run = job_of(world, "Fit", *WORDS, *words)
     resume(run, folder)
     return run.progress.step
 
@@ -207,9 +207,9 @@ def test_what_is_saved_is_the_state_at_its_step(tmp_path: Path) -> None:
     assert run.progress.step == 6
 
 
-def on_the_clock(place: World, folder: Path) -> list[str]:
+def on_the_clock(world: CpuWorld, folder: Path) -> list[str]:
     words = ("checkpoint.every=1000", "checkpoint.every_minutes=0.00001", "checkpoint.keep=9")
-    trained(job_of(place, "Fit", *WORDS, *words), folder, period=0.0)
+    trained(job_of(world, "Fit", *WORDS, *words), folder, period=0.0)
     return [path.name for path in directory.list_checkpoints(folder)]
 
 
@@ -222,9 +222,9 @@ def test_it_saves_by_the_clock_too(tmp_path: Path, world_size: int) -> None:
     assert found == [f"step-{step:08d}" for step in range(world_size, 7, world_size)]
 
 
-def once_overdue(place: World, folder: Path) -> list[str]:
-    run = job_of(place, "Fit", *WORDS, "checkpoint.every=1000", "checkpoint.keep=9")
-    if place.rank == 0:
+def once_overdue(world: CpuWorld, folder: Path) -> list[str]:
+    run = job_of(world, "Fit", *WORDS, "checkpoint.every=1000", "checkpoint.keep=9")
+    if world.rank == 0:
         folder.mkdir()
     metrics = Metrics(run, folder, {}, Console(False))
     metrics.consensus.period, metrics.checkpoint_writer.last = 0.0, -1e9
@@ -249,23 +249,23 @@ def full_disk(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def interrupted(place: World, folder: Path, trouble: str) -> tuple[list[str], list[str]]:
+def interrupted(world: CpuWorld, folder: Path, trouble: str) -> tuple[list[str], list[str]]:
     """A save before, one during and one after some trouble; the checkpoints after the second and after the
     third.
     """
-    run = job_of(place, "Fit", *WORDS)
-    metrics = Metrics(run, folder, {}, Console(place.rank == 0))
+    run = job_of(world, "Fit", *WORDS)
+    metrics = Metrics(run, folder, {}, Console(world.rank == 0))
     step(run, metrics)
     metrics.saved(metrics.checkpoint_writer.wait())
     if trouble == "vanished":
-        directory.checkpoints_dir(folder).rename(folder / "elsewhere") if place.rank == 0 else None
+        directory.checkpoints_dir(folder).rename(folder / "elsewhere") if world.rank == 0 else None
         torch.distributed.barrier()
         step(run, metrics)
         metrics.saved(metrics.checkpoint_writer.wait())
         torch.distributed.barrier()
-        (folder / "elsewhere").rename(directory.checkpoints_dir(folder)) if place.rank == 0 else None
+        (folder / "elsewhere").rename(directory.checkpoints_dir(folder)) if world.rank == 0 else None
     else:
-        with full_disk(100 if place.rank == 1 else 2**40):
+        with full_disk(100 if world.rank == 1 else 2**40):
             step(run, metrics)
             metrics.saved(metrics.checkpoint_writer.wait())
     torch.distributed.barrier()

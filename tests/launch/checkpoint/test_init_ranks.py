@@ -26,9 +26,9 @@ from tests.launch.checkpoint.test_init_weights import (
     unique,
     weights_of,
 )
-from tests.launch.processes import TINY, call
+from tests.launch.processes import TINY, run_command
 from tests.launch.tiny import FEATURES
-from tests.ranks import RanksFailed, World, run_ranks
+from tests.ranks import CpuWorld, RanksFailed, run_ranks
 
 
 @pytest.mark.parametrize(
@@ -61,13 +61,13 @@ def test_of_two_prefixes_the_one_that_fits_by_shape() -> None:
     assert "'module.'" in match_names({"_orig_mod.w": (2,), "module.w": (2,)}, {"w": (2,)})[1]
 
 
-def init_where_it_is(place: World, folder: Path) -> None:
+def init_where_it_is(world: CpuWorld, folder: Path) -> None:
     """The file is on the disk of rank zero only."""
-    run = tiny("Tied", "strategy=ddp", place=place)
-    here = folder / f"disk-{place.rank}"
-    here.symlink_to(folder / "there") if place.rank == 0 else here.mkdir()
+    run = tiny("Tied", "strategy=ddp", place=world)
+    here = folder / f"disk-{world.rank}"
+    here.symlink_to(folder / "there") if world.rank == 0 else here.mkdir()
     (folder / "there").mkdir(exist_ok=True)
-    if place.rank == 0:
+    if world.rank == 0:
         saved(here / "a.pt", elsewhere().state_dict())
     before = Path.cwd()
     try:
@@ -95,11 +95,11 @@ class Begun:
     losses: list[float]
 
 
-def begun(place: World, strategy: str, path: Path) -> Begun:
+def begun(world: CpuWorld, strategy: str, path: Path) -> Begun:
     """The weights as loaded, and two steps: the first shows what is computed with, the second what the
     optimizer updates.
     """
-    run = tiny("Tied", f"strategy={strategy}", place=place)
+    run = tiny("Tied", f"strategy={strategy}", place=world)
     read, counted = 0, tensors.empty_tensor
 
     def counting(dtype: str, numel: int) -> tuple[Tensor, memoryview]:
@@ -171,11 +171,11 @@ def test_each_rank_reads_what_it_keeps_and_trains_with_it(
 def test_the_command(tmp_path: Path) -> None:
     save_file({"0.weight": torch.full((8, FEATURES), 0.25)}, tmp_path / "a.safetensors")
     words = (f"recipe={TINY}:Fit", "steps=2", "batch_size=8", "init=a.safetensors", "run_dir=run")
-    refused = call(*words, cwd=tmp_path, ranks=2)
-    assert refused.code != 0
-    assert len(refused.ours) == 1
-    assert "not in the file: 3 (0.bias, 4.weight, 4.bias)" in refused.ours[0]
+    refused = run_command(*words, cwd=tmp_path, ranks=2)
+    assert refused.returncode != 0
+    assert len(refused.messages) == 1
+    assert "not in the file: 3 (0.bias, 4.weight, 4.bias)" in refused.messages[0]
     assert not (tmp_path / "run").exists()
-    ended = call(*words, "init_partial=true", cwd=tmp_path)
-    assert ended.code == 0, ended.err
-    assert "weights from a.safetensors (1 of 4 tensors" in ended.out
+    ended = run_command(*words, "init_partial=true", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert "weights from a.safetensors (1 of 4 tensors" in ended.stdout

@@ -20,13 +20,13 @@ from launch.state.run import Run
 from recipes.parts.data import Splits
 from tests.launch.jobs import alone, job_of, trained
 from tests.launch.tiny import FEATURES, Fit, Points
-from tests.ranks import RanksFailed, World, run_ranks
+from tests.ranks import CpuWorld, RanksFailed, run_ranks
 
 WORDS = ("steps=8", "batch_size=8", "micro_batch_size=4", "optimizer=sgd", "dropout=0", "noise=0")
 Tensors = dict[str, Tensor]
 
 
-def tiny(recipe: str, *words: str, place: World | None = None) -> Run:
+def tiny(recipe: str, *words: str, place: CpuWorld | None = None) -> Run:
     """A run of one of the recipes below."""
     return job_of(
         place or alone(), "", f"recipe=tests.launch.checkpoint.test_init_weights:{recipe}", *WORDS, *words
@@ -205,12 +205,12 @@ def test_a_tied_tensor_may_have_either_name(tmp_path: Path, name: str) -> None:
     same(weights_of(run), unique(elsewhere()))
 
 
-def run_of(place: World, recipe: str, strategy: str, folder: Path) -> Tensors:
-    return weights_of(trained(tiny(recipe, f"strategy={strategy}", place=place), folder))
+def run_of(world: CpuWorld, recipe: str, strategy: str, folder: Path) -> Tensors:
+    return weights_of(trained(tiny(recipe, f"strategy={strategy}", place=world), folder))
 
 
-def init_of(place: World, recipe: str, strategy: str, path: Path, *words: str) -> tuple[str, Tensors]:
-    run = tiny(recipe, f"strategy={strategy}", *words, place=place)
+def init_of(world: CpuWorld, recipe: str, strategy: str, path: Path, *words: str) -> tuple[str, Tensors]:
+    run = tiny(recipe, f"strategy={strategy}", *words, place=world)
     said = load_initial_weights(run, str(path))
     return said, weights_of(run)
 

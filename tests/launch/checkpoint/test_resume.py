@@ -16,9 +16,9 @@ from launch.checkpoint.manifest import Manifest
 from launch.checkpoint.reader import Checkpoint
 from launch.checkpoint.resume import resume
 from tests.launch.jobs import alone, job_of, lines_of, series, trained
-from tests.launch.processes import TINY, Ended, call, finish, start
+from tests.launch.processes import TINY, CommandResult, run_command, start_command, wait_for_command
 from tests.launch.tiny import FEATURES
-from tests.ranks import World, run_ranks
+from tests.ranks import CpuWorld, run_ranks
 
 COMMAND = (
     f"recipe={TINY}:Broken",
@@ -35,17 +35,19 @@ KILL_AFTER is there
 
 
 @pytest.fixture(scope="module")
-def lives(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended, Ended, Ended]:
+def lives(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, CommandResult, CommandResult, CommandResult]:
     """A run without interruption in `whole`, one killed in step 9 and started again in `killed`; the killed,
     the second.
     """
     folder = tmp_path_factory.mktemp("lives")
     kill = {"KILL_AT": "9", "KILL_AFTER": "killed/checkpoints/step-00000005"}
     both = (
-        start(*COMMAND, "run_dir=whole", cwd=folder),
-        start(*COMMAND, "run_dir=killed", cwd=folder, env=kill),
+        start_command(*COMMAND, "run_dir=whole", cwd=folder),
+        start_command(*COMMAND, "run_dir=killed", cwd=folder, env=kill),
     )
-    whole, killed = (finish(process) for process in both)
+    whole, killed = (wait_for_command(process) for process in both)
     # what a save that was cut off leaves: newer than the last whole checkpoint, and never to be taken
     (folder / "killed" / "checkpoints" / ".step-00000008.partial").mkdir()
     (folder / "killed" / "checkpoints" / ".step-00000008.partial" / "rank-00000.safetensors").write_bytes(
@@ -54,13 +56,15 @@ def lives(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended, Ended,
     (folder / "killed" / "checkpoints" / "step-00000007").mkdir()  # renamed by nobody of ours: no manifest
     with (folder / "killed" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "lo')
-    return folder, whole, killed, call(*COMMAND, "run_dir=killed", cwd=folder)
+    return folder, whole, killed, run_command(*COMMAND, "run_dir=killed", cwd=folder)
 
 
-def test_the_killed_run_goes_on_bit_by_bit(lives: tuple[Path, Ended, Ended, Ended]) -> None:
+def test_the_killed_run_goes_on_bit_by_bit(
+    lives: tuple[Path, CommandResult, CommandResult, CommandResult],
+) -> None:
     folder, whole, killed, again = lives
-    assert (whole.code, killed.code, again.code) == (0, -signal.SIGKILL, 0), again.err
-    assert "at step 5" in again.out, "from the newest whole checkpoint"
+    assert (whole.returncode, killed.returncode, again.returncode) == (0, -signal.SIGKILL, 0), again.stderr
+    assert "at step 5" in again.stdout, "from the newest whole checkpoint"
     changing = ("samples_per_second", "time")  # and how long saves took
     expected, found = (
         [
@@ -78,16 +82,20 @@ def test_the_killed_run_goes_on_bit_by_bit(lives: tuple[Path, Ended, Ended, Ende
 
 
 @pytest.mark.slow
-def test_a_finished_run_has_nothing_to_go_on_with(lives: tuple[Path, Ended, Ended, Ended]) -> None:
+def test_a_finished_run_has_nothing_to_go_on_with(
+    lives: tuple[Path, CommandResult, CommandResult, CommandResult],
+) -> None:
     folder, *_ = lives
     before = (folder / "whole" / "metrics.jsonl").read_text()
-    ended = call(*COMMAND, "run_dir=whole", cwd=folder)
-    assert ended.code == 0, ended.err
-    assert "at step 12" in ended.out
+    ended = run_command(*COMMAND, "run_dir=whole", cwd=folder)
+    assert ended.returncode == 0, ended.stderr
+    assert "at step 12" in ended.stdout
     assert (folder / "whole" / "metrics.jsonl").read_text() == before
 
 
-def test_the_weights_load_into_the_plain_model(lives: tuple[Path, Ended, Ended, Ended]) -> None:
+def test_the_weights_load_into_the_plain_model(
+    lives: tuple[Path, CommandResult, CommandResult, CommandResult],
+) -> None:
     folder, *_ = lives
     model = nn.Sequential(nn.Linear(FEATURES, 8), nn.Dropout(0.2), nn.Linear(8, 1))
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -96,7 +104,9 @@ def test_the_weights_load_into_the_plain_model(lives: tuple[Path, Ended, Ended, 
     assert not any(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-def test_nothing_in_a_run_directory_is_pickled(lives: tuple[Path, Ended, Ended, Ended]) -> None:
+def test_nothing_in_a_run_directory_is_pickled(
+    lives: tuple[Path, CommandResult, CommandResult, CommandResult],
+) -> None:
     folder, *_ = lives
     files = [path for path in (folder / "whole").rglob("*") if path.is_file()]
     assert {path.suffix for path in files} == {".yaml", ".jsonl", ".json", ".safetensors"}
@@ -117,11 +127,13 @@ def test_nothing_in_a_run_directory_is_pickled(lives: tuple[Path, Ended, Ended, 
 
 
 @pytest.mark.slow
-def test_resume_path_starts_another_run_from_a_checkpoint(lives: tuple[Path, Ended, Ended, Ended]) -> None:
+def test_resume_path_starts_another_run_from_a_checkpoint(
+    lives: tuple[Path, CommandResult, CommandResult, CommandResult],
+) -> None:
     folder, *_ = lives
     checkpointed = folder / "whole" / "checkpoints" / "step-00000010"
-    ended = call(*COMMAND, "run_dir=branch", f"resume={checkpointed}", cwd=folder)
-    assert ended.code == 0, ended.err
+    ended = run_command(*COMMAND, "run_dir=branch", f"resume={checkpointed}", cwd=folder)
+    assert ended.returncode == 0, ended.stderr
     assert series(folder / "branch") == series(folder / "whole")[10:]
 
 
@@ -140,9 +152,9 @@ BATCHNORM, ADAM = ("optimizer=sgd",), ("batchnorm=false",)
 """not both: Adam turns the rounding noise of a bias before BatchNorm, whose true gradient is zero, into steps"""
 
 
-def life(place: World, folder: Path, words: tuple[str, ...], stop_at: int | None) -> str:
+def life(world: CpuWorld, folder: Path, words: tuple[str, ...], stop_at: int | None) -> str:
     """A life of the run in `folder`, to its end or to `stop_at`; says where it started."""
-    run = job_of(place, "Fit", *WORDS, *words)
+    run = job_of(world, "Fit", *WORDS, *words)
     found = resume(run, folder)
     run.stop_at = stop_at
     trained(run, folder)

@@ -13,7 +13,7 @@ from launch.cli.config import Config, keys_of
 from launch.cli.help import docstrings
 from launch.cli.resolve import find_recipe
 from recipes import RECIPES
-from tests.launch.processes import RUN, call
+from tests.launch.processes import RUN_SCRIPT, run_command
 
 HIDE_DEEPSPEED = """
 from importlib.machinery import PathFinder
@@ -63,10 +63,10 @@ def words_of(mistake: str) -> list[str]:
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_line_and_exit_code_2(folder: Path, mistake: str) -> None:
-    ended = call(*words_of(mistake), cwd=folder, env={"PYTHONPATH": str(folder / "hidden")})
-    assert (ended.code, ended.out) == (2, "")
-    assert ended.err.count("\n") == len(ended.ours) == 1, ended.err
-    assert MISTAKES[mistake][1] in ended.err
+    ended = run_command(*words_of(mistake), cwd=folder, env={"PYTHONPATH": str(folder / "hidden")})
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.count("\n") == len(ended.messages) == 1, ended.stderr
+    assert MISTAKES[mistake][1] in ended.stderr
     assert min(ended.seconds, ended.cpu_seconds) < PROMPT
     assert not (folder / "runs").exists(), "a refused run leaves nothing"
 
@@ -79,21 +79,23 @@ def test_a_mistake_is_one_line_and_exit_code_2(folder: Path, mistake: str) -> No
     ],
 )
 def test_a_mistake_is_one_line_in_all_under_torchrun(folder: Path, mistake: str) -> None:
-    ended = call(*words_of(mistake), cwd=folder, ranks=4, env={"PYTHONPATH": str(folder / "hidden")})
-    assert len(ended.ours) == 1, ended.err
-    assert MISTAKES[mistake][1] in ended.ours[0]
-    assert str(RUN.parent) not in "".join(re.findall(r'File "(.*)"', ended.err)), "a traceback of ours"
+    ended = run_command(*words_of(mistake), cwd=folder, ranks=4, env={"PYTHONPATH": str(folder / "hidden")})
+    assert len(ended.messages) == 1, ended.stderr
+    assert MISTAKES[mistake][1] in ended.messages[0]
+    assert str(RUN_SCRIPT.parent) not in "".join(re.findall(r'File "(.*)"', ended.stderr)), (
+        "a traceback of ours"
+    )
     # torchrun reports each failed rank in its own words and exits 1 itself; a rank that it ended first shows
     # a signal
-    codes = [int(code) for code in re.findall(r"exitcode *: (-?\d+)", ended.err)]
-    assert 2 in codes, ended.err
-    assert set(codes) <= {2, -15}, ended.err
+    codes = [int(code) for code in re.findall(r"exitcode *: (-?\d+)", ended.stderr)]
+    assert 2 in codes, ended.stderr
+    assert set(codes) <= {2, -15}, ended.stderr
     assert min(ended.seconds, ended.cpu_seconds) < PROMPT
 
 
 @pytest.mark.parametrize("words", [["--help"], ["recipe=resnet", "--help"], ["recipe=gpt", "-h"]])
 def test_help_imports_no_torch(tmp_path: Path, words: list[str]) -> None:
-    spy = [sys.executable, "-X", "importtime", str(RUN), *words]
+    spy = [sys.executable, "-X", "importtime", str(RUN_SCRIPT), *words]
     ended = subprocess.run(spy, cwd=tmp_path, capture_output=True, text=True, check=True)
     imported = {line.rpartition("|")[2].strip() for line in ended.stderr.splitlines()}
     assert "yaml" in imported, "the spy sees nothing"
@@ -101,7 +103,10 @@ def test_help_imports_no_torch(tmp_path: Path, words: list[str]) -> None:
 
 
 def test_help_tells_each_key_with_type_default_and_meaning(tmp_path: Path) -> None:
-    general, resnet = call("--help", cwd=tmp_path).out, call("recipe=resnet", "--help", cwd=tmp_path).out
+    general, resnet = (
+        run_command("--help", cwd=tmp_path).stdout,
+        run_command("recipe=resnet", "--help", cwd=tmp_path).stdout,
+    )
     assert re.search(r"^ +batch_size=64 +int +GLOBAL batch", general, re.MULTILINE)
     assert re.search(r"^ +precision=fp32 +fp32\|tf32\|bf16\|fp16 +\w", general, re.MULTILINE)
     assert re.search(r"^ +checkpoint.every= +int\|null +steps between", general, re.MULTILINE)

@@ -17,7 +17,7 @@ from launch.checkpoint.manifest import FileEntry, Manifest, TensorEntry
 from launch.checkpoint.reader import Checkpoint
 from launch.runtime.files import remove_folder
 from tests.launch.checkpoints import CONFIG, GROUPS, call, state, write_checkpoint, write_run
-from tests.launch.processes import ROOT, command
+from tests.launch.processes import ROOT, command_line
 
 CKPT = ROOT / "launch" / "commands" / "ckpt.py"
 WEIGHTS = {
@@ -31,7 +31,7 @@ IMPORTS = {"PYTHONPROFILEIMPORTTIME": "1"}
 def run(*words: str, cwd: Path, expect: int = 0, **env: str) -> subprocess.CompletedProcess[str]:
     """The real command, in `cwd`."""
     done = subprocess.run(
-        command(*words, run=CKPT),
+        command_line(*words, run=CKPT),
         cwd=cwd,
         env={**os.environ, **env},
         capture_output=True,

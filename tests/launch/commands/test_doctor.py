@@ -20,8 +20,8 @@ import torch.distributed as dist
 from launch.diagnostics import check_ranks, cross_node
 from launch.diagnostics.exchange import Meeting
 from launch.runtime.store import UnreachableError, check_own, open_store, reach, within
-from tests.launch.hosts import KNOWN, OURS, Host, by_hand, two_hosts
-from tests.launch.processes import ROOT, Ended, command, finish
+from tests.launch.hosts import CLUSTER_VARIABLES, HOSTS_FILE, Host, launcher_env, two_hosts
+from tests.launch.processes import ROOT, CommandResult, command_line, wait_for_command
 
 DOCTOR = ROOT / "launch" / "commands" / "doctor.py"
 
@@ -30,9 +30,9 @@ def start(
     *words: str, cwd: Path, ranks: int = 0, env: Mapping[str, str] | None = None, inside: tuple[str, ...] = ()
 ) -> subprocess.Popen[str]:
     """Start the doctor; `inside` are the words of a command that starts it elsewhere (nsenter)."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(CLUSTER_VARIABLES)}
     return subprocess.Popen(
-        [*inside, *command(*words, ranks=ranks, run=DOCTOR)],
+        [*inside, *command_line(*words, ranks=ranks, run=DOCTOR)],
         cwd=cwd,
         env={**clean, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "10000", **(env or {})},
         stdout=subprocess.PIPE,
@@ -42,20 +42,20 @@ def start(
     )
 
 
-def call(*words: str, cwd: Path, ranks: int = 0, env: Mapping[str, str] | None = None) -> Ended:
+def call(*words: str, cwd: Path, ranks: int = 0, env: Mapping[str, str] | None = None) -> CommandResult:
     """Run the doctor to its end."""
-    return finish(start(*words, cwd=cwd, ranks=ranks, env=env))
+    return wait_for_command(start(*words, cwd=cwd, ranks=ranks, env=env))
 
 
-def row(done: Ended, check: str) -> str:
+def row(done: CommandResult, check: str) -> str:
     """The row of a check: its verdict and the rest, with single spaces."""
-    lines = [line for line in done.out.splitlines() if line.startswith(f"{check}  ")]
-    assert len(lines) == 1, done.out + done.err
+    lines = [line for line in done.stdout.splitlines() if line.startswith(f"{check}  ")]
+    assert len(lines) == 1, done.stdout + done.stderr
     return " ".join(lines[0].removeprefix(check).split())
 
 
-def only_line(done: Ended) -> str:
-    (line,) = done.ours
+def only_line(done: CommandResult) -> str:
+    (line,) = done.messages
     return line
 
 
@@ -77,17 +77,17 @@ def wait_until_files(folder: Path) -> None:
 
 def test_this_machine(tmp_path: Path) -> None:
     done = call("run_dir=runs/new", cwd=tmp_path)
-    assert done.code == int(" 0 fail" not in done.out), done.out + done.err
+    assert done.returncode == int(" 0 fail" not in done.stdout), done.stdout + done.stderr
     assert f" {tmp_path} (" in row(done, "disk")
     assert not list(tmp_path.iterdir())
 
 
 def test_help_imports_no_torch(tmp_path: Path) -> None:
     done = call("--help", cwd=tmp_path, env={"PYTHONPROFILEIMPORTTIME": "1"})
-    modules = {line.rpartition("|")[2].strip() for line in done.err.splitlines()}
+    modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "launch.diagnostics.run_all" in modules
     assert not {"torch", "numpy", "pydantic"} & modules
-    assert done.out.startswith("Look at the machines")
+    assert done.stdout.startswith("Look at the machines")
     assert max(map(len, (check_ranks.__doc__ or "").splitlines())) <= 130
 
 
@@ -102,7 +102,7 @@ def test_help_imports_no_torch(tmp_path: Path) -> None:
 )
 def test_mistakes(tmp_path: Path, words: str, said: str) -> None:
     done = call(words, cwd=tmp_path)
-    assert (done.code, said in only_line(done)) == (2, True), done.err
+    assert (done.returncode, said in only_line(done)) == (2, True), done.stderr
 
 
 @pytest.mark.slow
@@ -110,8 +110,8 @@ def test_two_ranks_under_torchrun(tmp_path: Path) -> None:
     done = call(cwd=tmp_path, ranks=2)
     assert row(done, "ranks") == "pass 2 of 2 came"
     assert row(done, "within a node").startswith("pass rank 0 - rank 1: all-reduce ")
-    assert done.out.count("doctor:") == 1
-    assert done.code == int(" 0 fail" not in done.out)
+    assert done.stdout.count("doctor:") == 1
+    assert done.returncode == int(" 0 fail" not in done.stdout)
     assert not list(tmp_path.iterdir())
 
 
@@ -121,15 +121,15 @@ def test_two_ranks_under_torchrun(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_missing_rank(tmp_path: Path) -> None:
     port = free()
-    done = call("timeout=2", cwd=tmp_path, env=by_hand(0, "127.0.0.1", port))
-    assert done.code == 1
+    done = call("timeout=2", cwd=tmp_path, env=launcher_env(0, "127.0.0.1", port))
+    assert done.returncode == 1
     assert row(done, "ranks").startswith("fail expected 2 ranks; saw 0 from ")
 
 
 @pytest.mark.slow
 def test_a_rank_without_rank_zero(tmp_path: Path) -> None:
-    done = call("timeout=1", cwd=tmp_path, env=by_hand(1, "127.0.0.1", free()))
-    assert done.code == 1
+    done = call("timeout=1", cwd=tmp_path, env=launcher_env(1, "127.0.0.1", free()))
+    assert done.returncode == 1
     assert "nobody listens" in only_line(done)
 
 
@@ -141,14 +141,16 @@ def test_a_rank_that_is_stopped_on_the_way(tmp_path: Path, victim: int) -> None:
     folders = [tmp_path / "0", tmp_path / "1"]
     for folder in folders:
         folder.mkdir()
-    ranks = [start("timeout=4", cwd=folders[rank], env=by_hand(rank, "127.0.0.1", port)) for rank in range(2)]
+    ranks = [
+        start("timeout=4", cwd=folders[rank], env=launcher_env(rank, "127.0.0.1", port)) for rank in range(2)
+    ]
     wait_until_files(folders[victim])
     os.killpg(ranks[victim].pid, signal.SIGSTOP)
-    done = finish(ranks[1 - victim])
+    done = wait_for_command(ranks[1 - victim])
     os.killpg(ranks[victim].pid, signal.SIGKILL)
     ranks[victim].communicate()
-    assert done.code == 1
-    assert only_line(done) if victim == 0 else row(done, "ranks"), done.out + done.err
+    assert done.returncode == 1
+    assert only_line(done) if victim == 0 else row(done, "ranks"), done.stdout + done.stderr
 
 
 @pytest.mark.slow
@@ -156,7 +158,7 @@ def test_the_term_signal_leaves_no_file(tmp_path: Path) -> None:
     process = start(cwd=tmp_path)
     wait_until_files(tmp_path)
     process.terminate()
-    finish(process)
+    wait_for_command(process)
     assert not list(tmp_path.iterdir())
 
 
@@ -213,18 +215,18 @@ def test_two_ranks_in_a_store(tmp_path: Path) -> None:
 # two hosts --------------------------------------------------------------------------------------------------
 
 
-def on_both(hosts: list[Host], folder: Path, address: str, *words: str, **env: str) -> list[Ended]:
+def on_both(hosts: list[Host], folder: Path, address: str, *words: str, **env: str) -> list[CommandResult]:
     """What the doctor says on each."""
     started = [
-        start(*words, cwd=folder, env={**by_hand(rank, address, 29500), **env}, inside=host.inside)
+        start(*words, cwd=folder, env={**launcher_env(rank, address, 29500), **env}, inside=host.inside)
         for rank, host in enumerate(hosts)
     ]
-    return [finish(process) for process in started]
+    return [wait_for_command(process) for process in started]
 
 
 @pytest.mark.slow
 def test_two_hosts(tmp_path: Path) -> None:
-    with two_hosts(tmp_path, {"n1": KNOWN, "n2": KNOWN}) as hosts:
+    with two_hosts(tmp_path, {"n1": HOSTS_FILE, "n2": HOSTS_FILE}) as hosts:
         first, second = on_both(hosts, tmp_path, "n1")
     assert row(first, "ranks") == "pass n1, n2 2 of 2 came"
     assert row(first, "names").startswith("pass n1, n2 n1: its own name is 10.9.9.1 (eth0)")
@@ -235,22 +237,22 @@ def test_two_hosts(tmp_path: Path) -> None:
     assert row(first, "bandwidth").startswith(
         ("pass n1, n2 n1 - n2: all-reduce ", "warn n1, n2 n1 - n2: all-reduce ")
     )
-    assert first.code == second.code == int(" 0 fail" not in first.out)
-    assert not second.out
+    assert first.returncode == second.returncode == int(" 0 fail" not in first.stdout)
+    assert not second.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["n1", "n2"]
 
 
 @pytest.mark.slow
 def test_two_hosts_on_a_slow_cable_without_a_shared_folder(tmp_path: Path) -> None:
-    with two_hosts(tmp_path, {"n1": KNOWN, "n2": KNOWN}, rate="200mbit") as hosts:
+    with two_hosts(tmp_path, {"n1": HOSTS_FILE, "n2": HOSTS_FILE}, rate="200mbit") as hosts:
         (mine := tmp_path / "runs").mkdir()
         for host in hosts:  # one path, two file systems
             host.run(f"mount -t tmpfs none {mine}")
         first, _ = on_both(hosts, tmp_path, "n1", f"run_dir={mine}")
     for other in ("n1", "n2"):
-        assert f"{mine}: sees nothing of what {other} wrote there" in first.out
+        assert f"{mine}: sees nothing of what {other} wrote there" in first.stdout
     assert row(first, "bandwidth").startswith("warn n1, n2 n1 - n2: all-reduce 0.02")
-    assert first.code == 1
+    assert first.returncode == 1
 
 
 @pytest.mark.slow
@@ -262,17 +264,17 @@ def test_two_hosts_that_take_themselves_for_loopback(tmp_path: Path) -> None:
         first, second = on_both(hosts, tmp_path, "10.9.9.1")
         cured, _ = on_both(hosts, tmp_path, "10.9.9.1", GLOO_SOCKET_IFNAME="eth0")
     assert row(first, "names").startswith("fail n1, n2 its own name is 127.0.1.1")
-    assert "export GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0" in first.out
+    assert "export GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0" in first.stdout
     assert row(first, "bandwidth").startswith("fail n1, n2 n1 - n2: ")
-    assert first.code == second.code == 1
+    assert first.returncode == second.returncode == 1
     assert row(cured, "names").startswith("pass")
     assert not row(cured, "bandwidth").startswith("fail")
 
 
 @pytest.mark.slow
 def test_two_hosts_of_which_one_cannot_resolve_the_master(tmp_path: Path) -> None:
-    with two_hosts(tmp_path, {"n1": KNOWN, "n2": ""}) as hosts:
+    with two_hosts(tmp_path, {"n1": HOSTS_FILE, "n2": ""}) as hosts:
         first, second = on_both(hosts, tmp_path, "n1", "timeout=4", SLURM_STEP_NODELIST="n[1-2]")
-    assert "expected 2 ranks on n1, n2; saw 0 from n1, none from n2" in first.out
+    assert "expected 2 ranks on n1, n2; saw 0 from n1, none from n2" in first.stdout
     assert "n2 cannot resolve MASTER_ADDR=n1" in only_line(second)
-    assert first.code == second.code == 1
+    assert first.returncode == second.returncode == 1

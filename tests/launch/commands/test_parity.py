@@ -124,7 +124,7 @@ THROUGHOUT = ("clip_norm=0.1", "activation_checkpointing=full")
 # the same in the processes of the tests ---------------------------------------------------------------------
 
 
-def traced(place: ranks.World, cases: dict[str, list[str]], steps: int) -> dict[str, dict[str, Tensor]]:
+def traced(place: ranks.CpuWorld, cases: dict[str, list[str]], steps: int) -> dict[str, dict[str, Tensor]]:
     return {name: follow(words, steps, world_of(place)) for name, words in cases.items()}
 
 

@@ -24,7 +24,7 @@ from launch.profiling.report import advise, notes, where
 from launch.profiling.timeline import Kind, Split, minus, split, union
 from launch.state.run import Run
 from tests.launch.jobs import alone, job_of
-from tests.launch.processes import LAUNCHERS, ROOT, TINY, command
+from tests.launch.processes import LAUNCHER_VARIABLES, ROOT, TINY, command_line
 
 PROFILE = ROOT / "launch" / "commands" / "profile.py"
 ALL_REDUCE = "ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)"
@@ -263,9 +263,9 @@ def test_the_table_names_the_ranks_with_least_and_most() -> None:
 
 def profile(cwd: Path, *words: str, ranks: int = 0, code: int = 0) -> tuple[str, str]:
     """What the command says, in one line, and what it says on stderr."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_VARIABLES)}
     environment = {**clean, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    line = command(*words, ranks=ranks, run=PROFILE)
+    line = command_line(*words, ranks=ranks, run=PROFILE)
     ended = subprocess.run(
         line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False
     )

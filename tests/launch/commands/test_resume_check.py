@@ -20,7 +20,7 @@ from launch.equivalence.common import command, environment
 from launch.equivalence.compare_metrics import Row, compared, deviation, judge, same_files, wrong_steps
 from launch.equivalence.resume_check import agree, own_keys, plan
 from launch.equivalence.subprocesses import Layout, last_step, run_process
-from tests.launch.processes import MARK, TINY, offspring
+from tests.launch.processes import FOLDER_VARIABLE, TINY, descendants
 
 FIT = (f"recipe={TINY}:Fit", "workers=0", "batch_size=16")
 
@@ -250,17 +250,17 @@ def test_weights_are_compared_byte_by_byte(tmp_path: Path) -> None:
 def test_a_kill_leaves_nothing_alive(tmp_path: Path) -> None:
     words = (f"recipe={TINY}:Broken", "pause=0.1", "workers=1", "steps=1000", "log.every=1")
     run_dir = tmp_path / "run"
-    marked = environment(2) | {MARK: str(tmp_path)}
+    marked = environment(2) | {FOLDER_VARIABLE: str(tmp_path)}
     ended = run_process(
         words, Layout("ddp", 2), run_dir=run_dir, environment=marked, kill_when=lambda: last_step(run_dir) > 2
     )
     assert (ended.how, ended.code, ended.trouble) == ("killed", -signal.SIGKILL, "")
-    assert not offspring(tmp_path)
+    assert not descendants(tmp_path)
 
 
 def test_a_life_that_makes_no_step_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocesses, "PATIENCE", 0.5)
-    marked = environment(1) | {MARK: str(tmp_path)}
+    marked = environment(1) | {FOLDER_VARIABLE: str(tmp_path)}
     ended = run_process(
         [f"recipe={TINY}:Broken", "steps=1"],
         Layout("single", 1),
@@ -268,7 +268,7 @@ def test_a_life_that_makes_no_step_is_ended(tmp_path: Path, monkeypatch: pytest.
         environment=marked,
     )
     assert ended.trouble == "no step for 0.5 s, so it was killed"
-    assert not offspring(tmp_path)
+    assert not descendants(tmp_path)
 
 
 @pytest.mark.slow

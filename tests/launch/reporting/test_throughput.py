@@ -16,7 +16,7 @@ from torch import nn
 from launch.reporting.throughput import PEAKS, Start, StepTimes, Throughput, age, peak_memory
 from launch.training.loop import train
 from tests.benchmarks.workload import Dense, prepared
-from tests.launch.processes import TINY, call
+from tests.launch.processes import TINY, run_command
 
 
 def test_percentiles_are_within_a_percent() -> None:
@@ -87,10 +87,10 @@ def test_no_peak_hides_another() -> None:
 
 @pytest.mark.slow
 def test_the_summary_says_it(tmp_path: Path) -> None:
-    ended = call(
+    ended = run_command(
         f"recipe={TINY}:Fit", "steps=12", "batch_size=16", "log.every=5", "run_dir=run", cwd=tmp_path
     )
-    assert ended.code == 0, ended.err
+    assert ended.returncode == 0, ended.stderr
     for words in (
         "99 % of them within",
         "of the time waiting for data",
@@ -98,7 +98,7 @@ def test_the_summary_says_it(tmp_path: Path) -> None:
         "peak memory",
         "first step",
     ):
-        assert words in ended.out
+        assert words in ended.stdout
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(line["samples_per_second"] > 0 for line in lines if "loss" in line)
 

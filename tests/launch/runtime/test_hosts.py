@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from tests.launch.hosts import Host, by_hand, start_on, two_hosts
+from tests.launch.hosts import Host, launcher_env, start_on_host, two_hosts
 from tests.launch.jobs import series, undisturbed
-from tests.launch.processes import RUN, TINY, Ended, finish
+from tests.launch.processes import RUN_SCRIPT, TINY, CommandResult, wait_for_command
 
 pytestmark = pytest.mark.slow
 
@@ -52,7 +52,7 @@ def hosts(tmp_path: Path) -> Iterator[list[Host]]:
 def without_launcher(hosts: Sequence[Host], cwd: Path, *words: str) -> list[subprocess.Popen[str]]:
     """A rank on each of `hosts`, of a run on two."""
     return [
-        start_on(host, [str(RUN), *WORDS, *words], cwd, by_hand(rank, "n1", PORT))
+        start_on_host(host, [str(RUN_SCRIPT), *WORDS, *words], cwd, launcher_env(rank, "n1", PORT))
         for rank, host in enumerate(hosts)
     ]
 
@@ -70,11 +70,16 @@ def torchrun(
         "--rdzv_backend=c10d",
     )
     return [
-        start_on(
+        start_on_host(
             host,
             [
                 *(*elastic, f"--rdzv_endpoint=n1:{PORT}", f"--local-addr={host.address}"),
-                *(f"--rdzv_conf=is_host={str(host.name == 'n1').lower()},{conf}", str(RUN), *WORDS, *words),
+                *(
+                    f"--rdzv_conf=is_host={str(host.name == 'n1').lower()},{conf}",
+                    str(RUN_SCRIPT),
+                    *WORDS,
+                    *words,
+                ),
             ],
             cwd,
             {"GLOO_SOCKET_IFNAME": "eth0"},
@@ -93,13 +98,15 @@ def in_step(step: int, cwd: Path, processes: Sequence[subprocess.Popen[str]]) ->
         or not list(run_dir.glob("checkpoints/step-*"))
     ):
         assert all(process.poll() is None for process in processes), [
-            finish(process).err for process in processes
+            wait_for_command(process).stderr for process in processes
         ]
         assert time.monotonic() < until
         time.sleep(0.02)
 
 
-def ends(hosts: Sequence[Host], processes: Sequence[subprocess.Popen[str]], within: float) -> list[Ended]:
+def ends(
+    hosts: Sequence[Host], processes: Sequence[subprocess.Popen[str]], within: float
+) -> list[CommandResult]:
     """How they end, and after how many seconds from now: all of them in time, with nothing left on the hosts."""
     since, ended = time.monotonic(), dict[int, float]()
     while len(ended) < len(processes) and time.monotonic() - since < within:
@@ -114,7 +121,7 @@ def ends(hosts: Sequence[Host], processes: Sequence[subprocess.Popen[str]], with
     for host in hosts:
         host.kill()  # else whoever has inherited the pipes would keep them open
     done = [
-        replace(finish(process), seconds=ended.get(number, within))
+        replace(wait_for_command(process), seconds=ended.get(number, within))
         for number, process in enumerate(processes)
     ]
     assert not left, (left, done)
@@ -132,23 +139,23 @@ def goes_on(hosts: Sequence[Host], cwd: Path, losses: Sequence[float]) -> None:
     nobody touched.
     """
     done = ends(hosts, without_launcher(hosts, cwd), 60)
-    assert [ended.code for ended in done] == [0, 0], done
-    assert re.search(r"continues run/checkpoints/step-\d+ at step \d+", done[0].out)
+    assert [ended.returncode for ended in done] == [0, 0], done
+    assert re.search(r"continues run/checkpoints/step-\d+ at step \d+", done[0].stdout)
     assert series(cwd / "run") == pytest.approx(losses, rel=1e-5)
 
 
 def test_two_hosts_train_as_one_process(tmp_path: Path, hosts: list[Host], losses: list[float]) -> None:
     done = ends(hosts, torchrun(hosts, tmp_path, nodes="2", conf="join_timeout=60"), 60)
-    assert [ended.code for ended in done] == [0, 0], done
-    assert "2 rank(s) on 2 node(s)" in done[0].out
-    assert not done[1].out
+    assert [ended.returncode for ended in done] == [0, 0], done
+    assert "2 rank(s) on 2 node(s)" in done[0].stdout
+    assert not done[1].stdout
     assert series(tmp_path / "run") == pytest.approx(losses, rel=1e-5)
 
 
 def test_a_host_that_does_not_come_is_named(tmp_path: Path, hosts: list[Host]) -> None:
     (ended,) = ends(hosts, without_launcher(hosts[:1], tmp_path, "start_timeout=3"), 30)
-    assert (ended.code, len(ended.ours)) == (1, 1), ended.err
-    assert "expected 2 ranks, after 3 s saw 0 from n1; missing: rank 1." in ended.ours[0]
+    assert (ended.returncode, len(ended.messages)) == (1, 1), ended.stderr
+    assert "expected 2 ranks, after 3 s saw 0 from n1; missing: rank 1." in ended.messages[0]
 
 
 def test_torchrun_waits_for_a_host_as_long_as_it_is_told_to(tmp_path: Path, hosts: list[Host]) -> None:
@@ -156,9 +163,9 @@ def test_torchrun_waits_for_a_host_as_long_as_it_is_told_to(tmp_path: Path, host
     it names nobody.
     """
     (ended,) = ends(hosts, torchrun(hosts[:1], tmp_path, nodes="2", conf="join_timeout=5"), 40)
-    assert ended.code == 1
-    assert not ended.ours
-    assert "RendezvousTimeoutError" in ended.err
+    assert ended.returncode == 1
+    assert not ended.messages
+    assert "RendezvousTimeoutError" in ended.stderr
 
 
 def test_a_cable_that_is_cut(tmp_path: Path, hosts: list[Host], losses: list[float]) -> None:
@@ -173,7 +180,7 @@ def test_a_cable_that_is_cut(tmp_path: Path, hosts: list[Host], losses: list[flo
     since = time.time()
     first, second = ends(hosts, running, 60)
     found = verdict(tmp_path, since)
-    assert (first.code, second.code) == (1, 1)
+    assert (first.returncode, second.returncode) == (1, 1)
     assert found["after"] < HANG + 10
     assert any(re.match("rank 1: not heard from on n2", line) for line in found["ranks"]), found
     hosts[1].plug(True)
@@ -187,9 +194,11 @@ def test_a_host_that_dies(tmp_path: Path, hosts: list[Host]) -> None:
     since = time.time()
     first, _ = ends(hosts, running, 60)
     found = verdict(tmp_path, since)
-    assert (first.code, found["lost"]) == (1, [1])
+    assert (first.returncode, found["lost"]) == (1, [1])
     assert found["after"] < 15
-    assert "rank 1 on n2, last seen in step" in first.ours[0]  # how such a run goes on stands above and below
+    assert (
+        "rank 1 on n2, last seen in step" in first.messages[0]
+    )  # how such a run goes on stands above and below
 
 
 def test_the_host_of_rank_zero_dies(tmp_path: Path, hosts: list[Host], losses: list[float]) -> None:
@@ -199,9 +208,9 @@ def test_the_host_of_rank_zero_dies(tmp_path: Path, hosts: list[Host], losses: l
     since = time.time()
     _, second = ends(hosts, running, 60)
     found = verdict(tmp_path, since)
-    assert second.code == 1
+    assert second.returncode == 1
     assert found["after"] < 15
-    assert "lost the connection to the host of rank zero" in second.ours[0]
+    assert "lost the connection to the host of rank zero" in second.messages[0]
     goes_on(hosts, tmp_path, losses)
 
 
@@ -213,7 +222,7 @@ def test_the_host_that_is_left_goes_on_by_itself(
     in_step(9, tmp_path, running)
     hosts[1].kill()
     first, _ = ends(hosts, running, 90)
-    assert first.code == 0
-    assert "rank 1 on n2, last seen in step" in first.err
-    assert "1 rank(s) on 1 node(s)" in first.out
+    assert first.returncode == 0
+    assert "rank 1 on n2, last seen in step" in first.stderr
+    assert "1 rank(s) on 1 node(s)" in first.stdout
     assert series(tmp_path / "run") == pytest.approx(losses, rel=1e-5)

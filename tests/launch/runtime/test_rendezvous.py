@@ -17,7 +17,7 @@ from torch.distributed import PrefixStore, TCPStore
 from launch.runtime.rendezvous import RendezvousError, different, roll_call
 from launch.runtime.store import spans
 from launch.runtime.world import World
-from tests.launch.processes import ROOT, TINY, Ended, finish, free_port, start
+from tests.launch.processes import ROOT, TINY, CommandResult, free_port, start_command, wait_for_command
 
 SAME = {
     "host": "n1",
@@ -128,30 +128,32 @@ def test_512_ranks_meet_in_seconds(store: TCPStore) -> None:
 # real processes ---------------------------------------------------------------------------------------------
 
 
-def alone(cwd: Path, rank: int, *words: str, port: int) -> Ended:
+def alone(cwd: Path, rank: int, *words: str, port: int) -> CommandResult:
     """One rank of two, the other of which never comes."""
     place = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
     meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return finish(
-        start(f"recipe={TINY}:Fit", "steps=1", "start_timeout=2", *words, cwd=cwd, env={**place, **meet})
+    return wait_for_command(
+        start_command(
+            f"recipe={TINY}:Fit", "steps=1", "start_timeout=2", *words, cwd=cwd, env={**place, **meet}
+        )
     )
 
 
 def test_a_rank_without_the_others_says_so_and_ends(tmp_path: Path) -> None:
     ended = alone(tmp_path, 0, port=free_port())
-    assert (ended.code, ended.out) == (1, "")
-    assert ended.err.startswith("rankzero: expected 2 ranks, after 2 s saw 0 from ")
-    assert ended.err.count("\n") == 1
-    assert str(ROOT) not in ended.err
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr.startswith("rankzero: expected 2 ranks, after 2 s saw 0 from ")
+    assert ended.stderr.count("\n") == 1
+    assert str(ROOT) not in ended.stderr
 
 
 @pytest.mark.slow
 def test_a_rank_that_cannot_reach_rank_zero_says_so_and_ends(tmp_path: Path) -> None:
     port = free_port()
     ended = alone(tmp_path, 1, port=port)
-    assert ended.code == 1
-    assert f"rank 1 did not meet the others: at 127.0.0.1:{port} (127.0.0.1) nobody listens" in ended.err
-    assert ended.err.count("\n") == 1
+    assert ended.returncode == 1
+    assert f"rank 1 did not meet the others: at 127.0.0.1:{port} (127.0.0.1) nobody listens" in ended.stderr
+    assert ended.stderr.count("\n") == 1
 
 
 @pytest.mark.slow
@@ -161,5 +163,5 @@ def test_a_port_in_use_is_named(tmp_path: Path) -> None:
         taken.listen()
         port = int(taken.getsockname()[1])
         ended = alone(tmp_path, 0, port=port)
-    assert ended.code == 1
-    assert f"rank 0 did not meet the others: port {port} cannot be had on" in ended.err
+    assert ended.returncode == 1
+    assert f"rank 0 did not meet the others: port {port} cannot be had on" in ended.stderr

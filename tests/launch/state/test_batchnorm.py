@@ -22,7 +22,7 @@ def batches() -> Tensor:
     return noise * (1 + shift.abs()) + 3 * shift
 
 
-def running(place: ranks.World) -> tuple[Tensor, Tensor, float | None]:
+def running(place: ranks.CpuWorld) -> tuple[Tensor, Tensor, float | None]:
     """Mean and variance after all steps, and the momentum of a layer that averages cumulatively."""
     layer, cumulative = (
         nn.BatchNorm1d(5, momentum=MOMENTUM).double(),

@@ -22,7 +22,7 @@ from launch.runtime.world import World
 from launch.state.build import prepare
 from launch.state.run import Run
 from launch.training.overfit import overfit
-from tests.launch.processes import TINY, call, command
+from tests.launch.processes import TINY, command_line, run_command
 
 RECIPE = """
 from dataclasses import dataclass
@@ -89,8 +89,10 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plain(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run without debug mode, with a checkpoint after step 10."""
     folder = tmp_path_factory.mktemp("plain")
-    ended = call(f"recipe={recipe}", "run_dir=plain", "checkpoint.every=10", "checkpoint.keep=9", cwd=folder)
-    assert ended.code == 0, ended.err
+    ended = run_command(
+        f"recipe={recipe}", "run_dir=plain", "checkpoint.every=10", "checkpoint.keep=9", cwd=folder
+    )
+    assert ended.returncode == 0, ended.stderr
     return folder / "plain"
 
 
@@ -101,14 +103,14 @@ def losses(run_dir: Path) -> list[float]:
 
 @pytest.mark.slow
 def test_it_makes_the_first_steps_of_the_run_and_no_others(recipe: Path, plain: Path, tmp_path: Path) -> None:
-    ended = call(f"recipe={recipe}", "debug=true", cwd=tmp_path)
-    assert ended.code == 0, ended.err
-    assert ended.err == ""
-    assert "one batch: loss" in ended.out
-    assert "it can be overfitted" in ended.out
+    ended = run_command(f"recipe={recipe}", "debug=true", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr == ""
+    assert "one batch: loss" in ended.stdout
+    assert "it can be overfitted" in ended.stdout
     # bit by bit, though the models were built twice and one was trained in between
     assert losses(tmp_path / "runs" / "debug" / "small") == losses(plain)[:8]
-    assert [line.split()[1] for line in ended.out.splitlines() if line.startswith("step ")][:8] == [
+    assert [line.split()[1] for line in ended.stdout.splitlines() if line.startswith("step ")][:8] == [
         f"{n}/8" for n in range(1, 9)
     ]
 
@@ -118,8 +120,8 @@ def test_a_number_says_how_many_steps_and_the_last_run_is_replaced(recipe: Path,
     folder = tmp_path / "runs" / "debug" / "small"
     folder.mkdir(parents=True)
     (folder / "old").write_text("")
-    ended = call(f"recipe={recipe}", "debug=3", cwd=tmp_path)
-    assert ended.code == 0, ended.err
+    ended = run_command(f"recipe={recipe}", "debug=3", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
     assert len(losses(folder)) == 3
     assert not (folder / "old").exists()
     assert "workers: 0\n" in (folder / "config.yaml").read_text()
@@ -127,18 +129,23 @@ def test_a_number_says_how_many_steps_and_the_last_run_is_replaced(recipe: Path,
 
 @pytest.mark.slow
 def test_it_continues_a_run_from_its_checkpoint(recipe: Path, plain: Path, tmp_path: Path) -> None:
-    ended = call(f"recipe={recipe}", "debug=2", f"resume={plain}/checkpoints/step-00000010", cwd=tmp_path)
-    assert ended.code == 0, ended.err
+    ended = run_command(
+        f"recipe={recipe}", "debug=2", f"resume={plain}/checkpoints/step-00000010", cwd=tmp_path
+    )
+    assert ended.returncode == 0, ended.stderr
     assert losses(tmp_path / "runs" / "debug" / "small") == losses(plain)[10:12]
 
 
 @pytest.mark.slow
 def test_two_ranks_and_a_wrong_number_are_refused(recipe: Path, tmp_path: Path) -> None:
-    wrong = call(f"recipe={recipe}", "debug=-1", cwd=tmp_path)
-    assert (wrong.code, wrong.err) == (2, "rankzero: debug=-1 must be true, false or a number of steps\n")
-    two = call(f"recipe={recipe}", "debug=true", cwd=tmp_path, env={"RANK": "0", "WORLD_SIZE": "2"})
-    assert two.code == 2
-    assert "debug=true is one process" in two.err
+    wrong = run_command(f"recipe={recipe}", "debug=-1", cwd=tmp_path)
+    assert (wrong.returncode, wrong.stderr) == (
+        2,
+        "rankzero: debug=-1 must be true, false or a number of steps\n",
+    )
+    two = run_command(f"recipe={recipe}", "debug=true", cwd=tmp_path, env={"RANK": "0", "WORLD_SIZE": "2"})
+    assert two.returncode == 2
+    assert "debug=true is one process" in two.stderr
 
 
 # the table --------------------------------------------------------------------------------------------------
@@ -232,10 +239,10 @@ def test_several_losses_are_not_tried() -> None:
 
 @pytest.mark.slow
 def test_without_a_terminal_the_traceback_is_told_once(recipe: Path, tmp_path: Path) -> None:
-    ended = call(f"recipe={recipe}", "debug=true", "inputs=9", cwd=tmp_path)
-    assert ended.code == 1
-    assert ended.err.count("rankzero: rank 0 on ") == 1
-    assert "(Pdb)" not in ended.out
+    ended = run_command(f"recipe={recipe}", "debug=true", "inputs=9", cwd=tmp_path)
+    assert ended.returncode == 1
+    assert ended.stderr.count("rankzero: rank 0 on ") == 1
+    assert "(Pdb)" not in ended.stdout
     assert (
         json.loads((tmp_path / "runs" / "debug" / "small" / "failure.json").read_text())["error"]
         == "RuntimeError"
@@ -244,16 +251,16 @@ def test_without_a_terminal_the_traceback_is_told_once(recipe: Path, tmp_path: P
 
 @pytest.mark.slow
 def test_a_nan_of_the_backward_pass_is_traced_to_its_line(recipe: Path, tmp_path: Path) -> None:
-    ended = call(f"recipe={recipe}", "debug=true", "fail=backward", cwd=tmp_path)
-    assert ended.code == 1
-    assert "MulBackward0' returned nan values" in ended.err
-    assert "(model(x) * 0).sqrt()" in ended.err
+    ended = run_command(f"recipe={recipe}", "debug=true", "fail=backward", cwd=tmp_path)
+    assert ended.returncode == 1
+    assert "MulBackward0' returned nan values" in ended.stderr
+    assert "(model(x) * 0).sqrt()" in ended.stderr
 
 
 @pytest.mark.slow
 def test_pdb_stands_in_the_users_frame(recipe: Path, tmp_path: Path) -> None:
     said, code = at_a_terminal(
-        command(f"recipe={recipe}", "debug=true", "inputs=9"), tmp_path, ["p hidden.shape", "q"]
+        command_line(f"recipe={recipe}", "debug=true", "inputs=9"), tmp_path, ["p hidden.shape", "q"]
     )
     assert "small.py(23)forward()" in said
     assert "torch.Size([4, 8])" in said

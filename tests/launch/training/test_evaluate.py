@@ -14,7 +14,7 @@ from torchmetrics import classification, regression
 from launch.training.loop import evaluate
 from tests.launch.jobs import alone, job_of
 from tests.launch.tiny import CLASSES, Points
-from tests.ranks import World, run_ranks
+from tests.ranks import CpuWorld, run_ranks
 
 ALL_SIZES = (*range(1, 14), 24, 25, 35, 36, 37, 40)
 """what is left over for 2, 3 and 4 ranks of 3 samples a micro-batch, and around whole batches"""
@@ -22,8 +22,8 @@ SOME_SIZES = (1, 4, 13, 37)
 CUT = ("batch_size=36", "micro_batch_size=3", "steps=1")
 
 
-def scores(phase: World, recipe: str, sizes: list[int]) -> list[dict[str, Any]]:
-    run = job_of(phase, recipe, "held_out=2", *CUT)
+def scores(world: CpuWorld, recipe: str, sizes: list[int]) -> list[dict[str, Any]]:
+    run = job_of(world, recipe, "held_out=2", *CUT)
     with warnings.catch_warnings():
         warnings.simplefilter(
             "error", UserWarning

@@ -13,21 +13,21 @@ from launch.runtime.seeding import seed_device
 from launch.training.loop import set_learning_rate
 from tests.launch.jobs import alone, draws, job_of, lines_of, series, trained
 from tests.launch.tiny import FEATURES, Points, network
-from tests.ranks import World, run_ranks
+from tests.ranks import CpuWorld, run_ranks
 
 Numbers = dict[str, Any]
 
 
-def numbers(phase: World, folder: Path, recipe: str, words: tuple[str, ...]) -> Numbers:
+def numbers(world: CpuWorld, folder: Path, recipe: str, words: tuple[str, ...]) -> Numbers:
     """Losses, gradient norms and final tensors of a run, on rank zero."""
-    run = trained(job_of(phase, recipe, *words), folder)
+    run = trained(job_of(world, recipe, *words), folder)
     run.statistics.synchronize(run.world)
     weights = {
         f"{name}.{key}": value
         for name, held in run.strategies.items()
         for key, value in held.export().items()
     }
-    if phase.rank > 0:
+    if world.rank > 0:
         return {}
     return {"loss": series(folder), "grad_norm": series(folder, "grad_norm"), "weights": weights}
 
@@ -169,13 +169,13 @@ def test_a_line_of_the_record(tmp_path: Path) -> None:
     )
 
 
-def on_record_in_each_step(phase: World, folder: Path, *words: str) -> list[int]:
+def on_record_in_each_step(world: CpuWorld, folder: Path, *words: str) -> list[int]:
     """How many steps metrics.jsonl holds when the loss of each step is computed."""
-    run = job_of(phase, "Fit", "batch_size=8", "steps=7", *words)
+    run = job_of(world, "Fit", "batch_size=8", "steps=7", *words)
     compute, found = run.recipe.loss, list[int]()
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
-        if phase.rank == 0:  # which has made the file
+        if world.rank == 0:  # which has made the file
             found.append(len((folder / "metrics.jsonl").read_text().splitlines()))
         return compute(model, batch)
 

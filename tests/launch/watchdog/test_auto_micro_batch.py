@@ -19,7 +19,15 @@ from launch.runtime.restarts import attempt_id, restart_count
 from launch.runtime.world import World
 from launch.watchdog import auto_micro_batch
 from tests.launch.jobs import lines_of, series, undisturbed
-from tests.launch.processes import TINY, Ended, call, finish, free_port, offspring, start
+from tests.launch.processes import (
+    TINY,
+    CommandResult,
+    descendants,
+    free_port,
+    run_command,
+    start_command,
+    wait_for_command,
+)
 
 FIT = (f"recipe={TINY}:Fit", "batch_size=16", "steps=8", "checkpoint.every=3", "dropout=0", "workers=0")
 AUTO = (*FIT, "micro_batch_size=auto", "run_dir=run")
@@ -77,17 +85,17 @@ def test_what_forbids_accumulation_is_refused(other: str) -> None:
 # real processes ---------------------------------------------------------------------------------------------
 
 
-def gone_on(cwd: Path, ended: Ended, rank: int, was: int, now: int) -> None:
+def gone_on(cwd: Path, ended: CommandResult, rank: int, was: int, now: int) -> None:
     """The run has come to its end with the smaller size, and says so once."""
-    assert ended.code == 0, ended.err
-    assert len(ended.ours) == 1, ended.err
+    assert ended.returncode == 0, ended.stderr
+    assert len(ended.messages) == 1, ended.stderr
     told = rf"rank {rank} on \S+ ran out of memory in step 5, forward, with micro_batch_size={was}; all ranks begin again with {now}"
-    assert re.search(told, ended.ours[0])
-    assert "(continues run/checkpoints/step-00000003 at step 3)" in ended.out
+    assert re.search(told, ended.messages[0])
+    assert "(continues run/checkpoints/step-00000003 at step 3)" in ended.stdout
     assert yaml.safe_load((cwd / "run" / "config.yaml").read_text())["micro_batch_size"] == now
     assert not (cwd / "run" / "failure.json").exists()
     assert [line["step"] for line in lines_of(cwd / "run") if "loss" in line] == list(range(1, 9))
-    assert not offspring(cwd)
+    assert not descendants(cwd)
 
 
 @pytest.fixture(scope="module")
@@ -100,10 +108,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
 def test_a_process_that_runs_out_of_memory_goes_on_with_half_the_micro_batch(
     tmp_path: Path, whole: list[float]
 ) -> None:
-    gone_on(tmp_path, call(*AUTO, "chaos=oom:rank=0,step=5", cwd=tmp_path), 0, 16, 8)
+    gone_on(tmp_path, run_command(*AUTO, "chaos=oom:rank=0,step=5", cwd=tmp_path), 0, 16, 8)
     assert series(tmp_path / "run") == pytest.approx(whole, rel=1e-6), "the curve is the same"
-    again = call(*AUTO, "steps=9", cwd=tmp_path)
-    assert "16 = 8 micro x 2 accumulation" in again.out, "the size is remembered"
+    again = run_command(*AUTO, "steps=9", cwd=tmp_path)
+    assert "16 = 8 micro x 2 accumulation" in again.stdout, "the size is remembered"
 
 
 @pytest.mark.slow
@@ -111,7 +119,9 @@ def test_a_process_that_runs_out_of_memory_goes_on_with_half_the_micro_batch(
 def test_all_ranks_under_torchrun_begin_again_together(
     tmp_path: Path, whole: list[float], strategy: str
 ) -> None:
-    ended = call(*AUTO, f"strategy={strategy}", "chaos=oom:rank=1,step=5", cwd=tmp_path, ranks=2, timeout=180)
+    ended = run_command(
+        *AUTO, f"strategy={strategy}", "chaos=oom:rank=1,step=5", cwd=tmp_path, ranks=2, timeout=180
+    )
     gone_on(tmp_path, ended, 1, 8, 4)
     assert series(tmp_path / "run") == pytest.approx(whole, rel=1e-5)
 
@@ -128,16 +138,17 @@ def test_ranks_whose_store_is_rank_zeros_own_begin_again_too(tmp_path: Path, ran
     }
     words = (*AUTO, "resume=none", f"chaos=oom:rank={rank},step=5")
     processes = [
-        start(*words, cwd=tmp_path, env={**phase, "RANK": str(n), "LOCAL_RANK": str(n)}) for n in range(2)
+        start_command(*words, cwd=tmp_path, env={**phase, "RANK": str(n), "LOCAL_RANK": str(n)})
+        for n in range(2)
     ]
-    first, second = (finish(process, timeout=120) for process in processes)
-    assert (second.code, second.out, second.ours) == (0, "", [])
+    first, second = (wait_for_command(process, timeout=120) for process in processes)
+    assert (second.returncode, second.stdout, second.messages) == (0, "", [])
     gone_on(tmp_path, first, rank, 8, 4)
 
 
 @pytest.mark.slow
 def test_memory_that_really_runs_out_is_halved_until_it_suffices(tmp_path: Path) -> None:
-    ended = call(
+    ended = run_command(
         f"recipe={TINY}:Greedy",
         "batch_size=16",
         "steps=3",
@@ -146,15 +157,15 @@ def test_memory_that_really_runs_out_is_halved_until_it_suffices(tmp_path: Path)
         cwd=tmp_path,
         timeout=120,
     )
-    assert ended.code == 0, ended.err
-    assert [line.rpartition(" ")[2] for line in ended.ours] == ["8", "4"]
-    assert "16 = 4 micro x 4 accumulation" in ended.out
+    assert ended.returncode == 0, ended.stderr
+    assert [line.rpartition(" ")[2] for line in ended.messages] == ["8", "4"]
+    assert "16 = 4 micro x 4 accumulation" in ended.stdout
     assert [line["step"] for line in lines_of(tmp_path / "run") if "loss" in line] == [1, 2, 3]
 
 
 @pytest.mark.slow
 def test_what_does_not_fit_one_by_one_is_a_failure(tmp_path: Path) -> None:
-    ended = call(
+    ended = run_command(
         f"recipe={TINY}:Greedy",
         "gigabytes=6",
         "batch_size=2",
@@ -163,6 +174,6 @@ def test_what_does_not_fit_one_by_one_is_a_failure(tmp_path: Path) -> None:
         "run_dir=run",
         cwd=tmp_path,
     )
-    assert ended.code == 1
-    assert "all ranks begin again with 1" in ended.ours[0]
-    assert re.search("step 1, forward: RuntimeError: .*can't allocate memory", ended.ours[1])
+    assert ended.returncode == 1
+    assert "all ranks begin again with 1" in ended.messages[0]
+    assert re.search("step 1, forward: RuntimeError: .*can't allocate memory", ended.messages[1])

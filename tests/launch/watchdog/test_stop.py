@@ -24,8 +24,15 @@ from launch.watchdog import stop as stops
 from launch.watchdog.consensus import Consensus
 from launch.watchdog.stop import StopRequest
 from tests.launch.jobs import job_of, lines_of, series, undisturbed
-from tests.launch.processes import TINY, Ended, call, finish, offspring, start
-from tests.ranks import World, run_ranks
+from tests.launch.processes import (
+    TINY,
+    CommandResult,
+    descendants,
+    run_command,
+    start_command,
+    wait_for_command,
+)
+from tests.ranks import CpuWorld, run_ranks
 
 WORDS = ("batch_size=16", "micro_batch_size=4", "steps=12", "held_out=20", "eval.every=5", "optimizer=sgd")
 
@@ -45,14 +52,14 @@ class AfterSo(StopRequest):
         return bool(self.reason)
 
 
-def life(phase: World, folder: Path, asked: int, who: int) -> tuple[str, int, bool]:
+def life(world: CpuWorld, folder: Path, asked: int, who: int) -> tuple[str, int, bool]:
     """A life in which rank `who` wishes to stop at question `asked`: why and when it ended, and if it owes an
     evaluation.
     """
-    run = job_of(phase, "Fit", *WORDS)
+    run = job_of(world, "Fit", *WORDS)
     resume(run, folder)
     folder.mkdir(exist_ok=True)
-    metrics = Metrics(run, folder, {}, Console(False), AfterSo(asked) if phase.rank == who else StopRequest())
+    metrics = Metrics(run, folder, {}, Console(False), AfterSo(asked) if world.rank == who else StopRequest())
     metrics.consensus.period = 0.0  # the ranks ask each other after each step, however short it is
     why = train(run, metrics)
     metrics.finish()
@@ -93,9 +100,9 @@ def test_an_evaluation_that_is_cut_off_twice_is_made_in_the_third_life(tmp_path:
         assert series(tmp_path / "run", name) == series(tmp_path / "whole", name), name
 
 
-def early(phase: World, folder: Path, asked: int) -> tuple[int, list[str]]:
+def early(world: CpuWorld, folder: Path, asked: int) -> tuple[int, list[str]]:
     """A life of a run that no evaluation finds better than the first: it stops early after step 10."""
-    run = job_of(phase, "Fit", *WORDS, "lr=1e-12", "eval.patience=1", "batchnorm=false", "checkpoint.keep=9")
+    run = job_of(world, "Fit", *WORDS, "lr=1e-12", "eval.patience=1", "batchnorm=false", "checkpoint.keep=9")
     resume(run, folder)
     folder.mkdir(exist_ok=True)
     metrics = Metrics(run, folder, {}, Console(False), AfterSo(asked))
@@ -113,9 +120,9 @@ def test_a_run_that_has_stopped_early_makes_no_further_step(tmp_path: Path) -> N
     assert run_ranks(1, early, tmp_path / "cut", 10**9)[0][0] == 10
 
 
-def hear(phase: World, requests: list[list[str]]) -> list[set[str]]:
-    consensus = Consensus(LaunchWorld(rank=phase.rank, world_size=phase.world_size), ["save", "stop"])
-    return [*(consensus.exchange(wish if phase.rank == 1 else []) for wish in requests), consensus.close()]
+def hear(world: CpuWorld, requests: list[list[str]]) -> list[set[str]]:
+    consensus = Consensus(LaunchWorld(rank=world.rank, world_size=world.world_size), ["save", "stop"])
+    return [*(consensus.exchange(wish if world.rank == 1 else []) for wish in requests), consensus.close()]
 
 
 def test_a_wish_of_one_rank_is_heard_by_all_a_step_later() -> None:
@@ -123,11 +130,11 @@ def test_a_wish_of_one_rank_is_heard_by_all_a_step_later() -> None:
     assert heard[0] == heard[1] == heard[2] == [set(), set(), {"stop"}, set(), {"save", "stop"}]
 
 
-def listen(phase: World, calls: int, period: float) -> list[int]:
+def listen(world: CpuWorld, calls: int, period: float) -> list[int]:
     """In which of `calls` calls a lasting wish of rank one was heard: those after a question."""
-    consensus = Consensus(LaunchWorld(rank=phase.rank, world_size=phase.world_size), ["save", "stop"], period)
+    consensus = Consensus(LaunchWorld(rank=world.rank, world_size=world.world_size), ["save", "stop"], period)
     heard = [
-        call for call in range(calls) if consensus.exchange(["stop"] if phase.rank == 1 else [], seldom=True)
+        call for call in range(calls) if consensus.exchange(["stop"] if world.rank == 1 else [], seldom=True)
     ]
     consensus.close()
     return heard
@@ -142,11 +149,11 @@ def test_long_steps_are_asked_after_each() -> None:
     assert run_ranks(2, listen, 10, 0.0) == [list(range(1, 10))] * 2
 
 
-def evaluation_between(phase: World) -> list[int]:
-    consensus = Consensus(LaunchWorld(rank=phase.rank, world_size=phase.world_size), ["stop"], 1e9)
+def evaluation_between(world: CpuWorld) -> list[int]:
+    consensus = Consensus(LaunchWorld(rank=world.rank, world_size=world.world_size), ["stop"], 1e9)
     for _ in range(60):
         consensus.exchange([], seldom=True)
-    return [call for call in range(6) if consensus.exchange(["stop"] if phase.rank == 1 else [])]
+    return [call for call in range(6) if consensus.exchange(["stop"] if world.rank == 1 else [])]
 
 
 def test_in_an_evaluation_each_batch_asks() -> None:
@@ -185,7 +192,7 @@ BUSY = (
 
 def busy(cwd: Path, *words: str, ranks: int = 0) -> subprocess.Popen[str]:
     """A run of three seconds, after its first steps."""
-    process = start(*BUSY, *words, cwd=cwd, ranks=ranks)
+    process = start_command(*BUSY, *words, cwd=cwd, ranks=ranks)
     deadline = time.monotonic() + 60
     while not (cwd / "run" / "metrics.jsonl").exists() or len(lines_of(cwd / "run")) < 3:
         assert process.poll() is None, process.communicate()
@@ -194,13 +201,13 @@ def busy(cwd: Path, *words: str, ranks: int = 0) -> subprocess.Popen[str]:
     return process
 
 
-def stopped(cwd: Path, ended: Ended, reason: str) -> int:
+def stopped(cwd: Path, ended: CommandResult, reason: str) -> int:
     """The step at which a run has stopped; checks what it left behind."""
     note = json.loads((cwd / "run" / "stopped.json").read_text())
     assert note["reason"] == reason
     assert step_of(list_checkpoints(cwd / "run")[-1]) == note["step"] < 60
-    assert f"stopped ({reason}); step {note['step']} is saved" in ended.err
-    assert not offspring(cwd), "no data worker outlives the run"
+    assert f"stopped ({reason}); step {note['step']} is saved" in ended.stderr
+    assert not descendants(cwd), "no data worker outlives the run"
     assert not [path for path in (cwd / "run" / "checkpoints").iterdir() if path.name.startswith(".")]
     return int(note["step"])
 
@@ -209,16 +216,16 @@ def struck(cwd: Path, name: str) -> int:
     """The step at which a run has stopped after the signal of that name."""
     process = busy(cwd)
     os.kill(process.pid, signal.Signals[name])
-    ended = finish(process)
-    assert ended.code == 75, ended.err
+    ended = wait_for_command(process)
+    assert ended.returncode == 75, ended.stderr
     return stopped(cwd, ended, name)
 
 
 def test_a_signal_stops_saves_and_the_run_goes_on(tmp_path: Path) -> None:
     step = struck(tmp_path, "SIGTERM")
-    again = call(*BUSY, "pause=0", cwd=tmp_path)
-    assert again.code == 0, again.err
-    assert f"at step {step}" in again.out
+    again = run_command(*BUSY, "pause=0", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert f"at step {step}" in again.stdout
     assert not (tmp_path / "run" / "stopped.json").exists()
     assert series(tmp_path / "run") == undisturbed(tmp_path / "whole", *BUSY, "pause=0")
 
@@ -233,18 +240,18 @@ def test_other_signals_stop_and_save_too(tmp_path: Path, name: str) -> None:
 def test_torchrun_hands_a_signal_on_to_all_ranks(tmp_path: Path) -> None:
     process = busy(tmp_path, ranks=2)
     os.kill(process.pid, signal.SIGTERM)
-    ended = finish(process)
-    assert ended.code != 0, "torchrun's own"
+    ended = wait_for_command(process)
+    assert ended.returncode != 0, "torchrun's own"
     stopped(tmp_path, ended, "SIGTERM")
 
 
 @pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all(tmp_path: Path) -> None:
     process = busy(tmp_path, ranks=2)
-    next(worker for worker in offspring(tmp_path) if worker.environ().get("RANK") == "1").send_signal(
+    next(worker for worker in descendants(tmp_path) if worker.environ().get("RANK") == "1").send_signal(
         signal.SIGUSR1
     )
-    ended = finish(process)
+    ended = wait_for_command(process)
     stopped(tmp_path, ended, "a signal to another rank")
 
 
@@ -255,18 +262,20 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
     time.sleep(0.2)
     os.kill(process.pid, signal.SIGINT)
     pressed = time.monotonic()
-    ended = finish(process)
-    assert (ended.code, "Ctrl-C again" in ended.err) == (130, True), ended.err
+    ended = wait_for_command(process)
+    assert (ended.returncode, "Ctrl-C again" in ended.stderr) == (130, True), ended.stderr
     assert time.monotonic() - pressed < 15
-    assert not offspring(tmp_path)
+    assert not descendants(tmp_path)
 
 
 @pytest.mark.slow
 def test_the_clock_stops_it_in_time(tmp_path: Path) -> None:
     """Before it knows what a save takes: so at once."""
     since = time.time()
-    ended = call(*BUSY, "steps=99999", "max_time=0:35", "checkpoint.every=99999", cwd=tmp_path, timeout=90)
-    assert ended.code == 75, ended.err
+    ended = run_command(
+        *BUSY, "steps=99999", "max_time=0:35", "checkpoint.every=99999", cwd=tmp_path, timeout=90
+    )
+    assert ended.returncode == 75, ended.stderr
     assert time.time() - since < 35
     note = json.loads((tmp_path / "run" / "stopped.json").read_text())
     assert note["reason"] == "its time is up"

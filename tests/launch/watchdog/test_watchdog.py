@@ -18,20 +18,27 @@ from launch.watchdog import failure_report
 from launch.watchdog import watchdog as watches
 from launch.watchdog.heartbeats import Heartbeats
 from tests.launch.jobs import series, undisturbed
-from tests.launch.processes import TINY, Ended, call, finish, offspring, start
+from tests.launch.processes import (
+    TINY,
+    CommandResult,
+    descendants,
+    run_command,
+    start_command,
+    wait_for_command,
+)
 
 FIT = (f"recipe={TINY}:Fit", "batch_size=16", "steps=3000", "checkpoint.every=4", "run_dir=run", "workers=1")
 HANG = "hang_timeout=4"
 """for what hangs only: on a busy machine a start may take as long, and then that would be the verdict"""
 
 
-def struck(cwd: Path, chaos: str, *words: str, ranks: int = 2) -> Ended:
+def struck(cwd: Path, chaos: str, *words: str, ranks: int = 2) -> CommandResult:
     """A run that the fault `chaos` meets, in step 9 if it does not say when; nothing may be left of it."""
-    ended = call(
+    ended = run_command(
         *FIT, f"chaos={chaos}" + ("" if "step" in chaos else ",step=9"), *words, cwd=cwd, ranks=ranks
     )
-    assert not offspring(cwd)
-    assert len(ended.ours) == 1, ended.err
+    assert not descendants(cwd)
+    assert len(ended.messages) == 1, ended.stderr
     return ended
 
 
@@ -43,27 +50,30 @@ def failure(cwd: Path) -> dict[str, Any]:
 @pytest.mark.slow
 def test_a_hang_says_who_is_where(tmp_path: Path) -> None:
     ended = struck(tmp_path, "stall:rank=1", HANG)
-    assert ended.code == 1
+    assert ended.returncode == 1
     assert re.search(
-        r"no rank has made progress for 4 s \(hang_timeout=4\); they are not in the same place", ended.ours[0]
+        r"no rank has made progress for 4 s \(hang_timeout=4\); they are not in the same place",
+        ended.messages[0],
     )
-    assert re.search(r"^  rank 0: step 9, backward, ", ended.err, re.MULTILINE)
-    assert re.search(r"^  rank 1: step 9, forward, fault_injection.py:\d+ in stall$", ended.err, re.MULTILINE)
+    assert re.search(r"^  rank 0: step 9, backward, ", ended.stderr, re.MULTILINE)
+    assert re.search(
+        r"^  rank 1: step 9, forward, fault_injection.py:\d+ in stall$", ended.stderr, re.MULTILINE
+    )
     assert "in stall" in "".join(failure(tmp_path)["stacks"].values()), "the whole stacks are kept"
 
 
 @pytest.mark.slow
 def test_a_hang_of_a_single_process_is_found_too(tmp_path: Path) -> None:
     ended = struck(tmp_path, "stall:rank=0", HANG, ranks=0)
-    assert ended.code == 1
-    assert "no rank has made progress for 4 s" in ended.ours[0]
+    assert ended.returncode == 1
+    assert "no rank has made progress for 4 s" in ended.messages[0]
 
 
 def check_killed(cwd: Path, rank: int) -> None:
     ended = struck(cwd, f"kill:rank={rank}")
     assert re.search(
-        rf"rank {rank} on .* ended without a word; rank {1 - rank} is in step 9", ended.ours[0]
-    ), ended.err
+        rf"rank {rank} on .* ended without a word; rank {1 - rank} is in step 9", ended.messages[0]
+    ), ended.stderr
     assert failure(cwd)["lost"] == [rank]
 
 
@@ -75,16 +85,16 @@ def test_rank_zero_is_killed_and_named(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_killed_rank_is_named_and_the_run_goes_on_before_it(tmp_path: Path) -> None:
     check_killed(tmp_path, 1)
-    again = call(*FIT, "steps=12", cwd=tmp_path)  # what two ranks do next, bit by bit, stands below
-    assert again.code == 0, again.err
-    assert re.search(r"continues run/checkpoints/step-0000000[48] at step [48]", again.out)
+    again = run_command(*FIT, "steps=12", cwd=tmp_path)  # what two ranks do next, bit by bit, stands below
+    assert again.returncode == 0, again.stderr
+    assert re.search(r"continues run/checkpoints/step-0000000[48] at step [48]", again.stdout)
 
 
 @pytest.mark.slow
 def test_out_of_memory_comes_with_a_hint(tmp_path: Path) -> None:
     ended = struck(tmp_path, "oom:rank=1")
-    assert re.search(r"rank 1 on .*, step 9, forward: .*can't allocate memory", ended.ours[0])
-    assert "hint    micro_batch_size=auto" in ended.err
+    assert re.search(r"rank 1 on .*, step 9, forward: .*can't allocate memory", ended.messages[0])
+    assert "hint    micro_batch_size=auto" in ended.stderr
 
 
 @pytest.mark.slow
@@ -93,10 +103,10 @@ def test_a_torn_checkpoint_costs_no_more_than_itself(tmp_path: Path) -> None:
         "checkpoint.every=100"  # none is in flight when it strikes: that one would come after the torn one
     )
     struck(tmp_path, "torn_checkpoint:rank=1,step=290", seldom)
-    again = call(*FIT, seldom, "steps=294", cwd=tmp_path)
-    assert again.code == 0, again.err
+    again = run_command(*FIT, seldom, "steps=294", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
     torn = re.search(
-        r"(run/checkpoints/step-\d+)/rank-00000.safetensors has .* bytes of .*; going back to", again.err
+        r"(run/checkpoints/step-\d+)/rank-00000.safetensors has .* bytes of .*; going back to", again.stderr
     )
     assert torn
     assert (tmp_path / f"{torn[1]}.damaged").is_dir()
@@ -105,8 +115,10 @@ def test_a_torn_checkpoint_costs_no_more_than_itself(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_torchrun_restarts_a_killed_rank_and_the_run_goes_on_by_itself(tmp_path: Path) -> None:
     words = [*FIT[:2], "steps=40", *FIT[3:]]
-    ended = finish(start(*words, "chaos=kill:rank=1,step=9", cwd=tmp_path, ranks=2, restarts=2), timeout=90)
-    assert ended.code == 0, ended.err
+    ended = wait_for_command(
+        start_command(*words, "chaos=kill:rank=1,step=9", cwd=tmp_path, ranks=2, restarts=2), timeout=90
+    )
+    assert ended.returncode == 0, ended.stderr
     assert series(tmp_path / "run") == undisturbed(tmp_path / "whole", *words, ranks=2)
 
 
