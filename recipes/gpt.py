@@ -49,7 +49,7 @@ class GPT(Recipe):
     """Next-token prediction with AdamW and a cosine; the loss is in nats a token."""
 
     defaults: ClassVar[dict[str, Any]] = {"batch_size": 32, "micro_batch_size": 8, "steps": 300}
-    unit: ClassVar[str] = "tokens"
+    item_name: ClassVar[str] = "tokens"
 
     model: Model = field(default_factory=Model)
     data: Text = field(default_factory=Text)

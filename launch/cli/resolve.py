@@ -19,6 +19,7 @@ from launch.cli.faults import parse_fault
 from launch.runtime.world import World
 from recipes import RECIPES
 from recipes.base import Recipe
+from recipes.parts.hook_names import refuse_foreign_hooks
 from strategies.options import CUDA_GRAPH_MODES, DDPOptions, FSDPOptions, ZeroOptions
 
 DEBUG = {"workers": 0, "log.every": 1}
@@ -110,7 +111,9 @@ def find_recipe(name: str) -> type[Recipe]:
                 else "derive a dataclass from recipes.base.Recipe"
             )
         )
-    return next(iter(found.values()))
+    owner = next(iter(found.values()))
+    refuse_foreign_hooks(owner)
+    return owner
 
 
 def import_file(path: Path) -> Any:

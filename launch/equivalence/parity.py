@@ -125,9 +125,9 @@ def plan(settings: Settings, words: list[str], own: Own) -> list[Case]:
     recomputing them.
     """
     micro = settings.config.given_micro_batch_size or 4
-    owner = type(settings.recipe)
-    from recipes.base import Recipe
+    from launch.state.build import has_blocks
 
+    with_blocks = has_blocks(settings.recipe)
     cases = []
     for strategy in ["single", *own.strategies]:
         mine = for_strategy(words, strategy)
@@ -150,11 +150,7 @@ def plan(settings: Settings, words: list[str], own: Own) -> list[Case]:
         cases += [case(1), case(4)]
         if settings.config.clip_norm is None and settings.config.clip_value is None:
             cases.append(case(4, "clip", "clip_norm=0.1"))
-        if (
-            strategy != "single"
-            and owner.blocks is not Recipe.blocks
-            and settings.config.activation_checkpointing == "none"
-        ):
+        if strategy != "single" and with_blocks and settings.config.activation_checkpointing == "none":
             cases.append(case(4, "recompute", "activation_checkpointing=true"))
     return cases
 

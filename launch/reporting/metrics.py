@@ -162,7 +162,7 @@ class Metrics:
 
     def line(self, step: PendingStep, losses: list[float], norms: list[float]) -> dict[str, Any]:
         """A line of metrics.jsonl; `losses` and `norms` of each model."""
-        unit = self.run.recipe.unit
+        unit = self.run.recipe.item_name
         each = {f"loss/{name}": loss for name, loss in zip(step.losses, losses, strict=True)}
         return {
             "step": step.step,

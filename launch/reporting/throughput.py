@@ -18,6 +18,7 @@ import torch
 from launch.data.batch import map_tensors
 from launch.runtime.collectives import all_gather_rows
 from launch.runtime.restarts import BORN
+from recipes.base import local_num_items
 
 if TYPE_CHECKING:
     from launch.state.run import Run
@@ -87,7 +88,7 @@ class Throughput:
             if self.first is None:
                 self.first = map_tensors(batches[0], lambda tensor: tensor.to("meta"))
                 self.units = (
-                    float(self.run.recipe.num_items(batches[0])) / self.run.batch_plan.micro_batch_size
+                    float(local_num_items(self.run.recipe, batches[0])) / self.run.batch_plan.micro_batch_size
                 )
             else:
                 self.waited += time.perf_counter() - self.began

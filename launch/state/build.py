@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from launch.cli.config import Config
@@ -109,3 +110,18 @@ def _seeded_model(build_model: Any, config: Config, name: str) -> nn.Module:
     if config.sync_batchnorm:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
     return model
+
+
+def has_blocks(recipe: Recipe) -> bool:
+    """Whether any model of `recipe` has `blocks`; the models are built without memory, on the meta device, if
+    they can be.
+    """
+    for build_model in recipe.models().values():
+        try:
+            with torch.device("meta"):
+                model = build_model()
+        except Exception:  # whatever a recipe's own code does to a tensor without data
+            model = build_model()
+        if any(True for _ in recipe.blocks(model)):
+            return True
+    return False

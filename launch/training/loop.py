@@ -13,7 +13,7 @@ from torch import Tensor
 from launch.runtime.collectives import AsyncSum, all_reduce_sum
 from launch.runtime.seeding import seed_device
 from launch.watchdog.nonfinite import check_gradients, check_loss
-from recipes.base import Recipe
+from recipes.base import local_num_items
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -72,7 +72,7 @@ def train_step(run: Run, batches: list[Batch]) -> tuple[dict[str, Tensor], dict[
     itself).
     """
     run.phase.step, run.phase.batches = run.progress.step + 1, batches
-    counted = global_num_items(run, batches)
+    items = global_num_items(run, batches)  # an all-reduce, under way while forward runs
     losses: dict[str, Tensor] = {}
     norms: dict[str, Tensor] = {}
     for name, loss_function in run.recipe.losses().items():
@@ -90,9 +90,10 @@ def train_step(run: Run, batches: list[Batch]) -> tuple[dict[str, Tensor], dict[
                 run.phase.enter("forward")
                 loss = loss_function(run.models, batch)
                 run.phase.enter("backward")
-                trained.backward(loss / counted())
+                num_items = items.wait()
+                trained.backward(loss / num_items)
             loss_sum += loss.detach()
-        losses[name] = loss_sum / counted()
+        losses[name] = loss_sum / num_items
         if run.sync_every_step and not check_loss(run, name, all_reduce_sum(losses[name]), batches):
             trained.discard()
             continue
@@ -136,7 +137,7 @@ def evaluate(
                 continue
             for name, loss in losses.items():
                 sums[name] = sums.get(name, 0) + loss.double()
-            count += run.recipe.num_items(batch)
+            count += local_num_items(run.recipe, batch)
             if outcome is not None:
                 for metric in metrics.values():
                     metric.update(*outcome)
@@ -208,18 +209,35 @@ def others_frozen(run: Run, trained: Strategy) -> Iterator[None]:
         yield
 
 
-def global_num_items(run: Run, batches: list[Batch]) -> Callable[[], int | Tensor]:
-    """What the losses of this step sum over, on all ranks and micro-batches: on its way now, to be asked for
-    after forward.
+def global_num_items(run: Run, batches: list[Batch]) -> NumItems:
+    """Start to count what the losses of this step sum over, on all ranks and micro-batches.
+
+    Collective where the recipe counts items in each batch; the all-reduce runs while forward does.
     """
-    if type(run.recipe).num_items is Recipe.num_items:
-        known = run.batch_plan.batch_size * run.recipe.items_per_sample()  # a global batch is always full
-        return lambda: known
-    here = sum(run.recipe.num_items(batch) for batch in batches)
-    if run.world.world_size == 1 and not isinstance(here, Tensor):
-        return lambda: max(here, 1)
-    coming = AsyncSum(torch.zeros((), dtype=torch.float64, device=run.world.device) + here)
-    return lambda: coming.get().clamp(min=1)
+    counts = [count for batch in batches if (count := run.recipe.num_items(batch)) is not None]
+    if not counts:  # the same for each sample, and a global batch is always full
+        return NumItems(run.batch_plan.batch_size * run.recipe.items_per_sample())
+    if len(counts) < len(batches):
+        raise ValueError(
+            f"{type(run.recipe).__name__}.num_items gave a number for one batch and None for another; "
+            "give a number for each, or None for all"
+        )
+    local = sum(counts)
+    if run.world.world_size == 1 and not isinstance(local, Tensor):
+        return NumItems(max(local, 1))
+    total = torch.zeros((), dtype=torch.float64, device=run.world.device) + local
+    return NumItems(AsyncSum(total))
+
+
+class NumItems:
+    """The number of items in a global batch: known, or an all-reduce under way."""
+
+    def __init__(self, value: int | AsyncSum) -> None:
+        self.value = value
+
+    def wait(self) -> int | Tensor:
+        """The number; waits for the all-reduce."""
+        return self.value if isinstance(self.value, int) else self.value.get().clamp(min=1)
 
 
 def set_learning_rate(run: Run) -> float:

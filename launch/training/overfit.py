@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from launch.runtime.seeding import seed_device
 from launch.training.loop import others_frozen
+from recipes.base import local_num_items
 
 if TYPE_CHECKING:
     from launch.state.run import Run
@@ -34,7 +35,7 @@ def overfit(run: Run, batch: Batch) -> Iterator[str]:
         yield f"one batch: the overfit check does not apply: {' and '.join(losses)} each have a loss of their own"
         return
     (name, loss_function), *_ = losses.items()
-    strategy, count = run.strategies[name], max(float(run.recipe.num_items(batch)), 1.0)
+    strategy, count = run.strategies[name], max(float(local_num_items(run.recipe, batch)), 1.0)
     for group in strategy.optimizer.param_groups:
         group["lr"] = group["initial_lr"]
     values: list[float] = []

@@ -53,7 +53,7 @@ class Splits:
     test: Dataset | None = None
 
 
-def samples(batch: Batch) -> int:
+def num_samples(batch: Batch) -> int:
     """Number of samples of a collated batch: the first dimension of its first tensor."""
     while not hasattr(batch, "shape"):
         batch = next(iter(batch.values())) if isinstance(batch, Mapping) else batch[0]

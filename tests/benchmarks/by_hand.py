@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
 from recipes import RECIPES
-from recipes.base import Recipe
+from recipes.base import Recipe, local_num_items
 
 
 def train(recipe: Recipe, strategy: str, batch_size: int, steps: int, save: Path | None = None) -> float:
@@ -49,7 +49,7 @@ def train(recipe: Recipe, strategy: str, batch_size: int, steps: int, save: Path
     while step < steps:
         for batch in loader:
             batch = [part.to(device) for part in batch]
-            loss = recipe.loss(model, batch) / recipe.num_items(batch)
+            loss = recipe.loss(model, batch) / local_num_items(recipe, batch)
             if strategy.startswith("zero"):
                 model.backward(loss)
                 model.step()

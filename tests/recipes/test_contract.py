@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import default_collate
 
 from recipes import RECIPES
-from recipes.base import Recipe
+from recipes.base import Recipe, local_num_items
 from recipes.gan import GAN
 
 ROOT = Path(__file__).parents[2]
@@ -140,7 +140,7 @@ def test_the_loss_is_a_sum(name: str) -> None:
         torch.manual_seed(1)
         halves = value(0, 4) + value(4, 8)
         assert whole == pytest.approx(halves, rel=1e-5)
-    assert int(recipe.num_items(batch)) == 2 * int(recipe.num_items(cut(batch, 0, 4)))
+    assert int(local_num_items(recipe, batch)) == 2 * int(local_num_items(recipe, cut(batch, 0, 4)))
 
 
 @each
@@ -214,7 +214,7 @@ def test_the_same_seed_builds_the_same_models_and_training_moves_them(name: str)
         optimizer = recipe.optimizers()[key](models[key])
         for _ in range(2):  # what stands before a gain of zero moves in the second step
             optimizer.zero_grad()
-            (loss(models, batch) / int(recipe.num_items(batch))).backward()
+            (loss(models, batch) / int(local_num_items(recipe, batch))).backward()
             optimizer.step()
         moved = [
             not torch.equal(a, b)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from recipes.base import Recipe
+from recipes.base import Recipe, local_num_items
 from recipes.gan import GAN
 from recipes.gpt import GPT
 from recipes.gpt import Model as GPTModel
@@ -41,7 +41,7 @@ def train(recipe: Recipe, *, epochs: int | None = None, steps: int | None = None
         first = step % in_epoch * batch_size
         starts = range(first, first + batch_size, micro)
         batches = [default_collate([data[order[i]] for i in range(start, start + micro)]) for start in starts]
-        count = sum(int(recipe.num_items(batch)) for batch in batches)
+        count = sum(int(local_num_items(recipe, batch)) for batch in batches)
         for name, loss in recipe.losses().items():
             for other, model in models.items():
                 model.requires_grad_(other == name)
@@ -94,7 +94,7 @@ def test_gpt_learns_the_letters_of_source_code() -> None:
     assert test is not None
     batch = default_collate([test[i] for i in range(100)])
     # the frequencies of the bytes alone are worth 3.3 nats
-    assert float(recipe.loss(model, batch).detach()) / int(recipe.num_items(batch)) < 3.2
+    assert float(recipe.loss(model, batch).detach()) / int(local_num_items(recipe, batch)) < 3.2
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from launch.reporting.throughput import Throughput, peak_flops, peak_memory
 from launch.state.run import Run
+from recipes.base import local_num_items
 from recipes.parts.data import Batch
 from strategies.precision import set_matmul_precision
 from tests.benchmarks.gpu_rows import WRONG, Bench, Row
@@ -135,8 +136,8 @@ def speed(bench: Bench, kind: str, rung: Rung, seconds: float) -> dict[str, Any]
     return {
         "batch": rung.batch,
         "ms": seconds * 1e3,
-        "rate": rung.num_items(one_sample(rung)) * rung.batch / seconds,
-        "unit": f"{rung.unit}/s",
+        "rate": local_num_items(rung, one_sample(rung)) * rung.batch / seconds,
+        "unit": f"{rung.item_name}/s",
         "flops": flops,
         "mfu": flops / peak if peak else None,
         "of_product": flops / product(bench, rung.precision),

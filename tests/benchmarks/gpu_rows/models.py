@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from torchvision.models.resnet import Bottleneck
 
 from launch.data.sampler import sample_indices
+from recipes.base import local_num_items
 from recipes.parts.data import Batch
 from recipes.parts.optim import decay_groups
 from recipes.parts.transformer import Attention, Decoder
@@ -75,7 +76,7 @@ class Rung(Workload):
             self.held = how_held(model)
         loss: Tensor = model(*batch)
         if noted:
-            self.first_losses.append(loss.detach().float() / self.num_items(batch))
+            self.first_losses.append(loss.detach().float() / local_num_items(self, batch))
         return loss
 
     def build_optimizer(self, model: nn.Module) -> Optimizer:
@@ -166,7 +167,7 @@ class LanguageModel(Decoder):
 class GPT2(Rung):
     """GPT-2 124M (Radford et al. 2019), as `recipes.parts.transformer` builds it."""
 
-    unit: ClassVar[str] = "tokens"
+    item_name: ClassVar[str] = "tokens"
 
     vocabulary: int = 50257
     multiple: int = 1
@@ -235,7 +236,7 @@ class Classifier(nn.Module):
 class Pictures(Rung):
     """Classes of pictures."""
 
-    unit: ClassVar[str] = "images"
+    item_name: ClassVar[str] = "images"
 
     pixels: int = 224
     classes: int = 1000

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 from launch.runtime.seeding import seed_device
-from recipes.base import Recipe
+from recipes.base import Recipe, local_num_items
 from recipes.parts.data import Batch, Splits
 from recipes.parts.permutation import Permutation
 from recipes.parts.text import stdlib_source
@@ -77,7 +77,7 @@ class Workload(Recipe):
 
     def mean_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """What everybody else calls the loss."""
-        return self.loss(model, batch) / self.num_items(batch)
+        return self.loss(model, batch) / local_num_items(self, batch)
 
     def initial_model(self) -> nn.Module:
         """The model with the weights that rankzero gives it under seed 0."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,14 @@ def test_counts_that_differ_from_batch_to_batch(tmp_path: Path, ranks: int) -> N
     assert_equal(on(ranks, tmp_path, "Masked", *words, "micro_batch_size=2"), whole)
     unlike = on(1, tmp_path, "Fit", *words)
     assert whole["loss"] != pytest.approx(unlike["loss"], rel=1e-2), "the counts matter"
+
+
+def test_counts_of_some_batches_only_are_refused(tmp_path: Path) -> None:
+    run = job_of(alone(), "Fit", "batch_size=16", "micro_batch_size=8", "steps=1")
+    counts = itertools.cycle([8, None])
+    run.recipe.num_items = lambda batch: next(counts)  # type: ignore[method-assign]  # noqa: ARG005
+    with pytest.raises(ValueError, match=r"Fit\.num_items gave a number for one batch and None for another"):
+        trained(run, tmp_path / "run")
 
 
 def test_the_loss_on_record_is_the_mean_over_what_was_counted(tmp_path: Path) -> None:
