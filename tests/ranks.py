@@ -34,8 +34,9 @@ from pathlib import Path
 from typing import Any
 
 MAX_RANKS = 4
-TASK_TIMEOUT_S = 120.0
-FAILURE_GRACE_S = 5.0
+TASK_TIMEOUT_S = 600.0
+"""until a task counts as hanging: on an idle machine the longest takes a minute"""
+FAILURE_GRACE_S = 30.0
 """seconds that the other ranks get after a first failure: they may be stuck in a collective with the failed
 one
 """

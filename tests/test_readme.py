@@ -14,7 +14,7 @@ import pytest
 
 from launch.cli.config import Config, keys_of
 from tests.launch.jobs import undisturbed
-from tests.launch.processes import ROOT, run_command
+from tests.launch.processes import COMMAND_TIMEOUT_S, ROOT, run_command
 
 README = (ROOT / "README.md").read_text()
 SHORT = {  # nothing is evaluated, and the largest model is small
@@ -73,7 +73,7 @@ def test_every_run_runs(folder: Path) -> None:
         steps = 2 if run_dir in known else 1
         known |= {run_dir} - {""}
         short = () if "--help" in said else (*SHORT[recipe], f"steps={steps}")
-        ended = run_command(*said, *short, cwd=folder, ranks=ranks, timeout=120)
+        ended = run_command(*said, *short, cwd=folder, ranks=ranks)
         assert ended.returncode == 0, f"{shlex.join(words)}\n{ended.stderr}"
         if short and recipe == "./mine.py":
             assert "test/accuracy" in ended.stdout
@@ -99,7 +99,9 @@ def test_every_look_into_checkpoints_works(folder: Path) -> None:
             str(ROOT / "launch" / "commands" / "ckpt.py"),
             *words[words.index("launch/commands/ckpt.py") + 1 :],
         ]
-        ended = subprocess.run(program, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+        ended = subprocess.run(
+            program, cwd=folder, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False
+        )
         assert ended.returncode == 0, f"{shlex.join(words)}\n{ended.stderr}"
     assert (folder / "weights.pt").is_file()
 
@@ -113,7 +115,9 @@ def test_the_recipe_passes_parity(folder: Path) -> None:
         "strategies=ddp",
         "compare=2",
     ]
-    ended = subprocess.run(parity, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+    ended = subprocess.run(
+        parity, cwd=folder, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False
+    )
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
 

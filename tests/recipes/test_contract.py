@@ -20,6 +20,7 @@ from torch.utils.data import default_collate
 from recipes import RECIPES
 from recipes.base import Recipe, local_num_items
 from recipes.gan import GAN
+from tests.launch.processes import COMMAND_TIMEOUT_S
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,7 +60,7 @@ def test_importing_the_recipes_imports_neither_torch_nor_numpy() -> None:
         f"import sys, {modules}; heavy = "
         "{'torch', 'torchvision', 'torchmetrics', 'sklearn', 'numpy', 'pydantic'} & set(sys.modules); assert not heavy, heavy"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=COMMAND_TIMEOUT_S)
 
 
 def test_checking_a_recipe_imports_no_torch() -> None:
@@ -71,7 +72,7 @@ def test_checking_a_recipe_imports_no_torch() -> None:
         ]
         lines[-1] += " and hasattr(c, 'build_data')]"
     lines.append("assert not {'torch', 'numpy', 'sklearn'} & set(sys.modules), 'imported'")
-    subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=ROOT, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=ROOT, check=True, timeout=COMMAND_TIMEOUT_S)
 
 
 @each

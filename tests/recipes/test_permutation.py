@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import timeit
 from collections import Counter
 from math import factorial
 
@@ -79,12 +78,9 @@ def test_the_order_is_the_same_for_ever() -> None:
     assert Permutation(10**12, 7)[123] == 495100668435
 
 
-def test_it_costs_microseconds_and_no_memory() -> None:
-    permutation = Permutation(10**12, 0, 1)
-    positions = np.arange(1_000_000, 1_000_064)
-    seconds = min(timeit.repeat(lambda: permutation(positions), number=20, repeat=20)) / 20
-    assert seconds < 200e-6
-    assert len(permutation.keys) < 10
+def test_it_costs_no_memory() -> None:
+    """What it takes in time, tests/benchmarks/data.py measures."""
+    assert len(Permutation(10**12, 0, 1).keys) < 10
 
 
 @pytest.mark.parametrize("size", [0, -1, 2**62 + 1])

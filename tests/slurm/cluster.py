@@ -21,7 +21,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.launch.processes import LAUNCHER_VARIABLES, ROOT
+from tests.launch.processes import LAUNCHER_VARIABLES, PATIENCE, ROOT
 
 CPUS = 4
 DEVICES = ("/dev/null", "/dev/zero")
@@ -60,6 +60,8 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10
 """
 SCRIPT = ROOT / "slurm" / "train.sbatch"
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+TIMEOUT_S = PATIENCE * 60.0
+"""until a job, a daemon or a command counts as hanging: on an idle machine a training job ends within a minute"""
 KILL_WAIT = 5
 """seconds between SLURM's SIGTERM and its SIGKILL; sites have 30"""
 
@@ -102,7 +104,7 @@ class Cluster:
         }
 
     def call(
-        self, *words: str, cwd: Path, home: Path = ROOT, timeout: float = 60.0
+        self, *words: str, cwd: Path, home: Path = ROOT, timeout: float = TIMEOUT_S
     ) -> subprocess.CompletedProcess[str]:
         """Run a command to its end as a user of this SLURM, launch/ being in `home`."""
         env = {**self.env, "RANKZERO_HOME": str(home)}
@@ -125,7 +127,7 @@ class Cluster:
         shown = self.ask("scontrol", "show", "job", "--oneliner", number)
         return dict(word.split("=", 1) for word in shown.split() if "=" in word)
 
-    def wait(self, number: str, *states: str, timeout: float = 60.0) -> dict[str, str]:
+    def wait(self, number: str, *states: str, timeout: float = TIMEOUT_S) -> dict[str, str]:
         """Wait until a job is in one of `states`; one that was put back into the queue waits there for 2
         seconds, not minutes.
         """
@@ -145,7 +147,7 @@ class Cluster:
             time.sleep(0.2)
         return job
 
-    def done(self, number: str, timeout: float = 60.0) -> str:
+    def done(self, number: str, timeout: float = TIMEOUT_S) -> str:
         """What a job has printed, once it has succeeded."""
         return Path(self.wait(number, "COMPLETED", timeout=timeout)["StdOut"]).read_text()
 
@@ -165,7 +167,7 @@ class Cluster:
             lambda: self.idle() and not self.tasks(),
             "all jobs have ended",
             self.folder,
-            seconds=KILL_WAIT + 15,
+            seconds=TIMEOUT_S,
         )
 
     def processes(self) -> list[psutil.Process]:
@@ -234,12 +236,12 @@ def running() -> Iterator[Cluster]:
             daemon.terminate()
         for daemon in daemons:
             try:
-                daemon.wait(10)
+                daemon.wait(PATIENCE)
             except subprocess.TimeoutExpired:
                 daemon.kill()
         for process in (left := cluster.processes()):
             process.kill()
-        psutil.wait_procs(left, timeout=5)
+        psutil.wait_procs(left, timeout=5 * PATIENCE)
         assert not cluster.processes()
         shutil.rmtree(folder)
 
@@ -278,7 +280,9 @@ def start(cluster: Cluster, program: str, *words: str) -> subprocess.Popen[bytes
         return subprocess.Popen(command, env=cluster.env, stdout=out, stderr=out, start_new_session=True)
 
 
-def until(true: Callable[[], bool], what: str, folder: Path | None = None, seconds: float = 20.0) -> None:
+def until(
+    true: Callable[[], bool], what: str, folder: Path | None = None, seconds: float = TIMEOUT_S
+) -> None:
     """Wait for `true()`, or fail with the logs that are in `folder`."""
     end = time.monotonic() + seconds
     while not true():

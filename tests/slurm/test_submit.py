@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch.processes import ROOT, TINY
-from tests.slurm.cluster import Cluster, until
+from tests.slurm.cluster import TIMEOUT_S, Cluster, until
 
 SUBMIT = str(ROOT / "slurm" / "submit.py")
 TRAIN = (f"recipe={TINY}:Fit", "steps=2", "workers=0")
@@ -128,7 +128,7 @@ def test_ctrl_c_leaves_the_job_alone(cluster: Cluster, site: str, tmp_path: Path
     )
     until((tmp_path / "run/rank0.json").exists, "it runs")
     os.kill(following.pid, signal.SIGINT)
-    _, err = following.communicate(timeout=10)
+    _, err = following.communicate(timeout=TIMEOUT_S)
     assert following.returncode == 130, err
     assert "goes on" in err
     assert cluster.job(number_in(tmp_path / "run"))["JobState"] == "RUNNING"
@@ -139,7 +139,7 @@ def test_a_sweep_is_an_array_of_runs(cluster: Cluster, tmp_path: Path) -> None:
     number = number_in(tmp_path / "sweep")
     found = set()
     for index in range(4):
-        cluster.wait(f"{number}_{index}", "COMPLETED", timeout=90)
+        cluster.wait(f"{number}_{index}", "COMPLETED")
     for run in sorted((tmp_path / "sweep").glob("*/config.yaml")):
         text = run.read_text()
         found.add(

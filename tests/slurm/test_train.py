@@ -32,7 +32,7 @@ def steps(run_dir: Path) -> int:
 def begun(cluster: Cluster, folder: Path, *words: str, options: str = NODES) -> str:
     """A long training on two nodes that is under way."""
     number = cluster.submit(*LONG, "run_dir=run", *words, cwd=folder, options=options)
-    until(lambda: steps(folder / "run") > 5, "the run trains", seconds=60)
+    until(lambda: steps(folder / "run") > 5, "the run trains")
     return number
 
 
@@ -45,7 +45,7 @@ def test_two_nodes_train_as_one_process(
     cluster: Cluster, alone: list[float], tmp_path: Path, words: tuple[str, ...]
 ) -> None:
     number = cluster.submit(*FIT, "run_dir=run", *words, cwd=tmp_path, options=NODES)
-    printed = cluster.done(number, timeout=120)
+    printed = cluster.done(number)
     assert "2 rank(s) on 2 node(s)" in printed
     assert series(tmp_path / "run") == pytest.approx(
         alone, rel=1e-5
@@ -77,7 +77,7 @@ def test_a_requeued_run_goes_on_bit_by_bit(cluster: Cluster, tmp_path: Path) -> 
     assert cluster.wait(number, "PENDING")["Restarts"] == "1"
     before = steps(tmp_path / "run")
     cluster.wait(number, "RUNNING")
-    until(lambda: steps(tmp_path / "run") > before, "the run goes on", seconds=60)
+    until(lambda: steps(tmp_path / "run") > before, "the run goes on")
     cluster.ask("scancel", "--signal=USR1", number)
     assert cluster.wait(number, "COMPLETED")["Restarts"] == "2"
     assert series(tmp_path / "run") == undisturbed(tmp_path / "straight", *LONG, *words, ranks=2)
@@ -96,10 +96,10 @@ def test_a_time_limit_is_met(cluster: Cluster, tmp_path: Path) -> None:
     """
     words = (*LONG, "checkpoint.every=1000", "steps=180", "pause=0.1", "run_dir=run")
     number = cluster.submit(*words, cwd=tmp_path, options=f"{NODES} --time=1")
-    until((tmp_path / "run" / "stopped.json").exists, "the run stops", seconds=60)
+    until((tmp_path / "run" / "stopped.json").exists, "the run stops")
     cluster.wait(number, "PENDING")
     cluster.ask("scontrol", "update", f"JobId={number}", "TimeLimit=10")  # one more life is enough
-    job = cluster.wait(number, "COMPLETED", timeout=90)
+    job = cluster.wait(number, "COMPLETED")
     assert job["Restarts"] == "1"
     assert steps(tmp_path / "run") == 180
     printed = Path(job["StdOut"]).read_text()

@@ -62,7 +62,7 @@ def by_hand(ways: list[list[str]]) -> list[Tensor]:
 
 @pytest.mark.parametrize("ways", [[["left"], ["left"]], [["left+right", "left"], ["left", "left+right"]]])
 def test_unused_parameters_are_named(ways: list[list[str]]) -> None:
-    answers = run_ranks(2, go, ways, DDPOptions(), timeout=20)
+    answers = run_ranks(2, go, ways, DDPOptions())
     if "right" in ways[0][0]:  # used by an earlier micro-batch: its gradient counts
         assert [error for error, _ in answers] == ["", ""]
         for _, weights in answers:
@@ -75,7 +75,7 @@ def test_unused_parameters_are_named(ways: list[list[str]]) -> None:
 
 
 def test_a_parameter_that_one_rank_misses_is_named_there_and_nobody_hangs() -> None:
-    (fine, weights), (error, untouched) = run_ranks(2, go_once, timeout=20)
+    (fine, weights), (error, untouched) = run_ranks(2, go_once)
     assert "no gradient for right.weight, right.bias" in error
     assert fine == ""
     assert all(map(torch.equal, untouched, build().parameters()))

@@ -42,8 +42,6 @@ UNDER_TORCHRUN = ("misspelt key", "impossible split", "run directory of another 
 """one of each place that refuses: the words, what depends on the ranks, what lies on the disk; one answer is
 for all
 """
-PROMPT = 15
-"""seconds of a busy machine; an idle one takes a tenth or, with torchrun, a fifth of it"""
 
 
 @pytest.fixture
@@ -67,7 +65,6 @@ def test_a_mistake_is_one_line_and_exit_code_2(folder: Path, mistake: str) -> No
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr.count("\n") == len(ended.messages) == 1, ended.stderr
     assert MISTAKES[mistake][1] in ended.stderr
-    assert min(ended.seconds, ended.cpu_seconds) < PROMPT
     assert not (folder / "runs").exists(), "a refused run leaves nothing"
 
 
@@ -90,7 +87,6 @@ def test_a_mistake_is_one_line_in_all_under_torchrun(folder: Path, mistake: str)
     codes = [int(code) for code in re.findall(r"exitcode *: (-?\d+)", ended.stderr)]
     assert 2 in codes, ended.stderr
     assert set(codes) <= {2, -15}, ended.stderr
-    assert min(ended.seconds, ended.cpu_seconds) < PROMPT
 
 
 @pytest.mark.parametrize("words", [["--help"], ["recipe=resnet", "--help"], ["recipe=gpt", "-h"]])

@@ -17,7 +17,7 @@ from launch.checkpoint.manifest import FileEntry, Manifest, TensorEntry
 from launch.checkpoint.reader import Checkpoint
 from launch.runtime.files import remove_folder
 from tests.launch.checkpoints import CONFIG, GROUPS, call, state, write_checkpoint, write_run
-from tests.launch.processes import ROOT, command_line
+from tests.launch.processes import COMMAND_TIMEOUT_S, ROOT, command_line
 
 CKPT = ROOT / "launch" / "commands" / "ckpt.py"
 WEIGHTS = {
@@ -36,7 +36,7 @@ def run(*words: str, cwd: Path, expect: int = 0, **env: str) -> subprocess.Compl
         env={**os.environ, **env},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=COMMAND_TIMEOUT_S,
         check=False,
     )
     assert done.returncode == expect, done.stdout + done.stderr

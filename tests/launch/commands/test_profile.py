@@ -24,7 +24,7 @@ from launch.profiling.report import advise, notes, where
 from launch.profiling.timeline import Kind, Split, minus, split, union
 from launch.state.run import Run
 from tests.launch.jobs import alone, job_of
-from tests.launch.processes import LAUNCHER_VARIABLES, ROOT, TINY, command_line
+from tests.launch.processes import COMMAND_TIMEOUT_S, LAUNCHER_VARIABLES, ROOT, TINY, command_line
 
 PROFILE = ROOT / "launch" / "commands" / "profile.py"
 ALL_REDUCE = "ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)"
@@ -267,7 +267,13 @@ def profile(cwd: Path, *words: str, ranks: int = 0, code: int = 0) -> tuple[str,
     environment = {**clean, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     line = command_line(*words, ranks=ranks, run=PROFILE)
     ended = subprocess.run(
-        line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False
+        line,
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=2 * COMMAND_TIMEOUT_S,
+        check=False,
     )
     assert ended.returncode == code, ended.stdout + ended.stderr
     return " ".join(ended.stdout.split()), ended.stderr

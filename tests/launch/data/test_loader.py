@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 import tracemalloc
 from itertools import islice
 from typing import Any
@@ -81,12 +80,10 @@ def test_a_huge_data_set_costs_nothing() -> None:
     sampler = TrainSampler(10**12, batch_plan, 0, 4 * 10**8, 5 * 10**8)  # in its first epoch, and far into it
     draws(1000, 0, 0, 10)  # numpy is imported before we measure
     tracemalloc.start()
-    since = time.process_time()
     found = [index for draws in islice(sampler, 200) for index in draws[1].tolist()]
-    seconds, (_, peak) = time.process_time() - since, tracemalloc.get_traced_memory()
+    _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 2e6
-    assert seconds < 5
     assert len(set(found)) == len(found) == 200 * 16
     assert max(found) > 5 * 10**11 > min(found), "from all over the data"
 

@@ -17,7 +17,15 @@ from torch.distributed import PrefixStore, TCPStore
 from launch.runtime.rendezvous import RendezvousError, different, roll_call
 from launch.runtime.store import spans
 from launch.runtime.world import World
-from tests.launch.processes import ROOT, TINY, CommandResult, free_port, start_command, wait_for_command
+from tests.launch.processes import (
+    PATIENCE,
+    ROOT,
+    TINY,
+    CommandResult,
+    free_port,
+    start_command,
+    wait_for_command,
+)
 
 SAME = {
     "host": "n1",
@@ -32,12 +40,12 @@ SAME = {
 @pytest.fixture
 def store() -> TCPStore:
     return TCPStore(
-        "127.0.0.1", 0, None, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20)
+        "127.0.0.1", 0, None, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=PATIENCE * 20)
     )
 
 
 def called(
-    store: TCPStore, reports: list[Mapping[str, Any]], world_size: int, timeout: float = 1.0
+    store: TCPStore, reports: list[Mapping[str, Any]], world_size: int, timeout: float = PATIENCE * 6
 ) -> list[str]:
     """What each rank hears; ranks are threads, each with a connection of its own."""
     heard = [""] * len(reports)
@@ -51,7 +59,7 @@ def called(
             None,
             is_master=False,
             wait_for_workers=False,
-            timeout=timedelta(seconds=60),
+            timeout=timedelta(seconds=PATIENCE * 60),
         )
         world = replace(World(rank=number, world_size=world_size), store=PrefixStore("0", mine))
         process_group.wait()
@@ -77,10 +85,10 @@ def test_all_there_and_alike(store: TCPStore) -> None:
 
 def test_who_is_missing_is_named_on_all_ranks(store: TCPStore) -> None:
     since = time.monotonic()
-    heard = called(store, [SAME, SAME, {**SAME, "host": "n2"}], 8)
-    assert time.monotonic() - since < 10
+    heard = called(store, [SAME, SAME, {**SAME, "host": "n2"}], 8, timeout=3)
+    assert time.monotonic() - since < PATIENCE * 3
     assert len(set(heard)) == 1
-    assert heard[0].startswith("expected 8 ranks, after 1 s saw 0-1 from n1, 2 from n2; missing: rank 3-7.")
+    assert heard[0].startswith("expected 8 ranks, after 3 s saw 0-1 from n1, 2 from n2; missing: rank 3-7.")
 
 
 @pytest.mark.parametrize(
@@ -120,7 +128,7 @@ def test_spans() -> None:
 @pytest.mark.slow
 def test_512_ranks_meet_in_seconds(store: TCPStore) -> None:
     assert (
-        called(store, [{**SAME, "host": f"n{rank // 8}"} for rank in range(512)], 512, timeout=30)
+        called(store, [{**SAME, "host": f"n{rank // 8}"} for rank in range(512)], 512, timeout=PATIENCE * 30)
         == [""] * 512
     )
 

@@ -22,7 +22,7 @@ from launch.runtime.world import World
 from launch.state.build import prepare
 from launch.state.run import Run
 from launch.training.overfit import overfit
-from tests.launch.processes import TINY, command_line, run_command
+from tests.launch.processes import COMMAND_TIMEOUT_S, TINY, command_line, run_command
 
 RECIPE = """
 from dataclasses import dataclass
@@ -268,7 +268,9 @@ def test_pdb_stands_in_the_users_frame(recipe: Path, tmp_path: Path) -> None:
     assert code == 1
 
 
-def at_a_terminal(words: list[str], cwd: Path, answers: list[str], timeout: float = 60.0) -> tuple[str, int]:
+def at_a_terminal(
+    words: list[str], cwd: Path, answers: list[str], timeout: float = COMMAND_TIMEOUT_S
+) -> tuple[str, int]:
     """Run a command under a pseudo-terminal and answer its debugger's prompts. Returns all that was shown,
     and the exit code.
     """
@@ -296,7 +298,7 @@ def at_a_terminal(words: list[str], cwd: Path, answers: list[str], timeout: floa
             if answers and b"(Pdb) " in said[read:]:
                 read = len(said)
                 os.write(ours, answers.pop(0).encode() + b"\n")
-        return said.decode(), process.wait(5)
+        return said.decode(), process.wait(timeout)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

@@ -16,7 +16,7 @@ from launch.cli.resolve import resolve
 from launch.runtime.world import World
 from launch.training.run_dir import default_run_dir, find_run_dir, refuse_to_loop, start_run_dir
 from launch.watchdog import failure_report
-from tests.launch.processes import ROOT, TINY
+from tests.launch.processes import COMMAND_TIMEOUT_S, ROOT, TINY
 
 
 def failed(run_dir: Path, step: int = 5, message: str = "the shelf is empty") -> dict[str, Any]:
@@ -75,6 +75,6 @@ def test_two_runs_that_start_in_the_same_second_do_not_share_a_directory() -> No
         subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
-    names = {process.communicate(timeout=30)[0] for process in both}
+    names = {process.communicate(timeout=COMMAND_TIMEOUT_S)[0] for process in both}
     assert len(names) == 2
     assert all(re.fullmatch(r"runs/\d{8}-\d{6}-[0-9a-f]{4}\n", name) for name in names)

@@ -25,6 +25,8 @@ from launch.watchdog.consensus import Consensus
 from launch.watchdog.stop import StopRequest
 from tests.launch.jobs import job_of, lines_of, series, undisturbed
 from tests.launch.processes import (
+    COMMAND_TIMEOUT_S,
+    PATIENCE,
     TINY,
     CommandResult,
     descendants,
@@ -179,21 +181,23 @@ def test_the_margin_before_the_limit_follows_what_a_save_takes() -> None:
 
 # real signals -----------------------------------------------------------------------------------------------
 
+STEPS = 200
+"""a run of ten seconds: a signal that a busy machine sends late still meets it"""
 BUSY = (
     f"recipe={TINY}:Broken",
     "pause=0.05",
     "run_dir=run",
     "batch_size=10",
-    "steps=60",
+    f"steps={STEPS}",
     "log.every=1",
     "workers=1",
 )
 
 
 def busy(cwd: Path, *words: str, ranks: int = 0) -> subprocess.Popen[str]:
-    """A run of three seconds, after its first steps."""
+    """A run of ten seconds and more, after its first steps."""
     process = start_command(*BUSY, *words, cwd=cwd, ranks=ranks)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + COMMAND_TIMEOUT_S
     while not (cwd / "run" / "metrics.jsonl").exists() or len(lines_of(cwd / "run")) < 3:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
@@ -205,7 +209,7 @@ def stopped(cwd: Path, ended: CommandResult, reason: str) -> int:
     """The step at which a run has stopped; checks what it left behind."""
     note = json.loads((cwd / "run" / "stopped.json").read_text())
     assert note["reason"] == reason
-    assert step_of(list_checkpoints(cwd / "run")[-1]) == note["step"] < 60
+    assert step_of(list_checkpoints(cwd / "run")[-1]) == note["step"] < STEPS
     assert f"stopped ({reason}); step {note['step']} is saved" in ended.stderr
     assert not descendants(cwd), "no data worker outlives the run"
     assert not [path for path in (cwd / "run" / "checkpoints").iterdir() if path.name.startswith(".")]
@@ -264,7 +268,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
     pressed = time.monotonic()
     ended = wait_for_command(process)
     assert (ended.returncode, "Ctrl-C again" in ended.stderr) == (130, True), ended.stderr
-    assert time.monotonic() - pressed < 15
+    assert time.monotonic() - pressed < PATIENCE * 1.5
     assert not descendants(tmp_path)
 
 
@@ -272,12 +276,11 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
 def test_the_clock_stops_it_in_time(tmp_path: Path) -> None:
     """Before it knows what a save takes: so at once."""
     since = time.time()
-    ended = run_command(
-        *BUSY, "steps=99999", "max_time=0:35", "checkpoint.every=99999", cwd=tmp_path, timeout=90
-    )
+    ended = run_command(*BUSY, "steps=99999", "max_time=0:35", "checkpoint.every=99999", cwd=tmp_path)
+    ended_after = time.time() - since
     assert ended.returncode == 75, ended.stderr
-    assert time.time() - since < 35
     note = json.loads((tmp_path / "run" / "stopped.json").read_text())
+    assert ended_after < 35 or note["step"] <= 2, "in time, or at once where the start took longer than that"
     assert note["reason"] == "its time is up"
 
 
@@ -287,11 +290,13 @@ def test_a_data_worker_does_not_inherit_the_patience() -> None:
     before = {number: signal.getsignal(number) for number in stops.SIGNALS}
     request.listen(*stops.SIGNALS)
     try:
+        reads, writes = os.pipe()
         child = os.fork()
         if child == 0:
-            time.sleep(30)
+            os.write(writes, b"ready")
+            time.sleep(COMMAND_TIMEOUT_S)
             os._exit(0)
-        time.sleep(0.1)
+        assert os.read(reads, 5) == b"ready", "its handlers are those that it will keep"
         psutil.Process(child).terminate()
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
         assert not request.reason

@@ -28,8 +28,8 @@ from tests.launch.processes import (
 )
 
 FIT = (f"recipe={TINY}:Fit", "batch_size=16", "steps=3000", "checkpoint.every=4", "run_dir=run", "workers=1")
-HANG = "hang_timeout=4"
-"""for what hangs only: on a busy machine a start may take as long, and then that would be the verdict"""
+HANG = "hang_timeout=20"
+"""where a hang is meant: a start, on an idle machine 2 s, must not count as one on a busy machine"""
 
 
 def struck(cwd: Path, chaos: str, *words: str, ranks: int = 2) -> CommandResult:
@@ -52,7 +52,7 @@ def test_a_hang_says_who_is_where(tmp_path: Path) -> None:
     ended = struck(tmp_path, "stall:rank=1", HANG)
     assert ended.returncode == 1
     assert re.search(
-        r"no rank has made progress for 4 s \(hang_timeout=4\); they are not in the same place",
+        r"no rank has made progress for 20 s \(hang_timeout=20\); they are not in the same place",
         ended.messages[0],
     )
     assert re.search(r"^  rank 0: step 9, backward, ", ended.stderr, re.MULTILINE)
@@ -66,7 +66,7 @@ def test_a_hang_says_who_is_where(tmp_path: Path) -> None:
 def test_a_hang_of_a_single_process_is_found_too(tmp_path: Path) -> None:
     ended = struck(tmp_path, "stall:rank=0", HANG, ranks=0)
     assert ended.returncode == 1
-    assert "no rank has made progress for 4 s" in ended.messages[0]
+    assert "no rank has made progress for 20 s" in ended.messages[0]
 
 
 def check_killed(cwd: Path, rank: int) -> None:
@@ -116,7 +116,7 @@ def test_a_torn_checkpoint_costs_no_more_than_itself(tmp_path: Path) -> None:
 def test_torchrun_restarts_a_killed_rank_and_the_run_goes_on_by_itself(tmp_path: Path) -> None:
     words = [*FIT[:2], "steps=40", *FIT[3:]]
     ended = wait_for_command(
-        start_command(*words, "chaos=kill:rank=1,step=9", cwd=tmp_path, ranks=2, restarts=2), timeout=90
+        start_command(*words, "chaos=kill:rank=1,step=9", cwd=tmp_path, ranks=2, restarts=2)
     )
     assert ended.returncode == 0, ended.stderr
     assert series(tmp_path / "run") == undisturbed(tmp_path / "whole", *words, ranks=2)
@@ -132,10 +132,10 @@ def test_a_rank_is_missed_when_its_heart_stops() -> None:
         store.set("beat/0", f"{count} 7 5 forward")
         store.set("beat/1", "1 1 4 data")
         others.look(store)
-        time.sleep(0.1)
-    assert others.silent_for(0.15) == [1]
-    assert others.silent_for(60) == []
-    assert others.still_for() > 0.15, "no rank has moved: the heart of rank 0 beats, its step does not change"
+        time.sleep(1.0)  # rank 1 was last heard 3 s ago, rank 0 one second ago
+    assert others.silent_for(2.5) == [1]
+    assert others.silent_for(600) == []
+    assert others.still_for() > 2.5, "no rank has moved: the heart of rank 0 beats, its step does not change"
     assert (others.seen[1].step, others.seen[1].phase) == ("4", "data")
     store.set("beat/1", watches.ENDED)
     others.look(store)
