@@ -1,12 +1,12 @@
 """Look into the checkpoints of a run, and take weights out of them.
 
     python launch/commands/ckpt.py list RUN            the checkpoints of a run
-    python launch/commands/ckpt.py inspect PATH        what is in one: step, layout, sizes, configuration, versions
-    python launch/commands/ckpt.py verify PATH         read every byte and compare the digests; of a run: of all its checkpoints
-    python launch/commands/ckpt.py diff A B            keys, optimizers and tensors that differ; the tensors furthest apart first
+    python launch/commands/ckpt.py inspect PATH        what is in one: step, sizes, configuration, versions
+    python launch/commands/ckpt.py verify PATH         read every byte, compare the digests; of a run: of all its checkpoints
+    python launch/commands/ckpt.py diff A B            keys, optimizers and tensors that differ, the largest difference first
         all=true                              every tensor that differs, not only the first 20
     python launch/commands/ckpt.py export PATH to=weights.safetensors
-        to=FILE                               .safetensors, or .pt or .pth for torch.load; not yet there
+        to=FILE                               ends in .safetensors, does not exist yet
         model=NAME                            one of several models (default: all of them, as MODEL.PARAMETER)
         dtype=fp32|bf16|fp16                  convert floating-point weights (default: as they are)
         shard_gb=5                            cut a larger file, and write an index as Hugging Face does
@@ -14,7 +14,7 @@
 
 PATH, A and B are a checkpoint (runs/a/checkpoints/step-00000100) or a run (runs/a: its newest checkpoint).
 Works while the run goes on, on any machine that sees its files, whatever the strategy and the number of ranks
-that wrote them. Exit codes: 0 done, whole, the same; 1 damaged, or (diff) other tensors or optimizers; 2 a
+that wrote them. Exit codes: 0 done, intact, the same; 1 damaged, or (diff) other tensors or optimizers; 2 a
 mistake in the command.
 """
 
@@ -22,29 +22,47 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from rich.filesize import decimal
 
-from launch.checkpoint import console, describe, directory
-from launch.checkpoint.console import find, opened, progress
-from launch.checkpoint.manifest import NAME, DamagedCheckpoint, Manifest
+from launch.checkpoint import directory
+from launch.checkpoint.console import (
+    CheckpointRemoved,
+    find_checkpoint,
+    open_checkpoint,
+    parse_subcommand,
+    print_table,
+    progress_bar,
+    report_removal,
+)
+from launch.checkpoint.describe import (
+    examine,
+    overview,
+    summarize_checkpoints,
+    tensor_rows,
+    writer_text,
+)
+from launch.checkpoint.manifest import MANIFEST_NAME, DamagedCheckpoint, Manifest
 from launch.cli.config import exit_with_mistake, flatten, show
 from launch.runtime.text import plural
 
-TOP = 20
-"""tensors that `diff` shows"""
+if TYPE_CHECKING:
+    from launch.checkpoint.compare import Change, CheckpointDifference
+
+DIFF_LINES = 20
+"""changes and tensors that `diff` prints"""
 
 
-def main(words: list[str]) -> int:
-    """Do what `words` say; returns the exit code."""
-    if not words or "--help" in words or "-h" in words:
+def main(argv: Sequence[str]) -> int:
+    """Do what `argv` says; returns the exit code."""
+    if not argv or "--help" in argv or "-h" in argv:
         print((__doc__ or "").strip())
         return 0
     try:
-        code = console.read(words, COMMANDS)()
+        code = parse_subcommand(argv, SUBCOMMANDS)()
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # `| head` has seen enough
@@ -60,34 +78,32 @@ def main(words: list[str]) -> int:
         return 130
 
 
-# the commands: their paths, and behind the star their options -----------------------------------------------
+# the subcommands: their paths, and behind the star their options --------------------------------------------
 
 
-def list_checkpoints(run: Path) -> int:
-    """The checkpoints of a run."""
+def list_run(run: Path) -> int:
+    """Print the checkpoints of a run."""
     if not directory.checkpoints_dir(run).is_dir():
         raise ValueError(
             f"{run} is not a run: it has no checkpoints/; give the folder above it, such as runs/NAME/TIME"
         )
-    rows = list(describe.rows(run))
-    if rows:
-        console.table(("checkpoint", "saved", ">size", "written by", "files", "notes"), rows)
+    if summaries := list(summarize_checkpoints(run)):
+        print_table(("checkpoint", "saved", ">size", "written by", "files", "notes"), summaries)
     else:
         print(f"{run} has no checkpoint yet")
     return 0
 
 
 def inspect(path: Path) -> int:
-    """What is in a checkpoint."""
-    with console.unless_removed(find(path)) as folder:
+    """Print what is in a checkpoint."""
+    with report_removal(find_checkpoint(path)) as folder:
         manifest = Manifest.read(folder)
-        facts = list(describe.facts(folder, manifest))
+        lines = list(overview(folder, manifest))
     print(folder)
-    for name, value in facts:
+    for name, value in lines:
         print(f"  {name:<10}{value}")
-    console.table(
-        ("", ">tensors", ">elements", ">size", "type", ">pieces each"), list(describe.parts(manifest))
-    )
+    columns = ("", ">tensors", ">elements", ">size", "dtype", ">fragments each")
+    print_table(columns, list(tensor_rows(manifest)))
     print("configuration")
     for key, value in flatten(manifest.config):
         print(f"  {key}={show(value)}")
@@ -95,71 +111,83 @@ def inspect(path: Path) -> int:
 
 
 def verify(path: Path) -> int:
-    """Whether each byte is what was written."""
-    if (path / NAME).is_file():
-        return verify_one(path)
+    """Read every byte of a checkpoint, or of all checkpoints of a run, and compare the digests."""
+    if (path / MANIFEST_NAME).is_file():
+        return verify_checkpoint(path)
     codes = []
-    for folder in directory.list_checkpoints(path) or [find(path)]:
+    for folder in directory.list_checkpoints(path) or [find_checkpoint(path)]:
         try:
-            codes.append(verify_one(folder))
-        except console.Removed as error:
+            codes.append(verify_checkpoint(folder))
+        except CheckpointRemoved as error:
             print(error)
     return max(codes, default=1)
 
 
-def verify_one(folder: Path) -> int:
-    """The exit code for one checkpoint; names each file that is damaged."""
-    problems = []
+def verify_checkpoint(folder: Path) -> int:
+    """The exit code for one checkpoint; prints each file that is damaged."""
+    damages = []
     try:
-        with opened(folder) as checkpoint, progress(folder.name, checkpoint.manifest.size) as on_progress:
-            for index in range(len(checkpoint.manifest.files)):
-                try:
-                    checkpoint.verify([index], on_progress)
-                except DamagedCheckpoint as error:
-                    if not folder.exists():
-                        raise
-                    problems.append(str(error))
+        with open_checkpoint(folder) as checkpoint:
+            manifest = checkpoint.manifest
+            with progress_bar(folder.name, manifest.size) as on_progress:
+                for index in range(len(manifest.files)):
+                    try:
+                        checkpoint.verify([index], on_progress)
+                    except DamagedCheckpoint as error:
+                        if not folder.exists():
+                            raise
+                        damages.append(str(error))
     except DamagedCheckpoint as error:  # its manifest
-        problems.append(str(error))
-    for problem in problems:
-        print(problem)
-    if not problems:
-        files = plural(len(checkpoint.manifest.files), "file")
-        print(f"{folder} is whole: {files}, {decimal(checkpoint.manifest.size)}")
-    return int(bool(problems))
+        damages.append(str(error))
+    for damage in damages:
+        print(damage)
+    if damages:
+        return 1
+    print(f"{folder} is intact: {plural(len(manifest.files), 'file')}, {decimal(manifest.size)}")
+    return 0
 
 
 def diff(a: Path, b: Path, *, all: bool = False) -> int:
-    """Where two checkpoints differ."""
-    from launch.checkpoint.compare import compare, shared
+    """Print where two checkpoints differ; returns 1 if their state does."""
+    from launch.checkpoint.compare import comparable_tensors, compare_checkpoints
 
-    with opened(a) as first, opened(b) as second:
-        size = sum(
-            describe.size(first.manifest.tensors[name]) for name in shared(first.manifest, second.manifest)
-        )
-        with progress("comparing", size) as on_progress:
-            found = compare(first, second, on_progress)
+    with open_checkpoint(a) as first, open_checkpoint(b) as second:
+        names = comparable_tensors(first.manifest, second.manifest)
+        size = sum(first.manifest.tensors[name].nbytes for name in names)
+        with progress_bar("comparing", size) as on_progress:
+            difference = compare_checkpoints(first, second, on_progress)
         for letter, side in (("A", first), ("B", second)):
-            print(f"{letter}  {side.folder}  step {side.manifest.step}, {describe.writer(side.manifest)}")
-    for what, changes in (
-        ("configuration", found.config),
-        ("optimizers", found.optimizers),
-        ("tensors", found.tensors),
-    ):
-        if changes:
-            print(f"\n{what}: {len(changes)} differ")
-        for name, old, new in changes if all else changes[:TOP]:
-            print(f"  {name}  {show(old)} -> {show(new)}")
-        if len(changes) > TOP and not all:
-            print(f"  and {len(changes) - TOP} more; all=true shows them")
-    print(f"\nvalues: {plural(found.equal, 'tensor')} equal, {len(found.apart)} differ")
-    shown = found.apart if all else found.apart[:TOP]
-    rows = [(f"{a.largest:.3g}", f"{a.relative:.2g}", f"{a.differ:,} of {a.numel:,}", a.name) for a in shown]
+            print(f"{letter}  {side.folder}  step {side.manifest.step}, {writer_text(side.manifest)}")
+    limit = None if all else DIFF_LINES
+    print_changes("configuration", difference.config, limit)
+    print_changes("optimizers", difference.optimizers, limit)
+    print_changes("tensors", difference.specs, limit)
+    print_values(difference, limit)
+    return 0 if difference.same_state else 1
+
+
+def print_changes(what: str, changes: Sequence[Change], limit: int | None) -> None:
+    """The first `limit` changes, and how many more there are."""
+    if changes:
+        print(f"\n{what}: {len(changes)} differ")
+    for name, old, new in changes[:limit]:
+        print(f"  {name}  {show(old)} -> {show(new)}")
+    if limit is not None and len(changes) > limit:
+        print(f"  and {len(changes) - limit} more; all=true shows them")
+
+
+def print_values(difference: CheckpointDifference, limit: int | None) -> None:
+    """A table of the first `limit` tensors whose values differ, and how many more there are."""
+    differing = difference.values
+    print(f"\nvalues: {plural(difference.equal_count, 'tensor')} equal, {len(differing)} differ")
+    rows = [
+        (f"{each.max_abs:.3g}", f"{each.max_rel:.2g}", f"{each.count:,} of {each.numel:,}", each.name)
+        for each in differing[:limit]
+    ]
     if rows:
-        console.table((">largest", ">relative", ">elements", "tensor"), rows)
-    if len(shown) < len(found.apart):
-        print(f"and {len(found.apart) - len(shown)} more; all=true shows them")
-    return int(not found.same_state)
+        print_table((">max abs", ">max rel", ">elements", "tensor"), rows)
+    if len(rows) < len(differing):
+        print(f"and {len(differing) - len(rows)} more; all=true shows them")
 
 
 def export(
@@ -170,24 +198,21 @@ def export(
     dtype: Literal["fp32", "bf16", "fp16"] | None = None,
     shard_gb: float = 5.0,
 ) -> int:
-    """Weights as plain files."""
+    """Write the weights of a checkpoint as plain safetensors files."""
     from launch.checkpoint.export import export_weights, files_with, weights_of
 
-    target = new_file(to)
+    target = check_export_path(to)
     if not 0 < shard_gb < 1e6:
         raise ValueError(f"shard_gb={shard_gb:g} must be a number of gigabytes, above 0")
-    with opened(path) as checkpoint:
+    with open_checkpoint(path) as checkpoint:
+        manifest = checkpoint.manifest
         models = [model] if model else checkpoint.models
-        weights = weights_of(checkpoint.manifest, models, dtype)
-        needed, size = (
-            files_with(checkpoint.manifest, weights.values()),
-            sum(weight.size for weight in weights.values()),
-        )
-        with progress(
-            "verifying", sum(checkpoint.manifest.files[index].size for index in needed)
-        ) as on_progress:
-            checkpoint.verify(needed, on_progress)
-        with progress("writing", size) as on_progress:
+        weights = weights_of(manifest, models, dtype)
+        to_verify = files_with(manifest, weights.values())
+        with progress_bar("verifying", sum(manifest.files[index].size for index in to_verify)) as on_progress:
+            checkpoint.verify(to_verify, on_progress)
+        size = sum(weight.nbytes for weight in weights.values())
+        with progress_bar("writing", size) as on_progress:
             files = export_weights(
                 checkpoint,
                 target,
@@ -196,63 +221,33 @@ def export(
                 shard_bytes=int(shard_gb * 1e9),
                 on_progress=on_progress,
             )
-    tensors, names = plural(len(weights), "tensor"), ", ".join(map(str, files))
-    print(f"{tensors} of step {checkpoint.manifest.step}, {decimal(size)}, in {names}")
-    print(
-        f"load with: {how_to_load(files[-1], 'model' if len(models) == 1 else 'torch.nn.ModuleDict(models)')}"
-    )
+    names = ", ".join(str(file) for file in files)
+    print(f"{plural(len(weights), 'tensor')} of step {manifest.step}, {decimal(size)}, in {names}")
+    target_model = "model" if len(models) == 1 else "torch.nn.ModuleDict(models)"
+    print(f"load with: {how_to_load(files[-1], target_model)}")
     return 0
 
 
-def prune(run: Path, *, keep: int) -> int:
-    """Remove old checkpoints."""
-    if keep < 1:
-        raise ValueError(f"keep={keep} must be at least 1: a run cannot go on without a checkpoint")
-    if not (folders := directory.list_checkpoints(run)):
-        raise ValueError(f"{run} is not a run that has checkpoints; give the folder above its checkpoints/")
-    new = folders[-keep:]
-    examined = [describe.examine(folder) for folder in new]
-    if all(problem for _, problem in examined):
-        raise ValueError(
-            f"keep={keep} would keep nothing that is whole ({examined[-1][1]}); `list` says what is: keep more"
-        )
-    manifest = next(manifest for manifest, problem in reversed(examined) if manifest and not problem)
-    best = manifest.progress.get("best_step") if manifest.config.get("checkpoint", {}).get("best") else None
-    try:
-        removed = directory.prune(run, keep, best)
-    except FileNotFoundError:
-        raise console.Removed(
-            f"the run removes checkpoints of {run} itself at this moment; try again"
-        ) from None
-    for folder in folders:
-        why = (
-            ""
-            if folder in new
-            else ", the best"
-            if directory.step_of(folder) == best
-            else ", a process reads it"
-        )
-        print(f"removed {folder}" if folder in removed or not folder.exists() else f"kept    {folder}{why}")
-    return 0
-
-
-# what they need ---------------------------------------------------------------------------------------------
-
-
-def new_file(to: str) -> Path:
-    """Where to export to. Raises ValueError if that is no good."""
-    from launch.checkpoint.export import FORMATS, exported
+def check_export_path(to: str) -> Path:
+    """Where to export to. Raises ValueError if nothing can be written there."""
+    from launch.checkpoint.export import HOW_TO_CONVERT, SUFFIX, existing_export
 
     path = Path(to)
-    if path.suffix not in FORMATS:
+    if path.suffix in (".pt", ".pth", ".bin"):
+        safetensors = path.with_suffix(SUFFIX)
         raise ValueError(
-            f"to={to} must name a file to write that ends in {', '.join(FORMATS)}, such as to=weights.safetensors"
+            f"to={to}: weights are exported as {SUFFIX}; write to={safetensors}, then convert it with "
+            f"{HOW_TO_CONVERT.format(safetensors, path)}"
+        )
+    if path.suffix != SUFFIX:
+        raise ValueError(
+            f"to={to} must name a file to write that ends in {SUFFIX}, such as to=weights{SUFFIX}"
         )
     if not path.parent.is_dir():
         raise ValueError(f"to={to}: there is no folder {path.parent}")
-    if there := exported(path):
+    if existing := existing_export(path):
         raise ValueError(
-            f"to={to}: {there[0]} is there already, and is not overwritten; remove it or choose another name"
+            f"to={to}: {existing[0]} exists already, and is not overwritten; remove it or choose another name"
         )
     return path
 
@@ -261,13 +256,53 @@ def how_to_load(path: Path, model: str) -> str:
     """The line of Python that loads what was exported into `model`."""
     if path.suffix == ".json":
         return f'accelerate.load_checkpoint_in_model({model}, "{path}")'
-    if path.suffix == ".safetensors":
-        return f'safetensors.torch.load_model({model}, "{path}")'
-    return f'{model}.load_state_dict(torch.load("{path}", weights_only=True))'
+    return f'safetensors.torch.load_model({model}, "{path}")'
 
 
-COMMANDS: dict[str, Callable[..., int]] = {
-    "list": list_checkpoints,
+def prune(run: Path, *, keep: int) -> int:
+    """Remove all but the newest checkpoints of a run, and the best if the run keeps it."""
+    if keep < 1:
+        raise ValueError(f"keep={keep} must be at least 1: a run cannot continue without a checkpoint")
+    if not (folders := directory.list_checkpoints(run)):
+        raise ValueError(f"{run} is not a run that has checkpoints; give the folder above its checkpoints/")
+    newest = folders[-keep:]
+    best_step = best_step_to_keep(newest, keep)
+    try:
+        removed = directory.prune(run, keep, best_step)
+    except FileNotFoundError:
+        raise CheckpointRemoved(
+            f"the run removes checkpoints of {run} itself at this moment; try again"
+        ) from None
+    for folder in folders:
+        if folder in removed or not folder.exists():
+            print(f"removed {folder}")
+        elif folder in newest:
+            print(f"kept    {folder}")
+        elif directory.step_of(folder) == best_step:
+            print(f"kept    {folder}, the best")
+        else:
+            print(f"kept    {folder}, a process reads it")
+    return 0
+
+
+def best_step_to_keep(newest: Sequence[Path], keep: int) -> int | None:
+    """The step of the best evaluation, if the run keeps that checkpoint.
+
+    Raises ValueError if all of the `newest` checkpoints are damaged: a run could not continue from them.
+    """
+    examined = [examine(folder) for folder in newest]
+    intact = [manifest for manifest, error in examined if manifest and not error]
+    if not intact:
+        raise ValueError(
+            f"keep={keep} would keep no intact checkpoint ({examined[-1][1]}); "
+            "`list` says which are complete: keep more"
+        )
+    keeps_best = intact[-1].config.get("checkpoint", {}).get("best")
+    return intact[-1].progress.get("best_step") if keeps_best else None
+
+
+SUBCOMMANDS: dict[str, Callable[..., int]] = {
+    "list": list_run,
     "inspect": inspect,
     "verify": verify,
     "diff": diff,

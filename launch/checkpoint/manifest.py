@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: what it says, and whether it can be true. Imports no torch.
+"""The manifest of a checkpoint: what it says, and whether that can be true. Imports no torch.
 
 The file is one JSON object, {"digest": ..., "manifest": {...}}; the digest is that of the inner object as it
 stands in the file.
@@ -15,13 +15,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from launch.checkpoint.tensor_file import SIZES
+from launch.checkpoint.tensor_file import ITEM_SIZES
 from launch.runtime.files import digest, write_text_atomically
 
-NAME = "manifest.json"
-FORMAT = 1
+MANIFEST_NAME = "manifest.json"
+FORMAT_VERSION = 1
 RANK_FILE = re.compile(r"rank-\d{5,}\.safetensors")
-HEAD, TAIL = '{{"digest": "{}", "manifest": ', "}\n"
+OPENING, CLOSING = '{{"digest": "{}", "manifest": ', "}\n"
+"""what stands in the file before the inner object, and after it"""
 
 
 class DamagedCheckpoint(ValueError):
@@ -40,11 +41,12 @@ class FileEntry:
 
 @dataclass(kw_only=True)
 class TensorEntry:
-    """One tensor, whole, and where its parts lie."""
+    """One tensor, and where its fragments are stored."""
 
     dtype: str
     """as safetensors names it: F32, BF16, ..."""
     shape: list[int]
+    """of the full tensor"""
     cuts: list[int]
     """positions in the flattened tensor: 0, where it was cut, its number of elements"""
     files: list[int]
@@ -54,33 +56,39 @@ class TensorEntry:
 
     @property
     def numel(self) -> int:
-        """Elements of the whole."""
+        """Number of elements of the full tensor."""
         return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes of the full tensor."""
+        return self.numel * ITEM_SIZES[self.dtype]
 
 
 @dataclass(kw_only=True)
 class Manifest:
-    """What a checkpoint says of itself."""
+    """What a checkpoint says of itself. The names of the fields are those in the file."""
 
-    format: int = FORMAT
+    format: int = FORMAT_VERSION
     step: int
     """optimizer steps done"""
     samples: int
     """samples seen, which is the position in the stream of samples"""
     time: float
-    """seconds since the epoch, when it was taken"""
+    """seconds since the epoch, when the state was copied"""
     progress: dict[str, Any]
     """`launch.state.progress.TrainState.state()`"""
     config: dict[str, Any]
     """every key of the run, as resolved"""
     train_samples: int
+    """size of the training set"""
     optimizers: dict[str, list[dict[str, Any]]]
-    """by model: its parameter groups, `Strategy.groups`"""
+    """by model: its parameter groups, as the strategy describes them"""
     tied: dict[str, dict[str, str]]
-    """by model: further names of parameters, and the name that each is saved under"""
+    """by model: further names of tied parameters, and the name that each is saved under"""
     versions: dict[str, str]
     writer: dict[str, Any]
-    """strategy, world_size and the like: who wrote, which a reader may ignore"""
+    """strategy, world_size and the like: who wrote it, which a reader may ignore"""
     files: list[FileEntry] = field(default_factory=list)
     tensors: dict[str, TensorEntry] = field(default_factory=dict)
 
@@ -89,8 +97,13 @@ class Manifest:
         """Bytes of all files together."""
         return sum(file.size for file in self.files)
 
-    def problem(self, folder: Path) -> str:
-        """In words, which file in `folder` is missing or has another size; empty if none. Reads no file."""
+    @property
+    def models(self) -> list[str]:
+        """The names of the models whose state it lists."""
+        return list(dict.fromkeys(name.partition("/")[0] for name in self.tensors))
+
+    def size_error(self, folder: Path) -> str:
+        """Which file in `folder` is missing or has another size, as a message; empty if none. Opens no file."""
         for file in self.files:
             try:
                 size = (folder / file.name).stat().st_size
@@ -100,65 +113,71 @@ class Manifest:
                 return f"{file.name} has {size:,} bytes of {file.size:,}"
         return ""
 
-    def check(self) -> None:
+    def validate(self) -> None:
         """Raises ValueError if what it says cannot be true."""
-        if self.format != FORMAT:
-            raise ValueError(f"format {self.format} is not the {FORMAT} that this version of rankzero reads")
+        if self.format != FORMAT_VERSION:
+            raise ValueError(
+                f"format {self.format} is not the {FORMAT_VERSION} that this version of rankzero reads"
+            )
         for file in self.files:  # a name from a file must never lead out of its folder
             if not RANK_FILE.fullmatch(file.name):
                 raise ValueError(f"{file.name!r} is no name of a rank's file")
         if len({file.name for file in self.files}) != len(self.files):
             raise ValueError("a file is listed twice")
         for name, entry in self.tensors.items():
-            if entry.dtype not in SIZES:
-                raise ValueError(f"{name} has the unknown type {entry.dtype}")
-            if min(entry.shape, default=0) < 0 or entry.cuts[:1] != [0] or entry.cuts[-1] != entry.numel:
-                raise ValueError(f"{name} is not covered from 0 to its last element")
-            if len(entry.files) != len(entry.cuts) - 1 or any(
-                first >= second for first, second in pairwise(entry.cuts)
-            ):
-                raise ValueError(f"the parts of {name} are not in order")
-            if entry.files and not (min(entry.files) >= 0 and max(entry.files) < len(self.files)):
-                raise ValueError(f"{name} lies in a file that is not listed")
-            if len(entry.offsets) != len(entry.files) or min(entry.offsets, default=0) < 0:
-                raise ValueError(f"it is not said where in its files {name} lies")
+            self._validate_tensor(name, entry)
+
+    def _validate_tensor(self, name: str, entry: TensorEntry) -> None:
+        if entry.dtype not in ITEM_SIZES:
+            raise ValueError(f"{name} has the unknown dtype {entry.dtype}")
+        if min(entry.shape, default=0) < 0 or entry.cuts[:1] != [0] or entry.cuts[-1] != entry.numel:
+            raise ValueError(f"{name} is not covered from 0 to its last element")
+        is_ascending = all(first < second for first, second in pairwise(entry.cuts))
+        if len(entry.files) != len(entry.cuts) - 1 or not is_ascending:
+            raise ValueError(f"the fragments of {name} are not in order")
+        if entry.files and not (min(entry.files) >= 0 and max(entry.files) < len(self.files)):
+            raise ValueError(f"{name} is stored in a file that is not listed")
+        if len(entry.offsets) != len(entry.files) or min(entry.offsets, default=0) < 0:
+            raise ValueError(f"it is not said where in its files {name} is stored")
 
     def write(self, folder: Path) -> None:
         """Write it into the folder of its checkpoint."""
-        self.check()
+        self.validate()
         body = json.dumps(asdict(self))
-        write_text_atomically(folder / NAME, f"{HEAD.format(digest(body.encode()))}{body}{TAIL}")
+        content = f"{OPENING.format(digest(body.encode()))}{body}{CLOSING}"
+        write_text_atomically(folder / MANIFEST_NAME, content)
 
     @staticmethod
     def read(folder: Path) -> Manifest:
-        """The manifest of a checkpoint. Raises ValueError if there is none, Damaged if it was changed or
-        makes no sense.
+        """The manifest of a checkpoint.
+
+        Raises ValueError if there is none, DamagedCheckpoint if it was changed or cannot be true.
         """
         from pydantic import ValidationError
 
-        path = folder / NAME
+        path = folder / MANIFEST_NAME
         try:
             content = path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
-            raise ValueError(f"{folder} is not a checkpoint: it has no {NAME}") from None
-        start = len(HEAD.format("0" * 32))
-        body = content[start : -len(TAIL)]
-        if content != HEAD.format(digest(body)).encode() + body + TAIL.encode():
+            raise ValueError(f"{folder} is not a checkpoint: it has no {MANIFEST_NAME}") from None
+        start = len(OPENING.format("0" * 32))
+        body = content[start : -len(CLOSING)]
+        if content != OPENING.format(digest(body)).encode() + body + CLOSING.encode():
             raise DamagedCheckpoint(f"{path} is damaged: its digest does not agree")
         try:
-            found: Manifest = adapter().validate_json(body)
-            found.check()
+            manifest: Manifest = type_adapter().validate_json(body)
+            manifest.validate()
         except ValidationError as error:
             first = error.errors()[0]
             raise DamagedCheckpoint(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
         except ValueError as error:
             raise DamagedCheckpoint(f"{path}: {error}") from None
-        return found
+        return manifest
 
 
 @cache
-def adapter() -> Any:
-    """What checks the types of a manifest."""
+def type_adapter() -> Any:
+    """The pydantic adapter that checks the types of a manifest."""
     from pydantic import TypeAdapter
 
     return TypeAdapter(Manifest)

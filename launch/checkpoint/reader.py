@@ -10,67 +10,72 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from launch.checkpoint.directory import NO_STEP, step_of
-from launch.checkpoint.manifest import NAME, DamagedCheckpoint, Manifest, TensorEntry
-from launch.checkpoint.tensor_file import SIZES
+from launch.checkpoint.manifest import MANIFEST_NAME, DamagedCheckpoint, Manifest, TensorEntry
+from launch.checkpoint.tensor_file import ITEM_SIZES, empty_tensor
 from launch.runtime.files import RandomAccessFile, digest_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-OPEN_FILES = 128
+MAX_OPEN_FILES = 128
 """files held open at a time: of a thousand ranks it could not be all"""
 
 
 class Checkpoint:
-    """An open checkpoint. As long as it is open, no run on this machine removes it (`checkpoints_dir.prune`)."""
+    """An open checkpoint. As long as it is open, no run on this machine removes it (`directory.prune`)."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises ValueError if `folder` is no checkpoint, Damaged if its manifest is not what was written."""
+        """Open it. Its files are not verified yet, only its manifest.
+
+        Raises ValueError if `folder` is no checkpoint, DamagedCheckpoint if its manifest is not what was
+        written.
+        """
         self.folder = folder
-        self.open: dict[int, RandomAccessFile] = {}
+        self.open_files: dict[int, RandomAccessFile] = {}
         try:
-            self.held = RandomAccessFile(folder / NAME)
+            self.lock = RandomAccessFile(folder / MANIFEST_NAME)
         except (FileNotFoundError, NotADirectoryError):
-            raise ValueError(f"{folder} is not a checkpoint: it has no {NAME}") from None
+            raise ValueError(f"{folder} is not a checkpoint: it has no {MANIFEST_NAME}") from None
         try:
-            self.held.hold()
-            self.manifest = Manifest.read(
-                folder
-            )  # once it is held: what is being removed has no name any more
+            self.lock.hold()
+            self.manifest = Manifest.read(folder)  # while locked: what is being removed has no name any more
             if step_of(folder) not in (NO_STEP, self.manifest.step):
-                raise DamagedCheckpoint(f"{folder / NAME} is that of step {self.manifest.step}")
+                raise DamagedCheckpoint(f"{folder / MANIFEST_NAME} is that of step {self.manifest.step}")
         except BaseException:
-            self.held.close()
+            self.lock.close()
             raise
 
+    # verification -------------------------------------------------------------------------------------------
+
     def verify_sizes(self) -> None:
-        """Raises Damaged for the first file that is missing or has another size. Reads no file."""
-        if problem := self.manifest.problem(self.folder):
-            raise DamagedCheckpoint(f"{self.folder / problem}")
+        """Raises DamagedCheckpoint for the first file that is missing or has another size. Reads no file."""
+        if error := self.manifest.size_error(self.folder):
+            raise DamagedCheckpoint(f"{self.folder / error}")
 
     def verify(
         self, indices: Iterable[int] | None = None, on_progress: Callable[[int], object] = lambda _: None
     ) -> None:
-        """Raises Damaged for the first of the files `indices` (default: all) whose digest does not agree.
-        Reads them whole.
+        """Read the files `indices` (default: all) and compare their digests.
 
-        `on_progress` hears of each number of bytes read.
+        `on_progress` is called with each number of bytes read. Raises DamagedCheckpoint for the first file
+        whose digest does not agree.
         """
         for index in range(len(self.manifest.files)) if indices is None else indices:
             file = self.manifest.files[index]
+            path = self.folder / file.name
             try:
-                agrees = digest_of(self.folder / file.name, on_progress) == file.digest
+                agrees = digest_of(path, on_progress) == file.digest
             except OSError as error:
-                raise DamagedCheckpoint(
-                    f"{self.folder / file.name} cannot be read ({error.strerror})"
-                ) from None
+                raise DamagedCheckpoint(f"{path} cannot be read ({error.strerror})") from None
             if not agrees:
-                raise DamagedCheckpoint(f"{self.folder / file.name} is damaged: its digest does not agree")
+                raise DamagedCheckpoint(f"{path} is damaged: its digest does not agree")
+
+    # reading ------------------------------------------------------------------------------------------------
 
     @property
     def models(self) -> list[str]:
         """The names of the models in it."""
-        return list(dict.fromkeys(name.partition("/")[0] for name in self.manifest.tensors))
+        return self.manifest.models
 
     def of(self, model: str) -> ModelState:
         """The state of one model."""
@@ -79,72 +84,72 @@ class Checkpoint:
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of a flattened tensor, 1-D, on the host, from whichever files hold them.
 
-        Raises ValueError if there is no such tensor, Damaged if a file ends too early.
+        Raises ValueError if there is no such tensor, DamagedCheckpoint if a file ends too early.
         """
-        from launch.checkpoint.tensors import empty_tensor
+        tensor, content = empty_tensor(self._entry(name).dtype, max(stop - start, 0))
+        self._read_into(content, name, start, stop)
+        return tensor
 
-        values, content = empty_tensor(self._entry(name).dtype, max(stop - start, 0))
-        self._fill(content, name, start, stop)
-        return values
+    def chunks(self, name: str, max_bytes: int) -> Iterator[memoryview]:
+        """The bytes of a tensor, at most `max_bytes` at a time; each chunk is valid until the next.
 
-    def chunks(self, name: str, most: int) -> Iterator[memoryview]:
-        """The bytes of a tensor, at most `most` at a time; each is valid until the next. Raises as `read`
-        does.
+        Raises as `read` does.
         """
         entry = self._entry(name)
-        step, size = max(most // SIZES[entry.dtype], 1), SIZES[entry.dtype]
-        buffer = memoryview(bytearray(min(step, entry.numel) * size))
+        item_size = ITEM_SIZES[entry.dtype]
+        step = max(max_bytes // item_size, 1)
+        buffer = memoryview(bytearray(min(step, entry.numel) * item_size))
         for start in range(0, entry.numel, step):
             stop = min(start + step, entry.numel)
-            chunk = buffer[: (stop - start) * size]
-            self._fill(chunk, name, start, stop)
+            chunk = buffer[: (stop - start) * item_size]
+            self._read_into(chunk, name, start, stop)
             yield chunk
 
-    def _fill(self, content: memoryview, name: str, start: int, stop: int) -> None:
-        """Elements [start, stop) of a tensor, as bytes."""
-        size, filled = SIZES[self._entry(name).dtype], 0
-        for file, offset, numel in self._pieces(name, start, stop):
-            with self._blaming(file):
-                self._file(file).into(content[filled : filled + numel * size], offset)
-            filled += numel * size
+    def _read_into(self, content: memoryview, name: str, start: int, stop: int) -> None:
+        """Elements [start, stop) of a tensor, as bytes, into `content`."""
+        item_size, filled = ITEM_SIZES[self._entry(name).dtype], 0
+        for file, offset, numel in self._fragments(name, start, stop):
+            with self._naming_damaged_file(file):
+                self._open_file(file).into(content[filled : filled + numel * item_size], offset)
+            filled += numel * item_size
 
     def _entry(self, name: str) -> TensorEntry:
         if name not in self.manifest.tensors:
             raise ValueError(f"{self.folder} holds no {name}: it was saved by another recipe or model")
         return self.manifest.tensors[name]
 
-    def _pieces(self, name: str, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """Where the elements [start, stop) lie: file, byte offset, number of elements."""
+    def _fragments(self, name: str, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Where the elements [start, stop) are stored: file, byte offset, number of elements."""
         entry = self._entry(name)
         index = bisect.bisect_right(entry.cuts, start) - 1
         while start < stop:
-            high = min(entry.cuts[index + 1], stop)
-            yield (
-                entry.files[index],
-                entry.offsets[index] + (start - entry.cuts[index]) * SIZES[entry.dtype],
-                high - start,
-            )
-            start, index = high, index + 1
+            end = min(entry.cuts[index + 1], stop)
+            offset = entry.offsets[index] + (start - entry.cuts[index]) * ITEM_SIZES[entry.dtype]
+            yield entry.files[index], offset, end - start
+            start, index = end, index + 1
+
+    # files --------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _blaming(self, file: int) -> Iterator[None]:
+    def _naming_damaged_file(self, index: int) -> Iterator[None]:
         try:
             yield
         except (OSError, ValueError) as error:
-            raise DamagedCheckpoint(f"{self.folder / self.manifest.files[file].name}: {error}") from None
+            name = self.manifest.files[index].name
+            raise DamagedCheckpoint(f"{self.folder / name}: {error}") from None
 
-    def _file(self, index: int) -> RandomAccessFile:
-        if index not in self.open:
-            while len(self.open) >= OPEN_FILES:
-                self.open.pop(next(iter(self.open))).close()
-            self.open[index] = RandomAccessFile(self.folder / self.manifest.files[index].name)
-        return self.open[index]
+    def _open_file(self, index: int) -> RandomAccessFile:
+        if index not in self.open_files:
+            while len(self.open_files) >= MAX_OPEN_FILES:
+                self.open_files.pop(next(iter(self.open_files))).close()
+            self.open_files[index] = RandomAccessFile(self.folder / self.manifest.files[index].name)
+        return self.open_files[index]
 
     def close(self) -> None:
         """Close all files, and let the run remove the checkpoint if it wants to."""
-        for file in [*self.open.values(), self.held]:
+        for file in [*self.open_files.values(), self.lock]:
             file.close()
-        self.open.clear()
+        self.open_files.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -156,14 +161,14 @@ class Checkpoint:
 
 
 class ModelState:
-    """The tensors of one model in a checkpoint (a `strategies.sharded_state.StateReader`)."""
+    """The tensors of one model in a checkpoint (a `StateReader` of the strategies)."""
 
     def __init__(self, checkpoint: Checkpoint, prefix: str) -> None:
         self.checkpoint, self.prefix = checkpoint, prefix
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Shapes of the tensors, by name."""
+        """Shapes of the full tensors, by name."""
         return {
             name.removeprefix(self.prefix): tuple(entry.shape)
             for name, entry in self.checkpoint.manifest.tensors.items()

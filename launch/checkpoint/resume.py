@@ -1,190 +1,141 @@
-"""Which checkpoint a run goes on from, and whether it may: whole, and of the same run."""
+"""Resume: find the newest checkpoint, verify it, check that it is of the same run, load it."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from launch.checkpoint.directory import checkpoints_dir, list_checkpoints, list_named, quarantine, step_of
-from launch.checkpoint.manifest import NAME, Manifest
+from launch.checkpoint.compatibility import check_compatible
+from launch.checkpoint.directory import (
+    checkpoints_dir,
+    list_checkpoints,
+    list_step_folders,
+    quarantine,
+    step_of,
+)
+from launch.checkpoint.manifest import MANIFEST_NAME
 from launch.checkpoint.reader import Checkpoint
-from launch.cli.config import flatten, nested
 from launch.runtime.collectives import barrier, broadcast_object, first_error
 from launch.runtime.restarts import restart_count
-from launch.runtime.text import shape_text
+from launch.runtime.world import World
 from launch.state.run import Run
-
-MAY_CHANGE = {
-    *("config", "run_dir", "resume", "init", "init_partial", "debug", "workers"),
-    *("launcher", "max_time", "start_timeout", "hang_timeout", "chaos"),
-    *("strategy", "steps", "epochs", "micro_batch_size", "activation_checkpointing", "compile"),
-    *("ddp", "fsdp", "zero", "checkpoint", "eval", "log"),
-}
-"""keys, and groups of keys, that do not change what is computed, or only how far"""
 
 
 def resume(run: Run, run_dir: Path) -> Path | None:
-    """Continue `run` from the checkpoint that `resume` asks for. Returns its folder; None if there is none to
-    continue from.
+    """Continue `run` from the checkpoint that `resume=` asks for.
 
-    All ranks call it. Raises ValueError if what is there is damaged or belongs to another run.
+    Returns the folder of that checkpoint; None if there is none, and the run begins anew. Collective. Raises
+    ValueError, on all ranks, if the checkpoints are damaged or belong to another run.
     """
-    checkpoint = find(run, run_dir)
-    if checkpoint is None:
+    candidates = find(run.config.resume, run_dir, run.world)
+    if not candidates:
+        barrier()  # rank zero may create what the others have just looked for
         return None
-    with checkpoint:
-        refuse_changes(run, checkpoint)
-        for name, strategy in run.strategies.items():
-            strategy.load_state(checkpoint.of(name))
-        run.progress.load_state(checkpoint.manifest.progress)
+    with open_verified(candidates, run_dir, run.world, run.phase.tick) as checkpoint:
+        check_compatible(checkpoint, run)
+        load(checkpoint, run)
     return checkpoint.folder
 
 
-# which one --------------------------------------------------------------------------------------------------
+# find -------------------------------------------------------------------------------------------------------
 
 
-def find(run: Run, run_dir: Path) -> Checkpoint | None:
-    """The newest checkpoint that verifies, open on all ranks; damaged ones are told of, and set aside if they
-    are the run's.
+def find(wanted: str, run_dir: Path, world: World) -> list[Path]:
+    """The checkpoints that `resume=wanted` allows, the one to be tried first first; the same on all ranks.
+
+    Collective: it counts what rank zero sees, as another node may see a shared folder a little later. Raises
+    ValueError, on all ranks, if `wanted` is a path without a checkpoint.
     """
-    own = checkpoints_dir(run_dir)
-    # what rank zero sees: another node may see a shared folder a little later
-    candidates, problem = [], ""
-    if run.world.rank == 0:
+    candidates: list[str] = []
+    error = ""
+    if world.rank == 0:
         try:
-            candidates = [str(path) for path in asked_for(run.config.resume, run_dir)]
-        except ValueError as error:
-            problem = str(error)
-    if problem := first_error(problem):
-        raise ValueError(problem)
-    candidates = broadcast_object(candidates)
-    for index, folder in enumerate(map(Path, candidates)):
-        checkpoint, problem = opened(folder, run)
-        if checkpoint is not None:
-            return checkpoint
-        if index + 1 == len(candidates):
-            raise ValueError(
-                f"{problem}; no whole checkpoint is left to continue from. To start afresh, say another run_dir= "
-                "(nothing in this one was touched)"
-            )
-        if run.world.rank == 0:
-            print(f"rankzero: {problem}; going back to {candidates[index + 1]}", file=sys.stderr, flush=True)
-            if folder.parent == own:
-                quarantine(folder)
-    barrier()
-    return None
+            candidates = [str(folder) for folder in find_locally(wanted, run_dir)]
+        except ValueError as mistake:
+            error = str(mistake)
+    if error := first_error(error):
+        raise ValueError(error)
+    return [Path(folder) for folder in broadcast_object(candidates)]
 
 
-def asked_for(wanted: str, run_dir: Path) -> list[Path]:
-    """The checkpoints that may be taken, the best first. A life after the first goes on from the run's own,
-    if it has any.
+def find_locally(wanted: str, run_dir: Path) -> list[Path]:
+    """`find` as this process sees the files. After a restart the run continues from its own checkpoints, if it
+    has any, whatever it began from.
     """
     if wanted == "auto" or (restart_count(os.environ) and list_checkpoints(run_dir)):
-        return list_named(run_dir)[::-1]  # one without a manifest has lost it: it is told of, not passed over
+        return list_step_folders(run_dir)[::-1]  # one without a manifest has lost it: damaged, not absent
     if wanted == "none":
         return []
     path = Path(wanted)
-    found = [path] if (path / NAME).is_file() else list_checkpoints(path)[::-1]
-    if not found:
+    candidates = [path] if (path / MANIFEST_NAME).is_file() else list_checkpoints(path)[::-1]
+    if not candidates:
         raise ValueError(
-            f"resume={wanted} is not a checkpoint: it has no {NAME}, and no checkpoints/step-*/ with one"
+            f"resume={wanted} is not a checkpoint: it has no {MANIFEST_NAME}, "
+            "and no checkpoints/step-*/ with one"
         )
-    newer = [other for other in list_checkpoints(run_dir) if step_of(other) > step_of(found[0])]
-    if newer and found[0].resolve().parent == checkpoints_dir(run_dir).resolve():
+    newer = [other for other in list_checkpoints(run_dir) if step_of(other) > step_of(candidates[0])]
+    if newer and candidates[0].resolve().parent == checkpoints_dir(run_dir).resolve():
         raise ValueError(
-            f"resume={wanted} is not the newest of its run: going back in run_dir={run_dir} would mix two runs; "
-            f"choose another run_dir, or remove {newer[0]} and what follows it"
+            f"resume={wanted} is not the newest of its run: going back in run_dir={run_dir} would mix two "
+            f"runs; choose another run_dir, or remove {newer[0]} and what follows it"
         )
-    return found
+    return candidates
 
 
-def opened(folder: Path, run: Run) -> tuple[Checkpoint | None, str]:
-    """The checkpoint in `folder`, if all ranks find it whole; else what the first rank found wrong.
+# verify -----------------------------------------------------------------------------------------------------
 
-    Each rank hashes its share of the files, so that each file is read once, whatever the world size.
+
+def open_verified(
+    candidates: list[Path], run_dir: Path, world: World, on_progress: Callable[[int], object]
+) -> Checkpoint:
+    """The first of `candidates` that is intact, open on all ranks.
+
+    Rank zero reports damaged ones, and quarantines those of this run. Collective. Raises ValueError, on all
+    ranks, if all are damaged: a run must not begin anew over them.
     """
-    checkpoint, problem = None, ""
+    for folder, next_one in zip(candidates, [*candidates[1:], None], strict=True):
+        checkpoint, error = verify(folder, world, on_progress)
+        if checkpoint is not None:
+            return checkpoint
+        if next_one is None:
+            break
+        if world.rank == 0:
+            print(f"rankzero: {error}; going back to {next_one}", file=sys.stderr, flush=True)
+            if folder.parent == checkpoints_dir(run_dir):
+                quarantine(folder)
+    raise ValueError(
+        f"{error}; no intact checkpoint is left to continue from. To start afresh, say another run_dir= "
+        "(nothing in this one was touched)"
+    )
+
+
+def verify(folder: Path, world: World, on_progress: Callable[[int], object]) -> tuple[Checkpoint | None, str]:
+    """The checkpoint in `folder`, open, if no rank finds it damaged; else None and what the first rank found.
+
+    Each rank hashes its part of the files, so that each file is read once, whatever the world size.
+    Collective.
+    """
+    checkpoint, error = None, ""
     try:
         checkpoint = Checkpoint(folder)
         checkpoint.verify_sizes()
-        mine = range(run.world.rank, len(checkpoint.manifest.files), run.world.world_size)
-        checkpoint.verify(mine, run.phase.tick)
-    except ValueError as error:
-        problem = str(error)
-    problem = first_error(problem)
-    if problem and checkpoint is not None:
+        files = range(world.rank, len(checkpoint.manifest.files), world.world_size)
+        checkpoint.verify(files, on_progress)
+    except ValueError as damage:
+        error = str(damage)
+    error = first_error(error)
+    if error and checkpoint is not None:
         checkpoint.close()
-    return (None if problem else checkpoint), problem
+    return (None if error else checkpoint), error
 
 
-# whether it may ---------------------------------------------------------------------------------------------
+# load -------------------------------------------------------------------------------------------------------
 
 
-def refuse_changes(run: Run, checkpoint: Checkpoint) -> None:
-    """Raise ValueError with what has changed since the checkpoint, if the curve would not continue."""
-    manifest, folder = checkpoint.manifest, checkpoint.folder
-    if manifest.config["recipe"] != run.config.recipe:
-        raise ValueError(
-            f"{folder} belongs to recipe={manifest.config['recipe']}, not {run.config.recipe}; choose another run_dir"
-        )
-    changes = [*changed_keys(manifest, run), *changed_code(checkpoint, run)]
-    if changes:
-        shown = "; ".join(changes[:8]) + (f"; and {len(changes) - 8} more" if len(changes) > 8 else "")
-        raise ValueError(
-            f"{folder} was saved by another run than this, and the curve would not continue: {shown}. "
-            f"Put it back, or start a new run (another run_dir) from its weights alone: init={folder}"
-        )
-
-
-def changed_keys(manifest: Manifest, run: Run) -> Iterator[str]:
-    """The keys of the command line that are not what they were. A key that one of the two does not know is
-    passed over.
-    """
-    allowed = MAY_CHANGE | set(run.recipe.resume_may_change)
-    before, now = dict(flatten(manifest.config)), dict(flatten(nested(run.config) | nested(run.recipe)))
-    for name in now:
-        if name in before and before[name] != now[name] and not {name, name.partition(".")[0]} & allowed:
-            yield f"{name}={before[name]}, now {now[name]}"
-    if manifest.train_samples != len(run.splits.train):
-        yield f"{manifest.train_samples:,} training samples, now {len(run.splits.train):,}"
-
-
-def changed_code(checkpoint: Checkpoint, run: Run) -> Iterator[str]:
-    """What is different in the models and optimizers that the recipe builds."""
-    saved = set(checkpoint.models)
-    for model, strategy in run.strategies.items():
-        before = (
-            {n: s for n, s in checkpoint.of(model).shapes.items() if n.startswith("model/")}
-            if model in saved
-            else {}
-        )
-        now = {name: shape for name, shape in strategy.shapes().items() if 0 not in shape}
-        for name in sorted(before.keys() | now.keys()):
-            if before.get(name) != now.get(name):
-                yield f"{model} {name.removeprefix('model/')}: {shape_or_absent(before.get(name))}, now {shape_or_absent(now.get(name))}"
-        yield from changed_groups(model, checkpoint.manifest.optimizers.get(model, []), strategy.groups)
-
-
-def changed_groups(model: str, before: list[dict[str, Any]], now: list[dict[str, Any]]) -> Iterator[str]:
-    """What is different in the parameter groups of one optimizer."""
-    if len(before) != len(now):
-        yield f"{model}: {len(before)} parameter groups, now {len(now)}"
-        return
-    for index, (old, new) in enumerate(zip(before, now, strict=True)):
-        where = f"{model} optimizer" + (f" group {index}" if len(now) > 1 else "")
-        if old["optimizer"] != new["optimizer"]:
-            yield f"{where}: {old['optimizer']}, now {new['optimizer']}"
-            continue
-        if old["parameters"] != new["parameters"]:
-            yield f"{where} has other parameters"
-        for key, value in new["settings"].items():
-            if key in old["settings"] and old["settings"][key] != value:
-                yield f"{where} {key}: {old['settings'][key]}, now {value}"
-
-
-def shape_or_absent(shape: tuple[int, ...] | None) -> str:
-    """A shape, or that there is none."""
-    return "not there" if shape is None else shape_text(shape)
+def load(checkpoint: Checkpoint, run: Run) -> None:
+    """Load the models, the optimizers and the training state. Collective."""
+    for name, strategy in run.strategies.items():
+        strategy.load_state(checkpoint.of(name))
+    run.progress.load_state(checkpoint.manifest.progress)

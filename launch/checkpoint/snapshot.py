@@ -7,81 +7,82 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from launch.checkpoint.tensor_file import Kind, Stored, layout
-from launch.checkpoint.tensors import DTYPES, NAMES
+from launch.checkpoint.tensor_file import StoredTensor, TensorSpec, dtype_name, file_header, torch_dtype
 from strategies.sharded_state import TensorSlice
 
 
-def kinds(ranges: Mapping[str, TensorSlice]) -> dict[str, Kind]:
-    """What a file of `ranges` holds."""
-    return {name: (NAMES[part.values.dtype], tuple(part.values.shape)) for name, part in ranges.items()}
+def specs_of(slices: Mapping[str, TensorSlice]) -> dict[str, TensorSpec]:
+    """dtype and shape of what a file of `slices` holds."""
+    return {name: (dtype_name(part.values.dtype), tuple(part.values.shape)) for name, part in slices.items()}
 
 
 class Snapshot:
-    """One buffer, laid out as the file will be: a tensor is copied once, and written and hashed from where it
-    lies then.
+    """One buffer in host memory, laid out as the file will be.
 
-    The buffer is pinned if the state is on a GPU, and kept for the next save.
+    A tensor is copied once, and written and hashed from where that copy is. The buffer is pinned if the state
+    is on a GPU, and kept for the next save.
     """
 
     def __init__(self, device: str) -> None:
         self.pinned = device != "cpu"
         self.buffer = torch.empty(0, dtype=torch.uint8)
-        self.tensors: dict[str, Kind] = {}
-        self.ranges: dict[str, TensorSlice] = {}
+        self.specs: dict[str, TensorSpec] = {}
+        self.slices: dict[str, TensorSlice] = {}
         self.header = b""
-        self.placed: dict[str, Stored] = {}
+        self.stored: dict[str, StoredTensor] = {}
         self.size = 0
+        """bytes of all tensors"""
         self.copied: torch.cuda.Event | None = None
 
-    def reserve(self, tensors: Mapping[str, Kind]) -> None:
-        """Lay the buffer out for `tensors`, and touch its pages: a first copy would be ten times slower for
-        it.
+    def reserve(self, specs: Mapping[str, TensorSpec]) -> None:
+        """Allocate the buffer for tensors of `specs`, and touch its pages: the first copy would otherwise take
+        ten times as long.
         """
-        if tensors == self.tensors:  # the same at each save, as a rule
+        if specs == self.specs:  # the same at each save, as a rule
             return
-        self.tensors, self.ranges = dict(tensors), {}
-        self.header, self.placed, self.size = layout(tensors)
+        self.specs, self.slices = dict(specs), {}
+        self.header, self.stored, self.size = file_header(specs)
         if self.size > len(self.buffer):
             self.buffer = torch.empty(0, dtype=torch.uint8)  # the old one goes before the new one comes
             self.buffer = torch.empty(self.size, dtype=torch.uint8, pin_memory=self.pinned).fill_(1)
 
-    def take(self, ranges: Mapping[str, TensorSlice]) -> None:
-        """Copy `ranges`. From a GPU the copies are only queued: ahead of the next step, which must not change
-        what they read.
+    def copy(self, slices: Mapping[str, TensorSlice]) -> None:
+        """Copy `slices` into the buffer.
+
+        From a GPU the copies are only queued: before the next step, which must not change what they read.
         """
-        self.reserve(kinds(ranges))
-        for name, part in ranges.items():
-            copy = self.of(name)
+        self.reserve(specs_of(slices))
+        for name, part in slices.items():
+            copy = self.view(name)
             copy.copy_(part.values, non_blocking=True)
-            self.ranges[name] = part._replace(values=copy)  # not the live tensor: it would be kept alive
+            self.slices[name] = part._replace(values=copy)  # not the live tensor: it would be kept alive
         if self.pinned:
             self.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self.copied.record()
 
-    def of(self, name: str) -> Tensor:
-        """The place of a tensor in the buffer."""
-        stored = self.placed[name]
-        return self.buffer[stored.offset : stored.offset + stored.size].view(DTYPES[stored.dtype])
+    def view(self, name: str) -> Tensor:
+        """The part of the buffer that holds a tensor, 1-D."""
+        stored = self.stored[name]
+        return self.buffer[stored.offset : stored.offset + stored.nbytes].view(torch_dtype(stored.dtype))
 
-    def content(self) -> Iterator[bytes | memoryview]:
-        """The bytes of the file, once the copies are made."""
+    def file_content(self) -> Iterator[bytes | memoryview]:
+        """The bytes of the file; waits until the copies are complete."""
         if self.copied is not None:
             self.copied.synchronize()
         yield self.header
         yield self.buffer[: self.size].numpy().data
 
     def table(self) -> dict[str, list[object]]:
-        """What the manifest has to know of each tensor: [dtype, shape of the whole, first element, elements,
-        byte offset].
+        """What the manifest records of each tensor: [dtype, shape of the full tensor, position of the first
+        element in it, number of elements, byte offset in the file].
         """
         return {
             name: [
                 stored.dtype,
-                self.ranges[name].shape,
-                self.ranges[name].start,
+                self.slices[name].shape,
+                self.slices[name].start,
                 stored.numel,
                 len(self.header) + stored.offset,
             ]
-            for name, stored in self.placed.items()
+            for name, stored in self.stored.items()
         }

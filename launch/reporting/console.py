@@ -127,7 +127,7 @@ class Console:
         if saves:
             blocking_s, write = (
                 sorted(times)[len(saves) // 2]
-                for times in ([s.blocking_s for s in saves], [s.write for s in saves])
+                for times in ([s.blocking_s for s in saves], [s.write_s for s in saves])
             )
             self.say(
                 f"  {len(saves)} checkpoint(s) of {decimal(saves[-1].size)} a rank: {blocking_s:.3f} s of waiting, "

@@ -144,7 +144,7 @@ class Metrics:
             for step, *of_step in zip(steps, losses.float().tolist(), mine[1].float().tolist(), strict=True)
         ]
         self.write(lines)
-        self.saved(self.checkpoint_writer.finished())
+        self.saved(self.checkpoint_writer.poll())
         self.console.step(lines[-1], self.run.last_step)
         for line in lines:
             nonfinite.check_late(self.run, line["step"], line["loss"])
@@ -229,11 +229,11 @@ class Metrics:
         if saved is None:
             return
         self.saves.append(saved)
-        self.slowest_save = max(self.slowest_save or 0.0, saved.blocking_s + saved.write)
-        if saved.problem:
+        self.slowest_save = max(self.slowest_save or 0.0, saved.blocking_s + saved.write_s)
+        if saved.error:
             self.console.warn(f"{not_saved(saved)} The run goes on, and tries again at the next checkpoint.")
             return
-        times = {"stall": round(saved.blocking_s, 4), "write": round(saved.write, 4), "bytes": saved.size}
+        times = {"stall": round(saved.blocking_s, 4), "write": round(saved.write_s, 4), "bytes": saved.size}
         self.write([{"step": saved.step, **{f"checkpoint/{name}": value for name, value in times.items()}}])
 
     def finish(self) -> None:
@@ -244,7 +244,7 @@ class Metrics:
         self.run.phase.enter("save")
         self.consensus.close()
         last = self.checkpoint_writer.wait()
-        if last is not None and last.problem:
+        if last is not None and last.error:
             raise SaveError(not_saved(last))
         self.saved(last)
 
@@ -286,7 +286,7 @@ class Metrics:
 def not_saved(saved: SaveResult) -> str:
     """Why there is no checkpoint."""
     return (
-        f"step {saved.step} was not saved: {saved.problem}. A rank writes about {decimal(saved.size)}; "
+        f"step {saved.step} was not saved: {saved.error}. A rank writes about {decimal(saved.size)}; "
         "what was saved before is untouched."
     )
 

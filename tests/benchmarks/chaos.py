@@ -329,7 +329,7 @@ def next_life(fault: Fault, run_dir: Path, whole: Path) -> Iterator[str]:
     if (
         fault.kind == "torn_checkpoint"
         and saved == 1
-        and "no whole checkpoint is left" in " ".join(ended.last_words())
+        and "no intact checkpoint is left" in " ".join(ended.last_words())
     ):
         return  # the only one was torn, and nothing is begun anew in silence
     if ended.how == "killed" or ended.code:

@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from launch.checkpoint.directory import list_checkpoints
 from launch.checkpoint.manifest import FileEntry, Manifest, TensorEntry
 from launch.checkpoint.reader import Checkpoint
-from launch.checkpoint.resume import opened
+from launch.checkpoint.resume import verify
+from launch.checkpoint.run_state import slices_of
 from launch.reporting.metrics import Metrics
 from launch.runtime.files import CHUNK
 from launch.state.run import Run
@@ -85,7 +86,7 @@ def blocking_s(state_mb: float, rounds: int = 15) -> None:
         going = steps(run, metrics)
         next(going), next(going)
         metrics.checkpoint_writer.reserve()
-        size = sum(part.values.nbytes for part in metrics.checkpoint_writer.state().values())
+        size = sum(part.values.nbytes for part in slices_of(run).values())
         source, target = torch.ones(size, dtype=torch.uint8), torch.ones(size, dtype=torch.uint8)
         by_hand = metrics.run_dir / "by_hand.pt"
 
@@ -105,7 +106,7 @@ def blocking_s(state_mb: float, rounds: int = 15) -> None:
             saved = metrics.checkpoint_writer.wait()
             processor.append(cpu_seconds() - before)
             assert saved is not None
-            writes.append(saved.write)
+            writes.append(saved.write_s)
             next(going)
             synchronous.append(
                 timed(lambda: (metrics.checkpoint_writer.save(), metrics.checkpoint_writer.wait()))
@@ -190,7 +191,7 @@ def peak(state_mb: float) -> float:
         batch = torch.randn(8, WIDTH)
         train_step(run, [[batch, batch]])  # without the record, which would make the room ahead
         run.progress.step += 1
-        size = sum(part.values.nbytes for part in metrics.checkpoint_writer.state().values())
+        size = sum(part.values.nbytes for part in slices_of(run).values())
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak
         before = status("VmRSS")
         metrics.checkpoint()
@@ -219,7 +220,7 @@ def disk(state_mb: float, rounds: int = 5) -> None:
             metrics.checkpoint_writer.save()
             saved = metrics.checkpoint_writer.wait()
             assert saved is not None
-            save.append(saved.write)
+            save.append(saved.write_s)
             newest = list_checkpoints(folder)[-1]
             file = next(newest.glob("*.safetensors"))
             size, other = file.stat().st_size, folder / "dd"
@@ -262,8 +263,8 @@ def plain_read(path: Path) -> None:
 
 def load_into(run: Run, folder: Path) -> None:
     """What a resume does with a checkpoint."""
-    checkpoint, problem = opened(folder, run)
-    assert checkpoint is not None, problem
+    checkpoint, error = verify(folder, run.world, run.phase.tick)
+    assert checkpoint is not None, error
     with checkpoint:
         run.strategies["model"].load_state(checkpoint.of("model"))
 
@@ -286,15 +287,10 @@ def export(size_mb: float) -> None:
         measure += (
             "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
         )
-        for kind in ("safetensors", "pt"):
-            words = [sys.executable, "-c", measure, str(newest), f"to={metrics.run_dir / f'export.{kind}'}"]
-            ended = subprocess.run(words, capture_output=True, text=True, check=True)
-            peak = int(ended.stdout.split()[-1]) * 1024
-            say(
-                f"export of {decimal(weights)} to .{kind}: peak memory of the process",
-                decimal(peak),
-                "below 500 MB",
-            )
+        argv = [sys.executable, "-c", measure, str(newest), f"to={metrics.run_dir / 'export.safetensors'}"]
+        ended = subprocess.run(argv, capture_output=True, text=True, check=True)
+        peak = int(ended.stdout.split()[-1]) * 1024
+        say(f"export of {decimal(weights)}: peak memory of the process", decimal(peak), "below 500 MB")
 
 
 def manifest(ranks: int = 1024, tensors: int = 1000) -> None:

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from launch.checkpoint import inspection
 from launch.checkpoint.manifest import FileEntry, Manifest, TensorEntry
-from launch.checkpoint.tensor_file import layout
-from launch.checkpoint.tensors import NAMES
+from launch.checkpoint.tensor_file import dtype_name, file_header
 from launch.runtime.files import write_hashed
 from strategies.sharded_state import slice_for_rank
 
@@ -63,7 +62,7 @@ def write_checkpoint(
     )
     for name, tensor in tensors.items():
         manifest.tensors[name] = TensorEntry(
-            dtype=NAMES[tensor.dtype], shape=list(tensor.shape), cuts=[0], files=[], offsets=[]
+            dtype=dtype_name(tensor.dtype), shape=list(tensor.shape), cuts=[0], files=[], offsets=[]
         )
     for rank in range(ranks):
         held = {}
@@ -71,8 +70,8 @@ def write_checkpoint(
             start, stop = slice_for_rank(tensor.numel(), rank, ranks)
             if stop > start:
                 held[name] = tensor.contiguous().view(-1)[start:stop]
-        header, placed, _ = layout(
-            {name: (NAMES[part.dtype], tuple(part.shape)) for name, part in held.items()}
+        header, placed, _ = file_header(
+            {name: (dtype_name(part.dtype), tuple(part.shape)) for name, part in held.items()}
         )
         path = folder / f"rank-{rank:05d}.safetensors"
         content = (memoryview(held[name].view(torch.uint8).numpy()) for name in placed)

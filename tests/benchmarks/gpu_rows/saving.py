@@ -89,5 +89,5 @@ def saving(
         seconds = now(device) - start
         done = metrics.checkpoint_writer.wait()
         assert done is not None
-        assert not done.problem, done.problem
+        assert not done.error, done.error
         saves.append(Save(done.blocking_s, seconds, done.size))

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from launch.checkpoint import directory
-from launch.checkpoint.manifest import NAME, DamagedCheckpoint, Manifest
+from launch.checkpoint.manifest import MANIFEST_NAME, DamagedCheckpoint, Manifest
 from launch.checkpoint.reader import Checkpoint
 from launch.checkpoint.resume import resume
 from launch.checkpoint.writer import SaveError
@@ -84,15 +84,15 @@ def take_from_older(newest: Path, older: Path, draw: random.Random) -> None:
 
 
 def edit(newest: Path, *_: object) -> None:
-    text = (newest / NAME).read_text()
-    (newest / NAME).write_text(text.replace('"best_step": null', '"best_step": 1'))
+    text = (newest / MANIFEST_NAME).read_text()
+    (newest / MANIFEST_NAME).write_text(text.replace('"best_step": null', '"best_step": 1'))
 
 
 def escape(newest: Path, older: Path, _: random.Random) -> None:
     """By somebody who knows how to make the digest right."""
     manifest = Manifest.read(newest)
     manifest.files[0].name = f"../{older.name}/{manifest.files[0].name}"
-    manifest.check = lambda: None  # type: ignore[method-assign]
+    manifest.validate = lambda: None  # type: ignore[method-assign]
     manifest.write(newest)
 
 
@@ -122,7 +122,7 @@ def test_fifty_corruptions_are_found_before_a_tensor_is_read(
         assert told.startswith(f"rankzero: {newest}"), told
         assert told.endswith(f"; going back to {older}\n")
         assert told.count("\n") == 1
-        assert [path.name for path in directory.list_named(copy)] == [older.name]
+        assert [path.name for path in directory.list_step_folders(copy)] == [older.name]
         assert newest.with_name(newest.name + ".damaged").is_dir(), "set aside, not lost"
         asked.clear()
 
@@ -148,7 +148,7 @@ def test_without_a_whole_one_the_run_does_not_start_afresh(run_dir: Path, tmp_pa
         next(folder.glob("*.safetensors")).unlink()
     for _ in range(2):  # nor at a second try
         with pytest.raises(
-            ValueError, match=r"rank-0000\d.safetensors is missing .* no whole checkpoint is left"
+            ValueError, match=r"rank-0000\d.safetensors is missing .* no intact checkpoint is left"
         ):
             resume(job_of(alone(), "Fit", *WORDS), tmp_path / "run")
 
@@ -178,7 +178,7 @@ def test_a_manifest_that_cannot_be_true_is_refused(
     folder = shutil.copytree(directory.list_checkpoints(run_dir)[-1], tmp_path / "copy")
     manifest = Manifest.read(folder)
     change(manifest)
-    manifest.check = lambda: None  # type: ignore[method-assign]
+    manifest.validate = lambda: None  # type: ignore[method-assign]
     manifest.write(folder)
     with pytest.raises(DamagedCheckpoint, match=message):
         Manifest.read(folder)
@@ -227,7 +227,7 @@ def once_overdue(world: CpuWorld, folder: Path) -> list[str]:
     if world.rank == 0:
         folder.mkdir()
     metrics = Metrics(run, folder, {}, Console(False))
-    metrics.consensus.period, metrics.checkpoint_writer.last = 0.0, -1e9
+    metrics.consensus.period, metrics.checkpoint_writer.last_save_time = 0.0, -1e9
     train(run, metrics)
     metrics.finish()
     return [path.name for path in directory.list_checkpoints(folder)]
@@ -352,7 +352,7 @@ def test_the_format_is_open(run_dir: Path) -> None:
     """JSON, and files that the safetensors package reads."""
     for file in directory.list_checkpoints(run_dir)[-1].glob("*.safetensors"):
         assert all(tensor.ndim == 1 for tensor in load_file(file).values())
-    found = json.loads((directory.list_checkpoints(run_dir)[-1] / NAME).read_text())["manifest"]
+    found = json.loads((directory.list_checkpoints(run_dir)[-1] / MANIFEST_NAME).read_text())["manifest"]
     assert (found["step"], found["samples"]) == (6, 96)
     assert found["config"]["lr"] == 0.01
     assert found["optimizers"]["model"][0]["optimizer"] == "AdamW"

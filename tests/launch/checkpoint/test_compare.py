@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from launch.checkpoint.compare import compare
+from launch.checkpoint.compare import compare_checkpoints
 from launch.checkpoint.directory import checkpoint_dir
 from launch.checkpoint.reader import Checkpoint
 from tests.launch.checkpoints import CONFIG, GROUPS, call, state, write_checkpoint, write_run
@@ -98,15 +98,15 @@ def test_what_differs(tmp_path: Path) -> None:
         }
         | {"large": [2**60 + 1], "new": [1], "shape": [[1, 2]], "type": [1.0]},
     )
-    found = compare(first, second)
-    assert {apart.name: apart.largest for apart in found.apart} == {
+    found = compare_checkpoints(first, second)
+    assert {values.name: values.max_abs for values in found.values} == {
         "one nan": inf,
         "signs": inf,
         "bool": 1.0,
         "large": 0.0,
     }
-    assert found.equal == 3
-    assert {name for name, _, _ in found.tensors} == {"gone", "new", "shape", "type"}
+    assert found.equal_count == 3
+    assert {name for name, _, _ in found.specs} == {"gone", "new", "shape", "type"}
     assert not found.same_state
     first.close()
     second.close()

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from launch.checkpoint import tensors
+from launch.checkpoint import tensor_file
 from launch.checkpoint.init_weights import load_initial_weights
 from launch.checkpoint.name_matching import match_names
 from launch.data.prefetch import group_micro_batches
@@ -100,18 +100,18 @@ def begun(world: CpuWorld, strategy: str, path: Path) -> Begun:
     optimizer updates.
     """
     run = tiny("Tied", f"strategy={strategy}", place=world)
-    read, counted = 0, tensors.empty_tensor
+    read, counted = 0, tensor_file.empty_tensor
 
     def counting(dtype: str, numel: int) -> tuple[Tensor, memoryview]:
         nonlocal read
-        read += numel * tensors.DTYPES[dtype].itemsize
+        read += numel * tensor_file.ITEM_SIZES[dtype]
         return counted(dtype, numel)
 
-    tensors.empty_tensor = counting
+    tensor_file.empty_tensor = counting
     try:
         load_initial_weights(run, str(path))
     finally:
-        tensors.empty_tensor = counted
+        tensor_file.empty_tensor = counted
     weights = {name: tensor.clone() for name, tensor in weights_of(run).items()}
     losses = []
     for batches, _ in zip(

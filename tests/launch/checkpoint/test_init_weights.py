@@ -225,7 +225,7 @@ def test_a_run_or_its_checkpoint(tmp_path: Path) -> None:
     # one model of two; and a model that ties no longer what was tied
     said, found = init_of(alone(), "Untied", "single", tmp_path, "init_partial=true")
     assert (
-        "12 of 12 tensors, its names without 'student.'; of no use to the model: 2 (teacher.bias, teacher.weight)"
+        "12 of 12 tensors, its names without 'student.'; not used by the model: 2 (teacher.bias, teacher.weight)"
         in said
     )
     assert all(torch.equal(found[name], expected[f"student.{name}"]) for name in unique(elsewhere()))
@@ -273,7 +273,7 @@ def test_differences_are_listed_and_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="fits") as refused:
         load_initial_weights(tiny("Tied"), str(path))
     assert str(refused.value).endswith(
-        "a.safetensors: it fits 8 of 10 tensors; not in the file: 1 (stem.bias); of no use to the model: 1 "
+        "a.safetensors: it fits 8 of 10 tensors; not in the file: 1 (stem.bias); not used by the model: 1 "
         "(extra.weight); of another shape: 1 (out.weight 1 x 33, in the file 7 x 33). If that is meant, say init_partial=true"
     )
     run = tiny("Tied", "init_partial=true")
@@ -319,7 +319,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "another file": (
         lambda folder: written(folder / "a.pt", b"hello world"),
-        "neither a safetensors nor a whole torch file",
+        "neither a safetensors nor a complete torch file",
     ),
     "an empty file": (lambda folder: written(folder / "a.safetensors", b""), "is no safetensors file"),
     "a list": (lambda folder: saved(folder / "a.pt", [torch.ones(2)]), "no state_dict in it"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from launch.checkpoint import tensor_file, tensors
+from launch.checkpoint import tensor_file
 from launch.runtime.files import write_hashed
 
 TENSORS = {
@@ -22,11 +22,13 @@ TENSORS = {
 
 
 def test_safetensors_reads_what_we_write(tmp_path: Path) -> None:
-    kinds = {name: (tensors.NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in TENSORS.items()}
-    header, placed, size = tensor_file.layout(kinds)
+    kinds = {
+        name: (tensor_file.dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in TENSORS.items()
+    }
+    header, placed, size = tensor_file.file_header(kinds)
     body = bytearray(size)
     for name, stored in placed.items():
-        body[stored.offset : stored.offset + stored.size] = bytes(
+        body[stored.offset : stored.offset + stored.nbytes] = bytes(
             TENSORS[name].reshape(-1).view(torch.uint8).numpy()
         )
     write_hashed(tmp_path / "file", [header, body])

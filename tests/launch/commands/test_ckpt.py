@@ -131,7 +131,7 @@ def test_list(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[0].endswith("ddp x 3 complete best")
     assert lines[1].endswith("ddp x 3 damaged rank-00001.safetensors is missing (No such file or directory)")
     assert "ddp x 64 damaged rank-00063.safetensors has" in lines[2]
-    assert lines[3].endswith("damaged set aside by its run")
+    assert lines[3].endswith("damaged quarantined by its run")
 
 
 def test_list_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -157,13 +157,13 @@ def test_what_the_run_removes_meanwhile(
     said = call(capsys, "list", made)
     assert "removed just now: the run goes on" in said
     assert "30" in said
-    for words in (["inspect"], ["export", "to=w.pt"], ["verify"]):
+    for words in (["inspect"], ["export", "to=w.safetensors"], ["verify"]):
         write_checkpoint(checkpoint_dir(made, 20), WEIGHTS, step=20)
         said = call(capsys, words[0], checkpoint_dir(made, 20), *words[1:], expect=2)
         assert "step-00000020 has just been removed: its run goes on" in said
     write_checkpoint(checkpoint_dir(made, 20), WEIGHTS, step=20)
     said = call(capsys, "verify", made)  # of the others there are news
-    assert said.count("is whole") == 2
+    assert said.count("is intact") == 2
     assert said.count("has just been removed") == 1
 
 
@@ -190,7 +190,7 @@ def test_inspect(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_verify_names_each_damaged_file(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(capsys, "verify", made).count("is whole: 3 files") == 3
+    assert call(capsys, "verify", made).count("is intact: 3 files") == 3
     spoil(checkpoint_dir(made, 20) / "rank-00000.safetensors")
     spoil(checkpoint_dir(made, 20) / "rank-00002.safetensors", 0)
     spoil(checkpoint_dir(made, 30) / "manifest.json", 300)
@@ -198,7 +198,7 @@ def test_verify_names_each_damaged_file(made: Path, capsys: pytest.CaptureFixtur
     for name in ("step-00000020/rank-00000", "step-00000020/rank-00002", "step-00000030/manifest.json"):
         assert f"{name}" in said
     assert said.count("is damaged") == 3
-    assert said.count("is whole") == 1
+    assert said.count("is intact") == 1
     call(capsys, "verify", checkpoint_dir(made, 10))
     call(capsys, "verify", checkpoint_dir(made, 20), expect=1)
 
@@ -209,26 +209,26 @@ def test_verify_names_each_damaged_file(made: Path, capsys: pytest.CaptureFixtur
 def test_a_damaged_checkpoint_is_not_exported(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spoil(checkpoint_dir(made, 30) / "rank-00001.safetensors")
     assert "rank-00001.safetensors is damaged" in call(
-        capsys, "export", made, f"to={made / 'w.pt'}", expect=1
+        capsys, "export", made, f"to={made / 'w.safetensors'}", expect=1
     )
     assert [path.name for path in made.iterdir()] == ["checkpoints"]
-    call(capsys, "export", checkpoint_dir(made, 20), f"to={made / 'w.pt'}")
+    call(capsys, "export", checkpoint_dir(made, 20), f"to={made / 'w.safetensors'}")
 
 
 def test_export_of_several_models(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_checkpoint(made / "two", state("student", WEIGHTS) | state("teacher", WEIGHTS))
-    said = call(capsys, "export", folder, f"to={made / 'w.pt'}", "shard_gb=1e-7")
+    said = call(capsys, "export", folder, f"to={made / 'w.safetensors'}", "shard_gb=1e-7")
     assert (
-        f'accelerate.load_checkpoint_in_model(torch.nn.ModuleDict(models), "{made / "w.pt.index.json"}")'
+        f'accelerate.load_checkpoint_in_model(torch.nn.ModuleDict(models), "{made / "w.safetensors.index.json"}")'
         in said
     )
-    said = call(capsys, "export", folder, f"to={made / 't.pt'}", "model=teacher", "dtype=fp16")
-    loaded = torch.load(made / "t.pt", weights_only=True)
+    said = call(capsys, "export", folder, f"to={made / 't.safetensors'}", "model=teacher", "dtype=fp16")
+    loaded = load_file(made / "t.safetensors")
     assert {name: tensor.dtype for name, tensor in loaded.items() if name != "count"} == {
         "layer.weight": torch.float16,
         "layer.bias": torch.float16,
     }
-    assert f'model.load_state_dict(torch.load("{made / "t.pt"}", weights_only=True))' in said
+    assert f'safetensors.torch.load_model(model, "{made / "t.safetensors"}")' in said
 
 
 # prune ------------------------------------------------------------------------------------------------------
@@ -261,7 +261,7 @@ def test_prune(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_prune_leaves_something_to_go_on_from(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "keep=0 must be at least 1" in call(capsys, "prune", made, "keep=0", expect=2)
     spoil(checkpoint_dir(made, 30) / "rank-00002.safetensors", 0)
-    assert "would keep nothing that is whole (rank-00002.safetensors" in call(
+    assert "would keep no intact checkpoint (rank-00002.safetensors" in call(
         capsys, "prune", made, "keep=1", expect=2
     )
     assert len(directory.list_checkpoints(made)) == 3
@@ -291,24 +291,33 @@ def test_prune_leaves_something_to_go_on_from(made: Path, capsys: pytest.Capture
         ("inspect lr/x=0.1", "lr/x=0.1 is neither a checkpoint nor a run"),
         (
             "inspect RUN/checkpoints/step-00000011",
-            "is not there, or no longer; the run has step-00000010, step-00000020",
+            "does not exist, or no longer; the run has step-00000010, step-00000020",
         ),
-        ("export RUN", "to= must name a file to write that ends in .safetensors, .pt, .pth"),
-        ("export RUN to=w.bin", "to=w.bin must name a file"),
-        ("export RUN to=nowhere/w.pt", "there is no folder nowhere"),
-        ("export RUN to=RUN/there.pt", "is there already, and is not overwritten"),
-        ("export RUN to=RUN/cut.pt", "cut-00001-of-00002.pt is there already"),
-        ("export RUN to=w.pt shard=1", "shard is not a key of export; did you mean shard_gb?"),
-        ("export RUN to=w.pt shard_gb=0", "shard_gb=0 must be a number of gigabytes, above 0"),
-        ("export RUN to=w.pt dtype=int8", "dtype=int8 is not fp32|bf16|fp16|null"),
         (
-            "export RUN to=w.pt model=judge",
+            "export RUN",
+            "to= must name a file to write that ends in .safetensors, such as to=weights.safetensors",
+        ),
+        ("export RUN to=w.onnx", "to=w.onnx must name a file"),
+        (
+            "export RUN to=w.pt",
+            'write to=w.safetensors, then convert it with torch.save(safetensors.torch.load_file("w.safetensors"), '
+            '"w.pt")',
+        ),
+        ("export RUN to=w.pth", 'torch.save(safetensors.torch.load_file("w.safetensors"), "w.pth")'),
+        ("export RUN to=nowhere/w.safetensors", "there is no folder nowhere"),
+        ("export RUN to=RUN/there.safetensors", "exists already, and is not overwritten"),
+        ("export RUN to=RUN/cut.safetensors", "cut-00001-of-00002.safetensors exists already"),
+        ("export RUN to=w.safetensors shard=1", "shard is not a key of export; did you mean shard_gb?"),
+        ("export RUN to=w.safetensors shard_gb=0", "shard_gb=0 must be a number of gigabytes, above 0"),
+        ("export RUN to=w.safetensors dtype=int8", "dtype=int8 is not fp32|bf16|fp16|null"),
+        (
+            "export RUN to=w.safetensors model=judge",
             "model=judge is not in the checkpoint of step 30, which holds model",
         ),
     ],
 )
 def test_mistakes(made: Path, capsys: pytest.CaptureFixture[str], words: str, said: str) -> None:
-    for name in ("there.pt", "cut-00001-of-00002.pt"):
+    for name in ("there.safetensors", "cut-00001-of-00002.safetensors"):
         (made / name).touch()
     assert said in call(capsys, *words.replace("RUN", str(made)).split(), expect=2)
 
