@@ -37,7 +37,7 @@ class ValueDifference(NamedTuple):
     """largest absolute difference; infinite where only one of two values is finite"""
     max_rel: float
     """that, relative to the largest finite value of either tensor"""
-    count: int
+    num_different: int
     """elements that differ"""
     numel: int
     """elements of the tensor"""
@@ -77,7 +77,7 @@ def compare_checkpoints(
     )
     for name in comparable_tensors(old, new):
         values = compare_tensor(first, second, name, on_progress)
-        if values.count:
+        if values.num_different:
             difference.values.append(values)
         else:
             difference.equal_count += 1
@@ -116,7 +116,7 @@ def changes_between(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Chan
 def compare_tensor(
     first: Checkpoint, second: Checkpoint, name: str, on_progress: Callable[[int], object]
 ) -> ValueDifference:
-    """How far the tensors `name` of two checkpoints differ; `count` is 0 if they do not."""
+    """How far the tensors `name` of two checkpoints differ; `num_different` is 0 if they do not."""
     numel = first.manifest.tensors[name].numel
     max_abs, max_value, count = 0.0, 0.0, 0
     for start in range(0, numel, CHUNK_NUMEL):
@@ -129,10 +129,8 @@ def compare_tensor(
             count += int(differs.sum())
             distance = (to_double(old[differs]) - to_double(new[differs])).abs()
             max_abs = max(max_abs, float(distance.nan_to_num(nan=torch.inf, posinf=torch.inf).max()))
-    if max_value:
-        max_rel = max_abs / max_value
-    else:
-        max_rel = torch.inf if max_abs else 0.0
+    without_finite = torch.inf if max_abs else 0.0
+    max_rel = max_abs / max_value if max_value else without_finite
     return ValueDifference(name, max_abs, max_rel, count, numel)
 
 

@@ -1,4 +1,4 @@
-"""May a run continue from a checkpoint? Only if what it computes is unchanged: keys, data, models, optimizers.
+"""May a run continue from a checkpoint? Only with the same keys, data, models and optimizers.
 
 Strategy, number of ranks and what else does not change the loss curve may differ.
 """

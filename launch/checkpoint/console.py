@@ -64,7 +64,10 @@ def is_option(argument: str) -> bool:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that `path` means: itself or, of a run, the newest. Raises ValueError if there is none."""
+    """The checkpoint that `path` means: itself or, of a run, the newest.
+
+    Raises ValueError if there is none.
+    """
     if (path / MANIFEST_NAME).is_file():
         return path
     if checkpoints := list_checkpoints(path):
@@ -121,7 +124,10 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 @contextmanager
 def progress_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar of bytes while the block lasts, on a terminal; yields what is called with each number of bytes."""
+    """A bar of bytes while the block lasts, on a terminal.
+
+    Yields the function to be called with each number of bytes.
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,

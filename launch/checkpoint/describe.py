@@ -1,4 +1,4 @@
-"""What the manifests alone say of checkpoints: the lines of `ckpt list` and `ckpt inspect`. Imports no torch."""
+"""What manifests say of checkpoints: the lines of `ckpt list` and `ckpt inspect`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -55,9 +55,7 @@ def best_step_of(manifests: Iterable[Manifest | None]) -> int | None:
 
 
 def examine(folder: Path) -> tuple[Manifest | None, str]:
-    """The manifest of a checkpoint, and what is wrong with the checkpoint as far as the manifest and the sizes
-    of the files show it; empty if nothing.
-    """
+    """The manifest of a checkpoint, and what is wrong with it, empty if nothing: as far as the sizes show."""
     try:
         manifest = Manifest.read(folder)
     except (ValueError, OSError) as error:

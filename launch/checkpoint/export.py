@@ -1,7 +1,7 @@
 """Export: the weights of a checkpoint as plain safetensors files.
 
 They are streamed in chunks, from whichever ranks wrote them: neither the model nor one of its tensors has to
-fit into memory. There is no `.pt` export: two lines of torch convert a safetensors file (`HOW_TO_CONVERT`).
+fit into memory. There is no `.pt` export: one line of torch converts a safetensors file (`HOW_TO_CONVERT`).
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from launch.checkpoint.tensor_file import ITEM_SIZES, empty_tensor, file_header,
 from launch.runtime.files import check_free_space, sync, write_hashed
 
 SUFFIX = ".safetensors"
-HOW_TO_CONVERT = 'torch.save(safetensors.torch.load_file("{}"), "{}")'
-"""from a safetensors file to one of torch; to be filled in with both names"""
+HOW_TO_CONVERT = 'torch.save({{k: v.clone() for k, v in safetensors.torch.load_file("{}").items()}}, "{}")'
+"""from a safetensors file to one of torch; to be filled in with both names. Without `clone` torch refuses
+tensors of several dtypes, since they are views of one mapped file.
+"""
 PRECISIONS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 SHARD_BYTES = 5 * 10**9
 """a larger file is sharded, as Hugging Face does it"""

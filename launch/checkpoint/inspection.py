@@ -181,7 +181,7 @@ def print_values(difference: CheckpointDifference, limit: int | None) -> None:
     differing = difference.values
     print(f"\nvalues: {plural(difference.equal_count, 'tensor')} equal, {len(differing)} differ")
     rows = [
-        (f"{each.max_abs:.3g}", f"{each.max_rel:.2g}", f"{each.count:,} of {each.numel:,}", each.name)
+        (f"{each.max_abs:.3g}", f"{each.max_rel:.2g}", f"{each.num_different:,} of {each.numel:,}", each.name)
         for each in differing[:limit]
     ]
     if rows:

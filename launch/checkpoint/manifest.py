@@ -103,7 +103,7 @@ class Manifest:
         return list(dict.fromkeys(name.partition("/")[0] for name in self.tensors))
 
     def size_error(self, folder: Path) -> str:
-        """Which file in `folder` is missing or has another size, as a message; empty if none. Opens no file."""
+        """Which file in `folder` is missing or has another size; empty if none. Opens no file."""
         for file in self.files:
             try:
                 size = (folder / file.name).stat().st_size

@@ -43,7 +43,7 @@ def resume(run: Run, run_dir: Path) -> Path | None:
 
 
 def find(wanted: str, run_dir: Path, world: World) -> list[Path]:
-    """The checkpoints that `resume=wanted` allows, the one to be tried first first; the same on all ranks.
+    """The checkpoints that `resume=wanted` allows, in the order to be tried; the same on all ranks.
 
     Collective: it counts what rank zero sees, as another node may see a shared folder a little later. Raises
     ValueError, on all ranks, if `wanted` is a path without a checkpoint.

@@ -35,8 +35,9 @@ class Snapshot:
         self.copied: torch.cuda.Event | None = None
 
     def reserve(self, specs: Mapping[str, TensorSpec]) -> None:
-        """Allocate the buffer for tensors of `specs`, and touch its pages: the first copy would otherwise take
-        ten times as long.
+        """Allocate the buffer for tensors of `specs`, and touch its pages.
+
+        The first copy would otherwise take ten times as long.
         """
         if specs == self.specs:  # the same at each save, as a rule
             return

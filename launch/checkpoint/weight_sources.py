@@ -69,7 +69,7 @@ def locate(path: Path) -> Path:
 def open_source(
     path: Path, models: list[str], world: World, stack: ExitStack
 ) -> tuple[dict[str, SourceTensor], str]:
-    """The tensors in `path` by name, open as long as `stack` is; and where inside the file they were, as text.
+    """The tensors in `path` by name, open as long as `stack` is; and the key in the file where they were.
 
     Each rank opens it; not collective. Raises ValueError or OSError.
     """

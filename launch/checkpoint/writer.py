@@ -1,5 +1,6 @@
-"""Asynchronous, atomic saves: the training waits for a copy into host memory; a thread of each rank writes its
-file in the background, and that of rank zero commits the checkpoint.
+"""Asynchronous, atomic saves: the training waits for a copy into host memory, a thread writes the file.
+
+Each rank has such a thread; that of rank zero commits the checkpoint.
 
     training thread, all ranks          background thread, all ranks
     save()  wait for the save before

@@ -300,10 +300,10 @@ def test_prune_leaves_something_to_go_on_from(made: Path, capsys: pytest.Capture
         ("export RUN to=w.onnx", "to=w.onnx must name a file"),
         (
             "export RUN to=w.pt",
-            'write to=w.safetensors, then convert it with torch.save(safetensors.torch.load_file("w.safetensors"), '
-            '"w.pt")',
+            "write to=w.safetensors, then convert it with torch.save({k: v.clone() for k, v in "
+            'safetensors.torch.load_file("w.safetensors").items()}, "w.pt")',
         ),
-        ("export RUN to=w.pth", 'torch.save(safetensors.torch.load_file("w.safetensors"), "w.pth")'),
+        ("export RUN to=w.pth", 'load_file("w.safetensors").items()}, "w.pth")'),
         ("export RUN to=nowhere/w.safetensors", "there is no folder nowhere"),
         ("export RUN to=RUN/there.safetensors", "exists already, and is not overwritten"),
         ("export RUN to=RUN/cut.safetensors", "cut-00001-of-00002.safetensors exists already"),
