@@ -29,12 +29,14 @@ except ModuleNotFoundError as missing:
 
 from launch.cli import help
 from launch.cli.config import exit_with_mistake
+from launch.runtime.agent import die_with_agent
 from launch.runtime.world import World, find_world
 from launch.training.run_dir import find_run_dir
 
 
 def main(words: list[str]) -> None:
     """Train what `words` say; the exit code tells how it ended."""
+    die_with_agent(os.environ)
     world = World()
     try:
         check_only, words = "--check" in words, [word for word in words if word != "--check"]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.launch.stub_home import make_stub_home
 from tests.slurm.cluster import Cluster, missing, running
 
 HERE = Path(__file__).parent
@@ -36,10 +37,7 @@ def cluster(slurm: Cluster) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def stub(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for RANKZERO_HOME, whose launch/run.py is stub.py: what SLURM does shows sooner than with a
+    """A folder for RANKZERO_HOME, whose launch/run.py is a stub: what SLURM does shows sooner than with a
     training.
     """
-    home = tmp_path_factory.mktemp("home")
-    (home / "launch").mkdir()
-    (home / "launch" / "run.py").symlink_to(HERE / "stub.py")
-    return home
+    return make_stub_home(tmp_path_factory.mktemp("stub") / "home")

@@ -63,7 +63,7 @@ def test_a_rank_for_each_gpu_or_task(
     assert len(said) == nodes * ranks
     for index, rank in enumerate(said):
         found = rank["environment"]
-        assert rank["words"] == [f"launcher={launcher}", "run_dir=run", *NASTY, "run_dir=run"]
+        assert rank["argv"] == [f"launcher={launcher}", "run_dir=run", *NASTY, "run_dir=run"]
         assert (found["MASTER_ADDR"], found["MASTER_PORT"]) == ("n1", str(10000 + int(number)))
         assert found["OMP_NUM_THREADS"] == str(threads)
         assert found["SLURM_NODEID"] == str(index // ranks)
@@ -117,7 +117,7 @@ def test_a_stop_on_purpose_is_requeued(cluster: Cluster, stub: Path, tmp_path: P
     cluster.ask("scancel", *f"--signal={said}".split(), number)
     job = cluster.wait(number, "COMPLETED")
     assert job["Restarts"] == "1"
-    assert {rank["life"] for rank in told(tmp_path / "run")} == {"second"}
+    assert {rank["attempt"] for rank in told(tmp_path / "run")} == {"second"}
     assert not (tmp_path / "run" / "stopped.json").exists()
 
 
@@ -140,7 +140,7 @@ def test_a_preempted_run_saves_and_comes_back(cluster: Cluster, stub: Path, tmp_
     urgent = cluster.submit(cwd=tmp_path, home=stub, options="--partition=urgent --nodes=2 --exclusive")
     cluster.done(urgent)
     assert cluster.wait(number, "COMPLETED")["Restarts"] == "1"
-    assert {rank["life"] for rank in told(tmp_path / "run")} == {"second"}
+    assert {rank["attempt"] for rank in told(tmp_path / "run")} == {"second"}
 
 
 def test_a_cancelled_run_does_not_come_back(cluster: Cluster, stub: Path, tmp_path: Path) -> None:

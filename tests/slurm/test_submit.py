@@ -48,7 +48,7 @@ def test_the_words_arrive_and_the_run_is_told_about(cluster: Cluster, site: str,
     job = cluster.wait(number, "COMPLETED")
     assert (job["TimeLimit"], job["NumNodes"], job["CPUs/Task"]) == ("1-00:00:00", "2", "2")
     rank = json.loads((tmp_path / "my runs/x/rank1.json").read_text())
-    assert rank["words"] == [*nasty, "launcher=srun", "run_dir=my runs/x", "run_dir=my runs/x"]
+    assert rank["argv"] == [*nasty, "launcher=srun", "run_dir=my runs/x", "run_dir=my runs/x"]
     assert rank["environment"]["SLURM_JOB_NAME"] == "a b #c"
     status = submit(cluster, tmp_path, "status", "my runs/x").splitlines()
     assert status[0].startswith(f"job {number}  COMPLETED")
