@@ -163,7 +163,7 @@ def rendezvous_parameters(
 ) -> RendezvousParameters:
     """Where the agents meet: at `endpoint`, or for one node on a free port, as `torchrun --standalone` does.
 
-    Raises UnreachableError, with the reason, if node 0 cannot serve the endpoint or another node not reach it.
+    Raises UnreachableError, with the reason, if node 0 cannot serve the endpoint or another cannot reach it.
     """
     if endpoint is None:
         return RendezvousParameters("c10d", "localhost:0", str(uuid.uuid4()), nnodes, nnodes)
@@ -186,7 +186,7 @@ def silence_torchrun() -> None:
 
 
 def peek_exit_code(pid: int) -> int | None:
-    """The exit code of a child, negative for a signal; None while it runs. Its Popen can still wait for it."""
+    """The exit code of a child, negative for a signal; None while it runs. Its Popen still waits for it."""
     try:
         ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:  # its Popen has waited for it

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from launch.runtime.agent import check_topology, exit_code_of, unexplained
-from tests.launch.processes import LAUNCHERS, ROOT, free_port
+from tests.launch.processes import LAUNCHER_VARIABLES, ROOT, free_port
 from tests.launch.stub_home import make_stub_home
 
 AGENT = """
@@ -25,13 +25,13 @@ from launch.runtime.agent import run_agent
 options, *argv = sys.argv[1:]
 sys.exit(run_agent(argv, **json.loads(options)))
 """
-PATIENCE_S = 120.0
+PATIENCE_S = 300.0
 """an agent imports torch: two or three seconds on an idle machine"""
 
 
 def start_agent(home: Path, *argv: str, **options: object) -> subprocess.Popen[str]:
     """An agent in a process of its own, whose ranks run stub_run.py in `home`."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_VARIABLES)}
     path = os.pathsep.join([str(home), str(ROOT)])
     return subprocess.Popen(
         [sys.executable, "-c", AGENT, json.dumps(options), f"run_dir={home / 'run'}", *argv],
