@@ -1,4 +1,4 @@
-"""Among several nodes: who came, whether the clocks agree, whether all see one folder."""
+"""Several nodes: which ranks joined, whether the clocks agree, whether all nodes see the same directory."""
 
 from __future__ import annotations
 
@@ -6,28 +6,29 @@ import contextlib
 import re
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from launch.diagnostics.exchange import Meeting
+from launch.diagnostics.exchange import Exchange
+from launch.diagnostics.findings import Finding, Outcome, join_names, merge_equal
 from launch.diagnostics.machine import file_system
-from launch.diagnostics.report import Finding, Report, Status, by_value, listed, nodes_of
-from launch.diagnostics.temp_files import scratch
+from launch.diagnostics.rank_report import RankReport, group_by_node
+from launch.diagnostics.temp_files import removed_afterwards
 from launch.runtime.store import addresses_of, spans
 from launch.runtime.world import World
 
 PINGS = 5
-CLOCKS = 20.0
-"""seconds that all clocks together get; a question and its answer take about a millisecond"""
-SKEW_WARN, SKEW_FAIL = 1.0, 60.0
-"""seconds; above the second, SLURM's munge and Kerberos soon refuse credentials"""
-SEEN = 5.0
-"""seconds in which a new file must be seen by all; it has a new name, which no cache can hold as absent"""
-STEP = 5.0
-"""seconds that a node may come later than the others to a step of the checkup"""
+CLOCKS_TIMEOUT_S = 20.0
+"""for all clocks together; a question and its answer take about a millisecond"""
+SKEW_WARN_S, SKEW_FAIL_S = 1.0, 60.0
+"""above the second, SLURM's munge and Kerberos soon refuse credentials"""
+VISIBLE_TIMEOUT_S = 5.0
+"""in which a new file must be seen by all nodes; it has a new name, which no cache can hold as absent"""
+BARRIER_TIMEOUT_S = 5.0
+"""by which a node may come later than the others to a step of the check"""
 
 
-# who came ---------------------------------------------------------------------------------------------------
+# ranks ------------------------------------------------------------------------------------------------------
 
 
 def hosts_of(environment: Mapping[str, str]) -> list[str]:
@@ -43,131 +44,173 @@ def hosts_of(environment: Mapping[str, str]) -> list[str]:
     return hosts
 
 
-def present(reports: list[Report], world: World, environment: Mapping[str, str]) -> Finding:
-    """Whether all ranks came, and where those are missing that did not."""
-    nodes = nodes_of(reports)
+def ranks_finding(reports: list[RankReport], world: World, environment: Mapping[str, str]) -> Finding:
+    """Whether all ranks joined, and on which nodes those are missing that did not."""
+    groups = group_by_node(reports)
     if len(reports) == world.world_size:
-        return Finding(check="ranks", found=f"{len(reports)} of {world.world_size} came", nodes=tuple(nodes))
+        message = f"{len(reports)} of {world.world_size} joined"
+        return Finding(check="ranks", message=message, nodes=tuple(groups))
     hosts = hosts_of(environment)
     if len(hosts) * world.local_world_size != world.world_size:
         hosts = []
+    joined = [f"{spans([member.rank for member in members])} from {node}" for node, members in groups.items()]
+    absent = [host for host in hosts if host not in groups]
     missing = sorted(set(range(world.world_size)) - {report.rank for report in reports})
-    seen = [f"{spans([report.rank for report in mine])} from {node}" for node, mine in nodes.items()]
-    absent = [host for host in hosts if host not in nodes]
-    on = f" on {listed(hosts)}" if hosts else ""
-    words = f"expected {world.world_size} ranks{on}; saw {', '.join(seen)}"
-    words += f", none from {listed(absent)}" if absent else f", not {spans(missing)}"
-    unknown = [host for host in absent if not addresses_of(host)]
-    fix = "their own lines on the screen say why they did not come; without any, the launcher did not start them, or "
-    fix += "they need longer than timeout="
-    if unknown:
-        fix = f"{listed(unknown)} cannot be resolved from here (DNS, /etc/hosts); else {fix}"
-    return Finding(check="ranks", status="fail", found=words, fix=fix, nodes=tuple(nodes))
+    on = f" on {join_names(hosts)}" if hosts else ""
+    rest = f"none from {join_names(absent)}" if absent else f"not {spans(missing)}"
+    fix = (
+        "their own lines on the screen say why they did not join; without any, the launcher did not start them, or "
+        "they need longer than timeout="
+    )
+    if unresolved := [host for host in absent if not addresses_of(host)]:
+        fix = f"{join_names(unresolved)} cannot be resolved from here (DNS, /etc/hosts); else {fix}"
+    return Finding(
+        check="ranks",
+        status="fail",
+        message=f"expected {world.world_size} ranks{on}; saw {', '.join(joined)}, {rest}",
+        fix=fix,
+        nodes=tuple(groups),
+    )
 
 
 # clocks -----------------------------------------------------------------------------------------------------
 
 
-def clock(meeting: Meeting, leaders: list[int]) -> tuple[float, float] | None:
-    """How many seconds this node's clock is ahead of rank zero's, and the error of that; None where it was
-    not measured.
+@dataclass(frozen=True, kw_only=True)
+class ClockOffset:
+    """How far the clock of a node is ahead of rank zero's."""
+
+    ahead_s: float
+    error_s: float
+    """at most this much of it is an error of the measurement"""
+
+
+def measure_clock(exchange: Exchange, leaders: list[int]) -> ClockOffset | None:
+    """The offset of this node's clock; None on rank zero, which answers the others. All `leaders` call it.
 
     Cristian's algorithm: rank zero's time was read between question and answer, so half the round trip bounds
     the error. The quickest of a few round trips counts. https://doi.org/10.1007/BF01784024
     """
-    if meeting.rank == 0:
-        deadline = time.monotonic() + CLOCKS
-        for leader in leaders[1:]:
-            with contextlib.suppress(TimeoutError):  # who does not ask fails elsewhere
-                for ping in range(PINGS):
-                    meeting.get(f"ping/{leader}/{ping}", min(STEP, deadline - time.monotonic()))
-                    meeting.put(f"pong/{leader}/{ping}", time.time())
+    if exchange.rank == 0:
+        answer_pings(exchange, leaders[1:])
         return None
-    trips = []
+    offsets = []
     for ping in range(PINGS):
         start = time.time()
-        meeting.put(f"ping/{meeting.rank}/{ping}", True)
-        theirs = meeting.get(f"pong/{meeting.rank}/{ping}", CLOCKS)
+        exchange.put(f"ping/{exchange.rank}/{ping}", True)
+        master_time = exchange.get(f"pong/{exchange.rank}/{ping}", float, CLOCKS_TIMEOUT_S)
         end = time.time()
-        trips.append((end - start, (start + end) / 2 - theirs))
-    trip, ahead = min(trips)
-    return ahead, trip / 2
+        offsets.append(ClockOffset(ahead_s=(start + end) / 2 - master_time, error_s=(end - start) / 2))
+    return min(offsets, key=lambda offset: offset.error_s)
 
 
-def clocks(measured: Mapping[str, tuple[float, float]], first: str) -> list[Finding]:
-    """The clocks against that of the node `first`."""
-    values: dict[str, tuple[Status, str, str]] = {}
-    for node, (ahead, error) in measured.items():
-        surely = abs(ahead) - error
-        if surely > SKEW_WARN:
-            fix = "`timedatectl`: let chrony or ntpd set it; files seem to come from the future, and credentials expire early"
-            words = f"{abs(ahead):.1f} s {'ahead of' if ahead > 0 else 'behind'} {first} (± {error * 1000:.1f} ms)"
-            values[node] = ("fail" if surely > SKEW_FAIL else "warn"), words, fix
-    if good := {node: values for node, values in measured.items() if abs(values[0]) - values[1] <= SKEW_WARN}:
-        ahead, error = max(abs(ahead) for ahead, _ in good.values()), max(error for _, error in good.values())
-        words = f"at most {ahead * 1000:.1f} ms from {first} (± {error * 1000:.1f} ms)"
-        return [Finding(check="clock", found=words, nodes=tuple(good)), *by_value("clock", values)]
-    return by_value("clock", values)
+def answer_pings(exchange: Exchange, leaders: list[int]) -> None:
+    """Rank zero's part of the measurement, one node after the other."""
+    deadline = time.monotonic() + CLOCKS_TIMEOUT_S
+    for leader in leaders:
+        with contextlib.suppress(TimeoutError):  # a node that does not ask fails elsewhere
+            for ping in range(PINGS):
+                timeout_s = min(BARRIER_TIMEOUT_S, deadline - time.monotonic())
+                exchange.get(f"ping/{leader}/{ping}", bool, timeout_s)
+                exchange.put(f"pong/{leader}/{ping}", time.time())
 
 
-# one folder -------------------------------------------------------------------------------------------------
+def clock_findings(offsets: Mapping[str, ClockOffset], first_node: str) -> list[Finding]:
+    """The clocks against that of `first_node`; `offsets` are by node."""
+    outcomes: dict[str, Outcome] = {}
+    good: dict[str, ClockOffset] = {}
+    for node, offset in offsets.items():
+        ahead_s, error_ms = abs(offset.ahead_s), offset.error_s * 1000
+        if ahead_s - offset.error_s <= SKEW_WARN_S:
+            good[node] = offset
+            continue
+        direction = "ahead of" if offset.ahead_s > 0 else "behind"
+        outcomes[node] = Outcome(
+            "fail" if ahead_s - offset.error_s > SKEW_FAIL_S else "warn",
+            f"{ahead_s:.1f} s {direction} {first_node} (± {error_ms:.1f} ms)",
+            "`timedatectl`: let chrony or ntpd set it; files seem to come from the future, and credentials expire "
+            "early",
+        )
+    findings = merge_equal("clock", outcomes)
+    if not good:
+        return findings
+    ahead_ms = max(abs(offset.ahead_s) for offset in good.values()) * 1000
+    error_ms = max(offset.error_s for offset in good.values()) * 1000
+    message = f"at most {ahead_ms:.1f} ms from {first_node} (± {error_ms:.1f} ms)"
+    return [Finding(check="clock", message=message, nodes=tuple(good)), *findings]
 
 
-def shared_folder(meeting: Meeting, leaders: list[int], folder: Path, token: str) -> dict[str, Any]:
-    """Write a file and rename it, then look for those of the other nodes; they are removed in any case."""
-    first = folder / f".doctor-{token}-{meeting.rank}.partial"
-    mine = first.with_suffix(".whole")
-    problem = ""
-    # rank zero removes those of all: one that was killed cannot
-    others = (
-        [folder / f".doctor-{token}-{rank}.whole" for rank in leaders if rank != 0]
-        if meeting.rank == 0
-        else []
-    )
-    with scratch(first, mine, *others):
+# one directory for all nodes --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedStorageResult:
+    """What a node saw of the files that the others wrote."""
+
+    missing_ranks: list[int]
+    """ranks of the nodes whose file it did not see"""
+    error: str = ""
+    """why it could not write its own"""
+    seconds: float
+    """until it saw all, or gave up"""
+
+
+def probe_shared_storage(
+    exchange: Exchange, leaders: list[int], directory: Path, token: str
+) -> SharedStorageResult:
+    """Write a file and rename it, then look for those of the other nodes. All `leaders` call it; the files are
+    removed in any case.
+    """
+
+    def file_of(rank: int) -> Path:
+        return directory / f".doctor-{token}-{rank}.complete"
+
+    own = file_of(exchange.rank)
+    partial = own.with_suffix(".partial")
+    # rank zero removes those of all: a rank that was killed cannot
+    others = [file_of(rank) for rank in leaders if rank != 0] if exchange.rank == 0 else []
+    error = ""
+    with removed_afterwards(partial, own, *others):
         try:
-            first.write_text(str(meeting.rank))
-            first.rename(mine)
-        except OSError as error:
-            problem = error.strerror or str(error)
-        meeting.wait_for("written", leaders, STEP)
+            partial.write_text(str(exchange.rank))
+            partial.rename(own)
+        except OSError as os_error:
+            error = os_error.strerror or str(os_error)
+        exchange.barrier("written", leaders, BARRIER_TIMEOUT_S)
         start = time.monotonic()
-        missing = [rank for rank in leaders if rank != meeting.rank]
-        while missing and time.monotonic() - start < SEEN:
-            missing = [
-                rank for rank in missing if not holds(folder / f".doctor-{token}-{rank}.whole", str(rank))
-            ]
+        missing = [rank for rank in leaders if rank != exchange.rank]
+        while missing and time.monotonic() - start < VISIBLE_TIMEOUT_S:
+            missing = [rank for rank in missing if not contains(file_of(rank), str(rank))]
             time.sleep(0.02 if missing else 0)
         seconds = time.monotonic() - start
-        meeting.wait_for("seen", leaders, SEEN + 1)
-    return {"missing": missing, "problem": problem, "seconds": seconds}
+        exchange.barrier("seen", leaders, VISIBLE_TIMEOUT_S + 1)
+    return SharedStorageResult(missing_ranks=missing, error=error, seconds=seconds)
 
 
-def holds(path: Path, text: str) -> bool:
-    """Whether the file is there and says `text`."""
+def contains(path: Path, text: str) -> bool:
+    """Whether the file exists with this content."""
     with contextlib.suppress(OSError):
         return path.read_text() == text
     return False
 
 
-def one_folder(
-    looked: Mapping[str, Mapping[str, Any]], names: Mapping[int, str], folder: str
+def shared_storage_findings(
+    results: Mapping[str, SharedStorageResult], nodes: Mapping[int, str], directory: str
 ) -> list[Finding]:
-    """Whether all nodes see the same folder; `names` are the nodes of the ranks that looked."""
-    values: dict[str, tuple[Status, str, str]] = {}
-    fix = "checkpoints need one folder for all nodes: run_dir= on a file system that they share (NFS, Lustre), mounted alike"
-    for node, result in looked.items():
-        if result["problem"]:
-            values[node] = "fail", f"{folder}: {result['problem']}", fix
-        elif result["missing"]:
-            others = listed([names[rank] for rank in result["missing"]])
-            values[node] = "fail", f"{folder}: sees nothing of what {others} wrote there", fix
+    """Whether all nodes see the same directory; `results` are by node, `nodes` by rank."""
+    fix = (
+        "checkpoints need one directory for all nodes: run_dir= on a file system that they share (NFS, Lustre), "
+        "mounted at the same path"
+    )
+    slowest = max((result.seconds for result in results.values()), default=0.0)
+    outcomes: dict[str, Outcome] = {}
+    for node, result in results.items():
+        if result.error:
+            outcomes[node] = Outcome("fail", f"{directory}: {result.error}", fix)
+        elif result.missing_ranks:
+            others = join_names([nodes[rank] for rank in result.missing_ranks])
+            outcomes[node] = Outcome("fail", f"{directory}: does not see what {others} wrote there", fix)
         else:
-            slowest = max(result["seconds"] for result in looked.values())
-            kind = file_system(Path(folder))
-            values[node] = (
-                "pass",
-                f"{folder} ({kind}): new files are seen within {max(slowest, 0.01):.2f} s",
-                "",
-            )
-    return by_value("shared folder", values)
+            kind, seconds = file_system(Path(directory)), max(slowest, 0.01)
+            outcomes[node] = Outcome("pass", f"{directory} ({kind}): new files are seen within {seconds:.2f} s")
+    return merge_equal("shared storage", outcomes)

@@ -1,14 +1,13 @@
-"""The ranks meet in a torch store and tell each other plain data. Every wait has an end; nothing here is a
-collective.
+"""The ranks exchange dataclasses through a torch store. Every wait has a timeout, and nothing is a collective:
+collectives are among what is checked.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from launch.runtime.store import check_own, open_store, reach
 from launch.runtime.world import World
@@ -16,77 +15,95 @@ from launch.runtime.world import World
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]  # torch exports it, its stubs do not
 
-LEAVE = 5.0
-"""seconds that rank zero, who may serve the store, waits for the others to have read the verdict"""
+T = TypeVar("T")
+FINISH_TIMEOUT_S = 5.0
+"""for which rank zero, who may serve the store, waits until the others have read the exit code"""
 
 
-class Meeting:
-    """What the ranks of one doctor tell each other. `ranks` are those who came: all that are expected, until
-    rank zero knows.
-    """
+def to_json(value: Any) -> str:
+    """A dataclass, with all that it holds, or a plain value."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(type(value)).dump_json(value).decode()
+
+
+def from_json(kind: type[T], text: str | bytes) -> T:
+    """The value of the type `kind` that `to_json` wrote."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind).validate_json(text)
+
+
+class Exchange:
+    """A rank's access to the store. `ranks` are those that take part: all that are expected, until rank zero knows."""
 
     def __init__(self, store: Store, rank: int, ranks: list[int]) -> None:
         self.store, self.rank, self.ranks = store, rank, ranks
 
     def put(self, key: str, value: Any) -> None:
-        """Say something once."""
-        self.store.set(key, json.dumps(value))
+        """Publish a value; each key once."""
+        self.store.set(key, to_json(value))
 
-    def get(self, key: str, seconds: float) -> Any:
-        """What somebody says under `key`. Raises TimeoutError."""
+    def get(self, key: str, kind: type[T], timeout_s: float) -> T:
+        """The value of the type `kind` that some rank publishes under `key`. Raises TimeoutError."""
         import torch.distributed as dist
 
         try:
-            self.store.wait([key], timedelta(seconds=max(seconds, 0.01)))
+            self.store.wait([key], timedelta(seconds=max(timeout_s, 0.01)))
         except dist.DistStoreError:
             raise TimeoutError(
-                f"no word of the others ({key}) within {seconds:.0f} s; see what rank zero says"
+                f"nothing from the other ranks ({key}) within {timeout_s:.0f} s; see what rank zero prints"
             ) from None
-        return json.loads(self.store.get(key))
+        return from_json(kind, self.store.get(key))
 
-    def gather(self, name: str, value: Any, seconds: float) -> dict[int, Any]:
-        """On rank zero, what the ranks say, without those who do not within `seconds`; nothing on the others."""
+    def gather(self, name: str, value: T, timeout_s: float) -> dict[int, T]:
+        """On rank zero the values by rank, without those that do not come within `timeout_s`; elsewhere empty."""
         self.put(f"{name}/{self.rank}", value)
         if self.rank > 0:
             return {}
-        deadline, said = time.monotonic() + seconds, {}
+        deadline = time.monotonic() + timeout_s
+        values: dict[int, T] = {}
         for rank in self.ranks:
             try:
-                said[rank] = self.get(f"{name}/{rank}", deadline - time.monotonic())
+                values[rank] = self.get(f"{name}/{rank}", type(value), deadline - time.monotonic())
             except TimeoutError:
                 continue
-        return said
+        return values
 
-    def tell(self, name: str, value: Any, seconds: float) -> Any:
-        """Rank zero's `value`, on every rank. Raises TimeoutError."""
-        if self.rank == 0:
-            self.put(name, value)
-            return value
-        return self.get(name, seconds)
+    def broadcast(self, name: str, value: T | None, kind: type[T], timeout_s: float) -> T:
+        """Rank zero's `value`, of the type `kind`, on every rank; the others give None. Raises TimeoutError."""
+        if self.rank > 0:
+            return self.get(name, kind, timeout_s)
+        assert value is not None
+        self.put(name, value)
+        return value
 
-    def wait_for(self, name: str, ranks: list[int], seconds: float) -> bool:
-        """Wait until all of `ranks` have come to the point `name`, at most so long; whether they have."""
+    def barrier(self, name: str, ranks: list[int], timeout_s: float) -> bool:
+        """Wait until all of `ranks` have reached the point `name`; whether they have, within `timeout_s`."""
         if self.store.add(f"{name}/count", 1) == len(ranks):
             self.put(f"{name}/all", True)
         try:
-            return bool(self.get(f"{name}/all", seconds))
+            return self.get(f"{name}/all", bool, timeout_s)
         except TimeoutError:
             return False
 
-    def leave(self) -> None:
-        """The last word; rank zero, who may serve the store, stays until all have read what was told."""
+    def finish(self) -> None:
+        """The last call; rank zero, who may serve the store, stays until all have read what it broadcast."""
         if self.rank == 0:
-            self.wait_for("leave", self.ranks, LEAVE)
-        elif self.store.add("leave/count", 1) == len(self.ranks):
-            self.put("leave/all", True)
+            self.barrier("finish", self.ranks, FINISH_TIMEOUT_S)
+        elif self.store.add("finish/count", 1) == len(self.ranks):
+            self.put("finish/all", True)
 
 
-def join(world: World, environment: Mapping[str, str], point: tuple[str, int], timeout: float) -> Meeting:
-    """Meet the others. Raises NotMet, in words."""
+def connect(
+    world: World, environment: Mapping[str, str], endpoint: tuple[str, int], timeout_s: float
+) -> Exchange:
+    """Connect this rank to the store at `endpoint`. Raises UnreachableError with the reason and the fix."""
     serves = world.rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     if serves:
-        check_own(*point)
+        check_own(*endpoint)
     else:
-        reach(*point, timeout)
+        reach(*endpoint, timeout_s)
     attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return Meeting(open_store(point, f"doctor/{attempt}", serves), world.rank, list(range(world.world_size)))
+    store = open_store(endpoint, f"doctor/{attempt}", serves)
+    return Exchange(store, world.rank, list(range(world.world_size)))

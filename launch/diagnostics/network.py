@@ -1,5 +1,5 @@
-"""Names, addresses and interfaces: what this node knows of them, and what that means among several. Imports
-no torch.
+"""Names, addresses and interfaces of a node, and whether the nodes can reach each other with them. Imports no
+torch.
 """
 
 from __future__ import annotations
@@ -10,21 +10,22 @@ import re
 import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import psutil
 
-from launch.diagnostics.report import Finding, Report, Status, by_value, leaders_of
+from launch.diagnostics.findings import Finding, Outcome, merge_equal
+from launch.diagnostics.rank_report import RankReport, node_leaders
+from launch.diagnostics.system_info import NetworkInfo
 from launch.runtime.store import addresses_of, owner_of
 
-DEFAULT_PORT = 29500
-"""torchrun's"""
+TORCHRUN_PORT = 29500
+"""its default"""
+VIRTUAL_INTERFACE = re.compile(r"lo$|docker|virbr|br-|veth.*@")
+"""interfaces that lead to no other machine"""
 
 
-def facts(environment: Mapping[str, str], master: str | None) -> dict[str, Any]:
-    """The interfaces of this node, what its own name stands for, and by which interface it reaches the
-    master.
-    """
+def network_info(environment: Mapping[str, str], master: str | None) -> NetworkInfo:
+    """The interfaces of this node, what its own name resolves to, and by which interface it reaches `master`."""
     interfaces = {
         name: [
             entry.address.partition("%")[0]
@@ -33,28 +34,25 @@ def facts(environment: Mapping[str, str], master: str | None) -> dict[str, Any]:
         ]
         for name, entries in psutil.net_if_addrs().items()
     }
-    stats = psutil.net_if_stats()
-    source = source_for(master) if master else None
-    used = next((name for name, addresses in interfaces.items() if source in addresses), None)
-    return {
-        "hostname": socket.gethostname(),
-        "resolves": addresses_of(socket.gethostname()),
-        "master": master,
-        "interfaces": {name: addresses for name, addresses in interfaces.items() if addresses},
-        "route": used,
-        "address": source,
-        # Mb/s; 0 where the interface does not tell
-        "speed": max(stats[used].speed, 0) if used in stats else 0,
-        "mtu": stats[used].mtu if used in stats else 0,
-        "infiniband": infiniband_speed(),
-        "gloo": environment.get("GLOO_SOCKET_IFNAME"),
-        "nccl": environment.get("NCCL_SOCKET_IFNAME"),
-    }
+    source = source_address(master) if master else None
+    route = next((name for name, addresses in interfaces.items() if source in addresses), None)
+    stats = psutil.net_if_stats().get(route or "")
+    return NetworkInfo(
+        host_addresses=addresses_of(socket.gethostname()),
+        master=master,
+        interfaces={name: addresses for name, addresses in interfaces.items() if addresses},
+        route=route,
+        speed_mbps=max(stats.speed, 0) if stats else 0,
+        mtu=stats.mtu if stats else 0,
+        infiniband_mbps=infiniband_mbps(),
+        gloo_ifname=environment.get("GLOO_SOCKET_IFNAME"),
+        nccl_ifname=environment.get("NCCL_SOCKET_IFNAME"),
+    )
 
 
-def source_for(master: str) -> str | None:
-    """The address of this node from which it reaches `master`. Nothing is sent: connecting UDP only looks the
-    route up.
+def source_address(master: str) -> str | None:
+    """The address of this node from which it reaches `master`. Nothing is sent: connecting UDP only looks up the
+    route.
     """
     for address in addresses_of(master):
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -64,139 +62,141 @@ def source_for(master: str) -> str | None:
     return None
 
 
-def infiniband_speed(devices: Path = Path("/sys/class/infiniband")) -> int:
+def infiniband_mbps(devices: Path = Path("/sys/class/infiniband")) -> int:
     """Mb/s of the fastest InfiniBand port; 0 without one."""
-    rates = [0.0]
+    gigabits = [0.0]
     for path in devices.glob("*/ports/*/rate"):
         with contextlib.suppress(OSError, ValueError):
-            rates.append(float(path.read_text().split()[0]))  # "400 Gb/sec (4X NDR)"
-    return int(max(rates) * 1000)
+            gigabits.append(float(path.read_text().split()[0]))  # "400 Gb/sec (4X NDR)"
+    return int(max(gigabits) * 1000)
 
 
-# judged on the spot -----------------------------------------------------------------------------------------
-
-
-def free_port(port: int = DEFAULT_PORT) -> Iterator[Finding]:
-    """Without a launcher: whether torchrun's own port can be had on this machine."""
+def check_port(port: int = TORCHRUN_PORT) -> Iterator[Finding]:
+    """Without a launcher: whether torchrun's default port is free on this machine."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))
         except OSError:
+            message = f"{port}, torchrun's default, is taken{owner_of(port)}"
             fix = f"torchrun --standalone (one node), or --master_port={port + 1}"
-            yield Finding(
-                check="port",
-                status="warn",
-                found=f"{port}, torchrun's default, is taken{owner_of(port)}",
-                fix=fix,
-            )
+            yield Finding(check="port", status="warn", message=message, fix=fix)
             return
-    yield Finding(check="port", found=f"{port}, torchrun's default, is free")
+    yield Finding(check="port", message=f"{port}, torchrun's default, is free")
 
 
-# judged among the nodes -------------------------------------------------------------------------------------
+# host names -------------------------------------------------------------------------------------------------
 
 
-def names(reports: list[Report], several: bool) -> list[Finding]:
+def network_by_node(reports: list[RankReport]) -> dict[str, NetworkInfo]:
+    """The network of each node that could report it."""
+    return {node: leader.network for node, leader in node_leaders(reports).items() if leader.network}
+
+
+def hostname_findings(reports: list[RankReport], multi_node: bool) -> list[Finding]:
     """Whether torch will bind to an address that the other nodes can reach."""
-    leaders = leaders_of(reports)
+    networks = network_by_node(reports)
     # nodes that reach the master by loopback are one machine after all (a SLURM for tests)
-    several = several and not (
-        len(leaders) > 1 and all(leader.facts["network"]["route"] == "lo" for leader in leaders.values())
-    )
-    return by_value(
-        "names", {node: name(report.facts["network"], several) for node, report in leaders.items()}
-    )
+    one_machine = len(networks) > 1 and all(network.route == "lo" for network in networks.values())
+    outcomes = {
+        node: hostname_outcome(network, multi_node and not one_machine) for node, network in networks.items()
+    }
+    return merge_equal("hostname", outcomes)
 
 
-def name(facts: Mapping[str, Any], several: bool) -> tuple[Status, str, str]:
-    """Status, what was found, and the fix, for one node."""
-    route = facts["route"] if facts["route"] not in (None, "lo") else first_real(facts)
+def hostname_outcome(network: NetworkInfo, multi_node: bool) -> Outcome:
+    """The outcome for one node: gloo binds to the address of its name, unless a variable names an interface."""
+    route = network.route if network.route not in (None, "lo") else external_interface(network)
     fix = f"on that node: export GLOO_SOCKET_IFNAME={route} NCCL_SOCKET_IFNAME={route}"
-    for variable, backend in (("GLOO_SOCKET_IFNAME", "gloo"), ("NCCL_SOCKET_IFNAME", "nccl")):
-        said = facts[backend]
-        chosen = matching(said, list(facts["interfaces"]), backend) if said else []
-        if said and not chosen:
-            return "fail", f"{variable}={said}, but there are {', '.join(facts['interfaces'])}", fix
-        if several and chosen == ["lo"]:
-            return "fail", f"{variable}={said} reaches no other node", fix
-    first = next(iter(facts["resolves"]), None)
-    if not several:
-        return "pass", f"its own name is {first or 'not resolved, and need not be on one node'}", ""
-    if facts["gloo"]:
-        return "pass", f"{facts['gloo']}, by GLOO_SOCKET_IFNAME", ""
-    also = " (or its address into its /etc/hosts)"
-    if first is None:
-        return "fail", "its own name cannot be resolved there: gloo falls back to loopback", fix + also
-    if ipaddress.ip_address(first).is_loopback:
-        return (
-            "fail",
-            f"its own name is {first} in its /etc/hosts: the other nodes would connect to themselves",
-            fix + also,
-        )
-    uses = next((name for name, addresses in facts["interfaces"].items() if first in addresses), None)
-    if uses is None:
-        return "fail", f"its own name is {first}, which no interface of it has", fix + also
-    if facts["route"] not in (uses, "lo", None):
-        return "warn", f"its own name is {first} ({uses}), but it reaches the master by {facts['route']}", fix
-    return "pass", f"its own name is {first} ({uses})", ""
+    for variable, value, matching in (
+        ("GLOO_SOCKET_IFNAME", network.gloo_ifname, gloo_interfaces),
+        ("NCCL_SOCKET_IFNAME", network.nccl_ifname, nccl_interfaces),
+    ):
+        if not value:
+            continue
+        chosen = matching(value, list(network.interfaces))
+        if not chosen:
+            return Outcome("fail", f"{variable}={value}, but there are {', '.join(network.interfaces)}", fix)
+        if multi_node and chosen == ["lo"]:
+            return Outcome("fail", f"{variable}={value} reaches no other node", fix)
+    address = next(iter(network.host_addresses), None)
+    if not multi_node:
+        return Outcome("pass", f"resolves to {address}" if address else "not resolved, and not needed on one node")
+    if network.gloo_ifname:
+        return Outcome("pass", f"{network.gloo_ifname}, by GLOO_SOCKET_IFNAME")
+    return address_outcome(network, address, fix)
 
 
-def matching(said: str, interfaces: list[str], backend: str) -> list[str]:
-    """The interfaces that a variable means: gloo takes names; NCCL beginnings of names, after = names, after
-    ^ all others.
-    """
-    if backend == "gloo":
-        return [name for name in interfaces if name in said.split(",")]
-    wanted = said.lstrip("^=").split(",")
-    hit = [
+def address_outcome(network: NetworkInfo, address: str | None, fix: str) -> Outcome:
+    """Whether other nodes can reach `address`, which the node's own name resolves to."""
+    or_hosts = " (or its address into its /etc/hosts)"
+    if address is None:
+        return Outcome("fail", "its own name cannot be resolved: gloo falls back to loopback", fix + or_hosts)
+    if ipaddress.ip_address(address).is_loopback:
+        message = f"its own name is {address} in its /etc/hosts: the other nodes would connect to themselves"
+        return Outcome("fail", message, fix + or_hosts)
+    interface = next((name for name, addresses in network.interfaces.items() if address in addresses), None)
+    if interface is None:
+        return Outcome("fail", f"its own name is {address}, which no interface of it has", fix + or_hosts)
+    message = f"its own name is {address} ({interface})"
+    if network.route not in (interface, "lo", None):
+        return Outcome("warn", f"{message}, but it reaches the master by {network.route}", fix)
+    return Outcome("pass", message)
+
+
+def gloo_interfaces(ifname: str, interfaces: list[str]) -> list[str]:
+    """The interfaces that GLOO_SOCKET_IFNAME selects: it lists names."""
+    return [name for name in interfaces if name in ifname.split(",")]
+
+
+def nccl_interfaces(ifname: str, interfaces: list[str]) -> list[str]:
+    """The interfaces that NCCL_SOCKET_IFNAME selects: it lists prefixes, after `=` names, after `^` exclusions."""
+    exact, entries = "=" in ifname[:2], ifname.lstrip("^=").split(",")
+    matching = [
         name
         for name in interfaces
-        if any(name == word if "=" in said[:2] else name.startswith(word) for word in wanted)
+        if any(name == entry if exact else name.startswith(entry) for entry in entries)
     ]
-    return [name for name in interfaces if name not in hit] if said.startswith("^") else hit
+    return [name for name in interfaces if name not in matching] if ifname.startswith("^") else matching
 
 
-def first_real(facts: Mapping[str, Any]) -> str:
+def external_interface(network: NetworkInfo) -> str:
     """An interface to other machines, for advice where the route is not known."""
-    real = [name for name in facts["interfaces"] if not re.match(r"lo$|docker|virbr|br-|veth.*@", name)]
-    return real[0] if real else "eth0"
+    external = [name for name in network.interfaces if not VIRTUAL_INTERFACE.match(name)]
+    return external[0] if external else "eth0"
 
 
-def link(reports: list[Report], several: bool) -> list[Finding]:
-    """The interface that carries the route to the master, on each node."""
-    if not several:
+# links ------------------------------------------------------------------------------------------------------
+
+
+def link_findings(reports: list[RankReport], multi_node: bool) -> list[Finding]:
+    """The interface by which each node reaches the master, and whether all have the same MTU."""
+    if not multi_node:
         return []
-    leaders = leaders_of(reports)
-    packets = {
-        node: report.facts["network"]["mtu"]
-        for node, report in leaders.items()
-        if report.facts["network"]["mtu"]
-    }
-    values: dict[str, tuple[Status, str, str]] = {}
-    for node, report in leaders.items():
-        facts = report.facts["network"]
-        if facts["route"] is None:
-            fix = "MASTER_ADDR must be a name or address of the first node that all nodes can resolve"
-            values[node] = "fail", f"no route to the master {facts['master']}", fix
-        else:
-            speed = spoken(facts["speed"]) if facts["speed"] else "speed not told"
-            band = f", InfiniBand {spoken(facts['infiniband'])}" if facts["infiniband"] else ""
-            values[node] = "pass", f"{facts['route']}, {speed}, MTU {facts['mtu']}{band}", ""
-    found = by_value("network", values)
-    # the master's own route may be its loopback, with an MTU of its own
-    outer = {node: mtu for node, mtu in packets.items() if leaders[node].facts["network"]["route"] != "lo"}
-    if len(set(outer.values())) > 1:
-        words = ", ".join(f"{node} {mtu}" for node, mtu in outer.items())
-        fix = "large packets between them may vanish, which looks like a hang: one MTU on all nodes (ip link set DEV mtu N)"
-        found.append(
-            Finding(
-                check="network", status="warn", found=f"the MTU differs: {words}", fix=fix, nodes=tuple(outer)
-            )
+    networks = network_by_node(reports)
+    findings = merge_equal("network", {node: link_outcome(network) for node, network in networks.items()})
+    # the master reaches itself by its loopback, which has an MTU of its own
+    mtus = {node: network.mtu for node, network in networks.items() if network.mtu and network.route != "lo"}
+    if len(set(mtus.values())) > 1:
+        message = f"the MTU differs: {', '.join(f'{node} {mtu}' for node, mtu in mtus.items())}"
+        fix = (
+            "large packets between them may get lost, which looks like a hang: one MTU on all nodes (ip link set DEV "
+            "mtu N)"
         )
-    return found
+        findings.append(Finding(check="network", status="warn", message=message, fix=fix, nodes=tuple(mtus)))
+    return findings
 
 
-def spoken(megabits: float) -> str:
-    """A speed of a link in words."""
+def link_outcome(network: NetworkInfo) -> Outcome:
+    """The outcome for one node."""
+    if network.route is None:
+        fix = "MASTER_ADDR must be a name or address of the first node that all nodes can resolve"
+        return Outcome("fail", f"no route to the master {network.master}", fix)
+    speed = format_link_speed(network.speed_mbps) if network.speed_mbps else "speed unknown"
+    infiniband = f", InfiniBand {format_link_speed(network.infiniband_mbps)}" if network.infiniband_mbps else ""
+    return Outcome("pass", f"{network.route}, {speed}, MTU {network.mtu}{infiniband}")
+
+
+def format_link_speed(megabits: float) -> str:
+    """The speed of a link, as networks state it."""
     return f"{megabits / 1000:g} Gb/s" if megabits >= 1000 else f"{megabits:g} Mb/s"
