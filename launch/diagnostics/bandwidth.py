@@ -27,7 +27,9 @@ MAX_CALLS = 50
 
 @dataclass(frozen=True, kw_only=True)
 class PairBandwidth:
-    """What a pair of ranks measured, in bytes a second in one direction of the link; 0 where there is an error."""
+    """What a pair of ranks measured, in bytes a second in one direction of the link; 0 where there is an
+    error.
+    """
 
     pair: Pair
     all_reduce: float = 0.0
@@ -36,8 +38,8 @@ class PairBandwidth:
 
     @property
     def best(self) -> float:
-        """A slow link slows both; gloo's all-gather is slow by itself, a third of its all-reduce where memory is
-        the limit.
+        """A slow link slows both; gloo's all-gather is slow by itself, a third of its all-reduce where memory
+        is the limit.
         """
         return max(self.all_reduce, self.all_gather)
 
@@ -46,8 +48,8 @@ class PairBandwidth:
 
 
 def neighbor_rounds(reports: list[RankReport]) -> list[list[Pair]]:
-    """Pairs of ranks in rounds: the ring of the nodes first, then the rings within them. No rank is twice in a
-    round.
+    """Pairs of ranks in rounds: the ring of the nodes first, then the rings within them. No rank is twice in
+    a round.
 
     A ring needs two or three rounds, however long it is: a thousand nodes take no longer than three. Not all
     pairs are measured.
@@ -131,12 +133,12 @@ def measure_collectives(
 ) -> tuple[float, float]:
     """Bytes a second, in one direction of the link, of all-reduce and all-gather between two ranks.
 
-    Each rank sends as many bytes as it has: S (n - 1) / n twice for all-reduce and S (n - 1) for all-gather with
-    n = 2. So both figures compare with the speed of the link.
+    Each rank sends as many bytes as it has: S (n - 1) / n twice for all-reduce and S (n - 1) for all-gather
+    with n = 2. So both figures compare with the speed of the link.
     https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md
 
-    An exception is added to `errors` at once: with NCCL, destroying the process group may then wait for the other
-    rank.
+    An exception is added to `errors` at once: with NCCL, destroying the process group may then wait for the
+    other rank.
     """
     import torch
     import torch.distributed as dist
@@ -173,7 +175,8 @@ def one_line(error: Exception) -> str:
 
 
 def bytes_per_second(prepare: Callable[[int], Collective], device: str, backend: str) -> float:
-    """The speed of a collective, with as many bytes and calls as MEASURE_S allows; both ranks choose the same.
+    """The speed of a collective, with as many bytes and calls as MEASURE_S allows; both ranks choose the
+    same.
 
     `prepare(size)` returns the call for so many bytes.
     """

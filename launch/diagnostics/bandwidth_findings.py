@@ -6,27 +6,27 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 
 from launch.diagnostics.bandwidth import PairBandwidth
-from launch.diagnostics.findings import Finding, Status, join_names
+from launch.diagnostics.findings import Finding, Status, first_names
 from launch.diagnostics.network import format_link_speed
 from launch.diagnostics.rank_report import RankReport, node_leaders, node_of_rank
 
 MIN_FRACTION = 0.5
 """of the link, or of what the median pair has, below which it is a warning"""
 GLOO_MAX_MBPS = 10e3
-"""Mb/s that gloo is expected to fill at most: one thread moves and adds the data, 1.2 GB/s within one machine of
-two cores
+"""Mb/s that gloo is expected to fill at most: one thread moves and adds the data, 1.2 GB/s within one machine
+of two cores
 """
 INTER_NODE_FIXES: dict[Status, str] = {
     "pass": "",
-    "warn": "at both ends: `ethtool DEV | grep Speed`, errors in `ip -s link`, other jobs; NCCL_DEBUG=INFO names "
-    "the path",
-    "fail": "the nodes reach each other at the master's port, but not at others: see `hostname`; a firewall must let "
-    "all ports through between the nodes",
+    "warn": "at both ends: `ethtool DEV | grep Speed`, errors in `ip -s link`, other jobs; NCCL_DEBUG=INFO "
+    "names the path",
+    "fail": "the nodes reach each other at the master's port, but not at others: see `hostname`; a firewall "
+    "must let all ports through between the nodes",
 }
 INTRA_NODE_FIXES: dict[Status, str] = {
     "pass": "",
-    "fail": "the ranks of a node do not reach each other: see `hostname` and `GPUs`; try NCCL_P2P_DISABLE=1, or "
-    "NCCL_DEBUG=INFO",
+    "fail": "the ranks of a node do not reach each other: see `hostname` and `GPUs`; try "
+    "NCCL_P2P_DISABLE=1, or NCCL_DEBUG=INFO",
 }
 Groups = dict[tuple[Status, str], list[PairBandwidth]]
 """pairs by status and message"""
@@ -42,7 +42,9 @@ def bandwidth_findings(results: Sequence[PairBandwidth], reports: list[RankRepor
         for (status, message), pairs in group_inter_node(between, reports, nodes).items()
     ]
     return findings + [
-        make_finding("intra-node", status, message, pairs, nodes, lambda rank: f"rank {rank}", INTRA_NODE_FIXES)
+        make_finding(
+            "intra-node", status, message, pairs, nodes, lambda rank: f"rank {rank}", INTRA_NODE_FIXES
+        )
         for (status, message), pairs in group_intra_node(inside).items()
     ]
 
@@ -50,7 +52,9 @@ def bandwidth_findings(results: Sequence[PairBandwidth], reports: list[RankRepor
 def group_inter_node(
     results: Sequence[PairBandwidth], reports: list[RankReport], nodes: Mapping[int, str]
 ) -> Groups:
-    """Each pair of nodes against its link and, where the speed of the link is unknown, against the median pair."""
+    """Each pair of nodes against its link and, where the speed of the link is unknown, against the median
+    pair.
+    """
     groups: Groups = {}
     leaders = node_leaders(reports)
     rates = sorted(result.best for result in results if not result.error)
@@ -89,7 +93,7 @@ def make_finding(
     name_of: Callable[[int], str],
     fixes: Mapping[Status, str],
 ) -> Finding:
-    """The finding for pairs with the same status and message; `name_of` names one end of a pair by its rank."""
+    """The finding for pairs with the same status and message; `name_of(rank)` names an end of a pair."""
     names = [" - ".join(map(name_of, result.pair)) for result in pairs]
     parts = [message] if message else []
     if status != "fail":
@@ -99,7 +103,7 @@ def make_finding(
     return Finding(
         check=check,
         status=status,
-        message=f"{join_names(names, 'pairs')}: {'; '.join(parts)}",
+        message=f"{first_names(names, 'pairs')}: {'; '.join(parts)}",
         fix=fixes[status],
         nodes=tuple(dict.fromkeys(nodes[rank] for result in pairs for rank in result.pair)),
     )
@@ -112,8 +116,8 @@ def format_rates(rates: Sequence[float]) -> str:
 
 
 def slower_end_mbps(first: RankReport, second: RankReport) -> int:
-    """Mb/s of the slower end of a link, as far as the ends report it; InfiniBand where NCCL would use it. 0 if
-    neither does.
+    """Mb/s of the slower end of a link, as far as the ends report it; InfiniBand where NCCL would use it. 0
+    if neither does.
     """
     networks = [report.network for report in (first, second) if report.network]
     cuda = all(report.device and report.device.is_cuda for report in (first, second))

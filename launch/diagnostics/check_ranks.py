@@ -1,17 +1,18 @@
 """Look at the machines before a run does.
 
-    python launch/commands/doctor.py                                   this machine
-    srun --ntasks-per-node=1 python launch/commands/doctor.py          all nodes of a SLURM job
-    torchrun --nproc_per_node=8 launch/commands/doctor.py              the ranks as a run will have them (also over several nodes)
-        run_dir=/scratch/me/runs                              the folder to try (default: the current one)
-        timeout=20                                            seconds to wait for the other ranks
+    python launch/commands/doctor.py                                this machine
+    srun --ntasks-per-node=1 python launch/commands/doctor.py       all nodes of a SLURM job
+    torchrun --nproc_per_node=8 launch/commands/doctor.py           the ranks as a run will have them
+        run_dir=/scratch/me/runs                           the directory to try (default: the current one)
+        timeout=20                                         seconds to wait for the other ranks
 
-Tells whether all ranks come, names, interfaces and the port are right, versions and code are equal, which GPU
-each rank gets and who else is on it; shared memory, limits, CPUs, disk, one folder for all nodes, clocks, and
-how fast neighbours exchange data against what the link should give: the ring of the nodes, not every pair.
-One table, and the fix under whatever is not well. Where nodes cannot reach each other torchrun itself waits:
-srun, or RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set by hand on each node, tells why. Exit codes: 0 pass
-or warn; 1 something fails; 2 a mistake in the command.
+Checks whether all ranks join, whether host names, interfaces and the port are right, whether versions and
+code are equal, which GPU each rank gets and which other processes use it; shared memory, limits, CPUs, disk,
+one directory for all nodes, clocks; and measures the bandwidth between neighboring ranks (the ring of the
+nodes, not every pair) against what the link should give. Prints one table, with the fix under each warning
+and failure. Where nodes cannot reach each other torchrun itself waits: srun, or RANK, WORLD_SIZE, MASTER_ADDR
+and MASTER_PORT set by hand on each node, show why. Exit codes: 0 pass or warn; 1 a check fails; 2 a mistake
+in the command.
 """
 
 from __future__ import annotations
@@ -33,19 +34,30 @@ from launch.cli.config import (
     parse,
     read_line,
 )
-from launch.diagnostics import run_all
-from launch.diagnostics.exchange import join
-from launch.diagnostics.report import Finding, Report, nodes_of
-from launch.diagnostics.table import show
+from launch.diagnostics.exchange import connect
+from launch.diagnostics.findings import Finding
+from launch.diagnostics.findings_table import print_findings
+from launch.diagnostics.rank_report import RankReport, group_by_node
+from launch.diagnostics.run_all import (
+    RESULTS_GRACE_S,
+    Endpoint,
+    JointPlan,
+    all_findings,
+    make_plan,
+    run_joint_checks,
+    run_local_checks,
+)
 from launch.diagnostics.temp_files import remove_all
 from launch.runtime.store import UnreachableError, rendezvous_endpoint
 from launch.runtime.world import World, find_world
 
-QUIET = {
-    "TORCH_CPP_LOG_LEVEL": "ERROR",  # what torch's sockets log, this command says in words
-    "TORCH_NCCL_BLOCKING_WAIT": "1",  # a collective that hangs is to raise, not to end the process
+LIBRARY_SETTINGS = {
+    "TORCH_CPP_LOG_LEVEL": "ERROR",  # what torch's sockets log, this command reports
+    "TORCH_NCCL_BLOCKING_WAIT": "1",  # a collective that hangs must raise, not end the process
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
 }
+PLAN_TIMEOUTS = 3
+"""how many times the timeout the other ranks wait for rank zero's plan: it may itself wait for a late rank"""
 
 
 @dataclass(kw_only=True)
@@ -57,82 +69,107 @@ class Own:
 
 
 def main(words: list[str]) -> int:
-    """Look; returns the exit code, the same on all ranks that met."""
+    """Check; returns the exit code, the same on all ranks that joined."""
     if "--help" in words or "-h" in words:
         print((__doc__ or "").strip())
         return 0
-    start, environment, world = time.monotonic(), dict(os.environ), World()
-    os.environ.update(QUIET)
+    environment, world = dict(os.environ), World()
     try:
         world = find_world(environment)
-        own, point = read(words), rendezvous_endpoint(world, environment)
+        own, endpoint = read(words), rendezvous_endpoint(world, environment)
     except ValueError as error:
         exit_with_mistake(error, world.rank)
-    folder = Path(own.run_dir)
-    report = run_all.alone(world, environment, point, folder)
-    title = "doctor: this machine (a SLURM job: srun --ntasks-per-node=1 python launch/commands/doctor.py)"
-    if point is None:
-        found = run_all.verdict([report], {}, world, environment, "")
-        return show(title, found, [report.host], time.monotonic() - start)
+    return check_ranks(world, environment, endpoint, Path(own.run_dir), own.timeout)
+
+
+def check_ranks(
+    world: World,
+    environment: dict[str, str],
+    endpoint: Endpoint | None,
+    run_dir: Path,
+    timeout_s: float,
+) -> int:
+    """Run all checks, and print the findings on rank zero; returns the exit code, the same on all ranks that
+    joined.
+
+    `environment` is that of the launcher; `endpoint` is where the ranks meet, None for a process by itself. A
+    rank waits `timeout_s` for the others.
+    """
+    start = time.monotonic()
+    os.environ.update(LIBRARY_SETTINGS)
+    report = run_local_checks(world, environment, endpoint, run_dir)
+    if endpoint is None:
+        title = "doctor: this machine (all nodes: srun --ntasks-per-node=1 rankzero doctor)"
+        findings = all_findings([report], {}, world, environment, "")
+        return print_findings(title, findings, [report.host], time.monotonic() - start)
     try:
-        meeting = join(world, environment, point, own.timeout)
-        said = meeting.gather("report", report.to_json(), own.timeout)
-        reports = [Report.of_json(content) for content in said.values()]
-        plan = meeting.tell("plan", run_all.plan(reports, folder) if reports else None, 3 * own.timeout)
-        if world.rank not in plan["ranks"]:
-            raise UnreachableError(
-                f"it came too late, after rank zero had waited for {own.timeout:g} s; timeout={3 * own.timeout:g} waits longer"
-            )
-        meeting.ranks = plan["ranks"]
-        results = meeting.gather("results", run_all.together(meeting, plan, report, point), run_all.LATER)
-        code = 0
-        if world.rank == 0:
-            found = run_all.verdict(reports, results, world, environment, plan["folder"])
-            nodes = list(nodes_of(reports))
-            title = f"doctor: {len(nodes)} node(s), {len(reports)} rank(s), started by {world.launcher}"
-            code = show(title, found, nodes, time.monotonic() - start)
-            sys.stdout.flush()
-        code = int(meeting.tell("code", code, 2 * run_all.patience(plan)))
-        meeting.leave()
-        return code
-    except (
-        UnreachableError,
-        TimeoutError,
-        RuntimeError,
-        ImportError,
-        OSError,
-    ) as error:  # no store any more, or a broken torch
-        return not_met(error, report, world, environment, start)
-
-
-def not_met(error: Exception, report: Report, world: World, environment: dict[str, str], start: float) -> int:
-    """Rank zero shows what it found alone; another says why it is alone, and leaves it time to. Exit code 1."""
-    if isinstance(error, RuntimeError):
+        return check_together(world, environment, endpoint, run_dir, timeout_s, report, start)
+    except RuntimeError as error:
         if not type(error).__name__.startswith("Dist"):  # ours, not that of torch's store
-            raise error
-        error = UnreachableError("the store of the launcher or of rank zero has gone; see what they say")
-    why, _, fix = str(error).partition("; ")
+            raise
+        lost = UnreachableError("the store of the launcher or of rank zero is gone; see what they print")
+        return finish_alone(lost, report, world, environment, start)
+    except (UnreachableError, TimeoutError, ImportError, OSError) as error:  # ImportError: a broken torch
+        return finish_alone(error, report, world, environment, start)
+
+
+def check_together(
+    world: World,
+    environment: dict[str, str],
+    endpoint: Endpoint,
+    run_dir: Path,
+    timeout_s: float,
+    report: RankReport,
+    start: float,
+) -> int:
+    """Join the other ranks, and run the joint checks. Raises UnreachableError or TimeoutError."""
+    exchange = connect(world, environment, endpoint, timeout_s)
+    reports = list(exchange.gather("report", report, timeout_s).values())
+    plan = exchange.broadcast(
+        "plan", make_plan(reports, run_dir) if reports else None, JointPlan, PLAN_TIMEOUTS * timeout_s
+    )
+    if world.rank not in plan.ranks:
+        raise UnreachableError(
+            f"it joined too late, after rank zero had waited for {timeout_s:g} s; "
+            f"timeout={3 * timeout_s:g} waits longer"
+        )
+    exchange.ranks = plan.ranks
+    joint = run_joint_checks(exchange, plan, report, endpoint)
+    results = exchange.gather("results", joint, RESULTS_GRACE_S)
+    code = None
+    if world.rank == 0:
+        findings = all_findings(reports, results, world, environment, plan.directory)
+        nodes = list(group_by_node(reports))
+        title = f"doctor: {len(nodes)} node(s), {len(reports)} rank(s), started by {world.launcher}"
+        code = print_findings(title, findings, nodes, time.monotonic() - start)
+        sys.stdout.flush()
+    code = exchange.broadcast("code", code, int, 2 * plan.timeout_s)
+    exchange.finish()
+    return code
+
+
+def finish_alone(
+    error: Exception, report: RankReport, world: World, environment: dict[str, str], start: float
+) -> int:
+    """Without the other ranks: rank zero prints what it found by itself, another one why it is alone, and
+    gives rank zero time to print. Returns the exit code 1.
+    """
+    reason, _, fix = str(error).partition("; ")
     if world.rank == 0:
         report.findings = [finding for finding in report.findings if finding.check != "port"]
-        report.findings.append(Finding(check="port", status="fail", found=why, fix=fix))
-        show(
-            "doctor: rank zero, without the others",
-            run_all.verdict([report], {}, world, environment, ""),
-            [report.host],
-            time.monotonic() - start,
-        )
+        report.findings.append(Finding(check="port", status="fail", message=reason, fix=fix))
+        findings = all_findings([report], {}, world, environment, "")
+        title = "doctor: rank zero, without the others"
+        print_findings(title, findings, [report.host], time.monotonic() - start)
         return 1
-    print(
-        f"rankzero: rank {world.rank} on {report.host}: {why}{'; ' if fix else ''}{fix}",
-        file=sys.stderr,
-        flush=True,
-    )
+    message = f"rank {world.rank} on {report.host}: {reason}{'; ' if fix else ''}{fix}"
+    print(f"rankzero: {message}", file=sys.stderr, flush=True)
     time.sleep(RANK_ZERO_GRACE_S)
     return 1
 
 
 def read(words: list[str]) -> Own:
-    """The keys of this command. Raises ValueError, in words."""
+    """The keys of this command. Raises ValueError for the user to read."""
     known = {key.name: key for key in keys_of(Own)}
     line = read_line(words)
     check_known(line, known, "doctor")

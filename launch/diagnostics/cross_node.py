@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.diagnostics.exchange import Exchange
-from launch.diagnostics.findings import Finding, Outcome, join_names, merge_equal
+from launch.diagnostics.findings import Finding, Outcome, first_names, merge_equal
 from launch.diagnostics.machine import file_system
 from launch.diagnostics.rank_report import RankReport, group_by_node
 from launch.diagnostics.temp_files import removed_afterwards
@@ -56,14 +56,14 @@ def ranks_finding(reports: list[RankReport], world: World, environment: Mapping[
     joined = [f"{spans([member.rank for member in members])} from {node}" for node, members in groups.items()]
     absent = [host for host in hosts if host not in groups]
     missing = sorted(set(range(world.world_size)) - {report.rank for report in reports})
-    on = f" on {join_names(hosts)}" if hosts else ""
-    rest = f"none from {join_names(absent)}" if absent else f"not {spans(missing)}"
+    on = f" on {first_names(hosts)}" if hosts else ""
+    rest = f"none from {first_names(absent)}" if absent else f"not {spans(missing)}"
     fix = (
-        "their own lines on the screen say why they did not join; without any, the launcher did not start them, or "
-        "they need longer than timeout="
+        "their own lines on the screen say why they did not join; without any, the launcher did not "
+        "start them, or they need longer than timeout="
     )
     if unresolved := [host for host in absent if not addresses_of(host)]:
-        fix = f"{join_names(unresolved)} cannot be resolved from here (DNS, /etc/hosts); else {fix}"
+        fix = f"{first_names(unresolved)} cannot be resolved from here (DNS, /etc/hosts); else {fix}"
     return Finding(
         check="ranks",
         status="fail",
@@ -128,8 +128,8 @@ def clock_findings(offsets: Mapping[str, ClockOffset], first_node: str) -> list[
         outcomes[node] = Outcome(
             "fail" if ahead_s - offset.error_s > SKEW_FAIL_S else "warn",
             f"{ahead_s:.1f} s {direction} {first_node} (± {error_ms:.1f} ms)",
-            "`timedatectl`: let chrony or ntpd set it; files seem to come from the future, and credentials expire "
-            "early",
+            "`timedatectl`: let chrony or ntpd set it; files seem to come from the future, and "
+            "credentials expire early",
         )
     findings = merge_equal("clock", outcomes)
     if not good:
@@ -158,8 +158,8 @@ class SharedStorageResult:
 def probe_shared_storage(
     exchange: Exchange, leaders: list[int], directory: Path, token: str
 ) -> SharedStorageResult:
-    """Write a file and rename it, then look for those of the other nodes. All `leaders` call it; the files are
-    removed in any case.
+    """Write a file and rename it, then look for those of the other nodes. All `leaders` call it; the files
+    are removed in any case.
     """
 
     def file_of(rank: int) -> Path:
@@ -199,8 +199,8 @@ def shared_storage_findings(
 ) -> list[Finding]:
     """Whether all nodes see the same directory; `results` are by node, `nodes` by rank."""
     fix = (
-        "checkpoints need one directory for all nodes: run_dir= on a file system that they share (NFS, Lustre), "
-        "mounted at the same path"
+        "checkpoints need one directory for all nodes: run_dir= on a file system that they share (NFS, "
+        "Lustre), mounted at the same path"
     )
     slowest = max((result.seconds for result in results.values()), default=0.0)
     outcomes: dict[str, Outcome] = {}
@@ -208,9 +208,11 @@ def shared_storage_findings(
         if result.error:
             outcomes[node] = Outcome("fail", f"{directory}: {result.error}", fix)
         elif result.missing_ranks:
-            others = join_names([nodes[rank] for rank in result.missing_ranks])
+            others = first_names([nodes[rank] for rank in result.missing_ranks])
             outcomes[node] = Outcome("fail", f"{directory}: does not see what {others} wrote there", fix)
         else:
             kind, seconds = file_system(Path(directory)), max(slowest, 0.01)
-            outcomes[node] = Outcome("pass", f"{directory} ({kind}): new files are seen within {seconds:.2f} s")
+            outcomes[node] = Outcome(
+                "pass", f"{directory} ({kind}): new files are seen within {seconds:.2f} s"
+            )
     return merge_equal("shared storage", outcomes)

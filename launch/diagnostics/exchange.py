@@ -1,5 +1,5 @@
-"""The ranks exchange dataclasses through a torch store. Every wait has a timeout, and nothing is a collective:
-collectives are among what is checked.
+"""The ranks exchange dataclasses through a torch store. Every wait has a timeout, and nothing is a
+collective: collectives are among what is checked.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def from_json(kind: type[T], text: str | bytes) -> T:
 
 
 class Exchange:
-    """A rank's access to the store. `ranks` are those that take part: all that are expected, until rank zero knows."""
+    """A rank's access to the store. `ranks` are those that take part: all that are expected, until rank zero
+    knows.
+    """
 
     def __init__(self, store: Store, rank: int, ranks: list[int]) -> None:
         self.store, self.rank, self.ranks = store, rank, ranks
@@ -57,7 +59,9 @@ class Exchange:
         return from_json(kind, self.store.get(key))
 
     def gather(self, name: str, value: T, timeout_s: float) -> dict[int, T]:
-        """On rank zero the values by rank, without those that do not come within `timeout_s`; elsewhere empty."""
+        """On rank zero the values by rank, without those that do not come within `timeout_s`; elsewhere
+        empty.
+        """
         self.put(f"{name}/{self.rank}", value)
         if self.rank > 0:
             return {}
@@ -71,7 +75,7 @@ class Exchange:
         return values
 
     def broadcast(self, name: str, value: T | None, kind: type[T], timeout_s: float) -> T:
-        """Rank zero's `value`, of the type `kind`, on every rank; the others give None. Raises TimeoutError."""
+        """Rank zero's `value` of the type `kind` on every rank; the others pass None. Raises TimeoutError."""
         if self.rank > 0:
             return self.get(name, kind, timeout_s)
         assert value is not None

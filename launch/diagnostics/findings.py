@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from launch.runtime.store import within
+from launch.runtime.text import join_names
 
 Status = Literal["pass", "warn", "fail"]
 MAX_NAMED = 4
 """nodes, or different values, that are named one by one before the rest is only counted"""
 TIMEOUT_FIXES = {
-    "disk": "the file system does not answer: look at its server and mount (`df`, `dmesg`), or choose another "
-    "run_dir=",
-    "GPUs": "the driver does not answer: `nvidia-smi` and `dmesg | grep -i xid` show more; reboot the node or "
-    "leave it out",
+    "disk": "the file system does not answer: look at its server and mount (`df`, `dmesg`), or choose "
+    "another run_dir=",
+    "GPUs": "the driver does not answer: `nvidia-smi` and `dmesg | grep -i xid` show more; reboot the node "
+    "or leave it out",
 }
 """the fix for a check that hangs, by its name"""
 
@@ -47,13 +48,15 @@ def merge_equal(check: str, outcomes: Mapping[str, Outcome]) -> list[Finding]:
     for node, outcome in outcomes.items():
         nodes.setdefault(outcome, []).append(node)
     return [
-        Finding(check=check, status=outcome.status, message=outcome.message, fix=outcome.fix, nodes=tuple(names))
+        Finding(
+            check=check, status=outcome.status, message=outcome.message, fix=outcome.fix, nodes=tuple(names)
+        )
         for outcome, names in nodes.items()
     ]
 
 
 def run_check(check: str, timeout_s: float, function: Callable[[], Iterable[Finding]]) -> list[Finding]:
-    """The findings of a check. One that raises or hangs is itself a finding, and does not prevent the others."""
+    """The findings of a check. One that raises or hangs is itself a finding, and does not stop the others."""
     try:
         return within(timeout_s, lambda: list(function()))
     except TimeoutError as error:
@@ -64,8 +67,6 @@ def run_check(check: str, timeout_s: float, function: Callable[[], Iterable[Find
         return [Finding(check=check, status="fail", message=message)]
 
 
-def join_names(names: Sequence[str], noun: str = "nodes") -> str:
-    """Names for a message: the first few, and how many more."""
-    if len(names) <= MAX_NAMED + 1:
-        return ", ".join(names)
-    return f"{', '.join(names[:MAX_NAMED])} and {len(names) - MAX_NAMED} more {noun}"
+def first_names(names: Sequence[str], noun: str = "nodes") -> str:
+    """The first MAX_NAMED names for a message, and how many more."""
+    return join_names(names, MAX_NAMED, noun)

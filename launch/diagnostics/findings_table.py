@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from launch.diagnostics.findings import MAX_NAMED, Finding, Outcome, join_names
+from launch.diagnostics.findings import MAX_NAMED, Finding, Outcome, first_names
 
 CHECK_ORDER = (
     "ranks",
@@ -65,7 +65,7 @@ def rows_of_check(check: str, findings: Sequence[Finding], nodes: Sequence[str])
         nodes_of.setdefault(outcome, []).extend(finding.nodes)
     passing = {outcome: names for outcome, names in nodes_of.items() if outcome.status == "pass"}
     if len(passing) > 1:
-        parts = [f"{join_names(in_order(names, nodes))}: {o.message}" for o, names in passing.items()]
+        parts = [f"{first_names(in_order(names, nodes))}: {o.message}" for o, names in passing.items()]
         more = f"; and {len(parts) - MAX_NAMED} more" if len(parts) > MAX_NAMED else ""
         nodes_of = {outcome: names for outcome, names in nodes_of.items() if outcome.status != "pass"}
         merged = Outcome("pass", "; ".join(parts[:MAX_NAMED]) + more)
@@ -113,7 +113,7 @@ def format_nodes(row: Finding, nodes: Sequence[str]) -> str:
     """The nodes of a row for its cell."""
     if len(row.nodes) == len(nodes) > MAX_NAMED:
         return f"all {len(nodes)}"
-    return join_names(row.nodes, "")
+    return first_names(row.nodes, "")
 
 
 def wrap(text: str, width: int) -> list[str]:

@@ -1,5 +1,5 @@
-"""Which GPU each rank gets, and who already uses it. Asks `nvidia-smi`: creating a CUDA context would itself take
-memory.
+"""Which GPU each rank gets, and who already uses it. Asks `nvidia-smi`: creating a CUDA context would itself
+take memory.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 
 import psutil
 
-from launch.diagnostics.findings import Finding, Outcome, join_names, merge_equal
+from launch.diagnostics.findings import Finding, Outcome, first_names, merge_equal
 from launch.diagnostics.rank_report import RankReport, group_by_node
 from launch.diagnostics.system_info import GPU, DeviceInfo
 from launch.runtime.world import World, find_device
@@ -84,7 +84,7 @@ def visible_gpus(gpus: list[GPU], visible_devices: str | None) -> list[GPU]:
 
 
 def check_gpus_in_use(gpus: list[GPU], visible_devices: str | None) -> Iterator[Finding]:
-    """Other processes on this node's visible GPUs, and used memory that no process seen from here explains."""
+    """Other processes on this node's visible GPUs, and memory that no process seen from here explains."""
     visible = visible_gpus(gpus, visible_devices)
     if not visible:
         return
@@ -96,9 +96,13 @@ def check_gpus_in_use(gpus: list[GPU], visible_devices: str | None) -> Iterator[
         if not others and used_fraction < BUSY_FRACTION:
             continue
         free = False
-        users = join_names([f"{pid} ({name})" for pid, name in others.items()], "processes")
+        users = first_names([f"{pid} ({name})" for pid, name in others.items()], "processes")
         users = users or "processes not seen from here (a container?)"
-        fix = f"end them, if they are left-overs of yours: kill {' '.join(others)}" if others else "ask who has it"
+        fix = (
+            f"end them, if they are left-overs of yours: kill {' '.join(others)}"
+            if others
+            else "ask who has it"
+        )
         yield Finding(
             check="GPUs in use",
             status="fail" if used_fraction >= BUSY_FRACTION else "warn",
@@ -145,8 +149,9 @@ def differing_gpus(kinds: Mapping[str, str]) -> Finding:
     return Finding(
         check="GPUs",
         status="fail" if without else "warn",
-        message="the nodes differ: " + "; ".join(f"{node} {kind}" for node, kind in list(kinds.items())[:MAX_KINDS]),
-        fix=f"leave out {join_names(without)}" if without else fix,
+        message="the nodes differ: "
+        + "; ".join(f"{node} {kind}" for node, kind in list(kinds.items())[:MAX_KINDS]),
+        fix=f"leave out {first_names(without)}" if without else fix,
         nodes=tuple(kinds),
     )
 

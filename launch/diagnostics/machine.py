@@ -36,9 +36,9 @@ PROBE_BYTES = 16 * 2**20
 STALE_LOCK_S = 600.0
 """after which the lock of a compilation is taken for a left-over: DeepSpeed's largest take some minutes"""
 KERNEL_LOCK_SINCE = (2, 14)
-"""the version of torch from which on a compilation is locked by the kernel, which releases it with its holder; up
-to then the mere existence of a file was the lock (torch.utils.file_baton), and one left behind was waited for
-without end
+"""the version of torch from which on a compilation is locked by the kernel, which releases it with its
+holder; up to then the mere existence of a file was the lock (torch.utils.file_baton), and one left behind was
+waited for without end
 """
 
 
@@ -50,8 +50,8 @@ def check_shared_memory() -> Iterator[Finding]:
     message = f"{decimal(usage.total)}, {decimal(usage.free)} free"
     if usage.total < SHARED_MEMORY_MIN:
         fix = (
-            "in a container: docker run --ipc=host, or --shm-size=8g; else mount -o remount,size=8G /dev/shm; "
-            "or workers=0"
+            "in a container: docker run --ipc=host, or --shm-size=8g; else mount -o remount,size=8G "
+            "/dev/shm; or workers=0"
         )
         yield Finding(check="shared memory", status="warn", message=message, fix=fix)
     elif usage.free < SHARED_MEMORY_MIN:
@@ -84,8 +84,8 @@ def check_open_files() -> Iterator[Finding]:
 
 
 def check_locked_memory(devices: Path = Path("/sys/class/infiniband")) -> Iterator[Finding]:
-    """InfiniBand registers memory under this limit; CUDA's own pinned memory does not count. No finding without
-    InfiniBand.
+    """InfiniBand registers memory under this limit; CUDA's own pinned memory does not count. No finding
+    without InfiniBand.
     """
     if not devices.is_dir() or not any(devices.iterdir()):
         return
@@ -95,8 +95,8 @@ def check_locked_memory(devices: Path = Path("/sys/class/infiniband")) -> Iterat
         yield Finding(check="locked memory", message=message)
         return
     fix = (
-        "`ulimit -l unlimited`; in docker --ulimit memlock=-1; for SLURM LimitMEMLOCK=infinity of slurmd; NCCL "
-        "fails otherwise"
+        "`ulimit -l unlimited`; in docker --ulimit memlock=-1; for SLURM LimitMEMLOCK=infinity of "
+        "slurmd; NCCL fails otherwise"
     )
     message = f"{decimal(soft)} may be locked for InfiniBand"
     yield Finding(check="locked memory", status="fail", message=message, fix=fix)
@@ -127,7 +127,9 @@ def cpu_findings(reports: list[RankReport], ranks_per_node: int) -> list[Finding
 
 
 def cpu_outcome(infos: list[CPUInfo], ranks: int) -> Outcome:
-    """The outcome for a node on which so many `ranks` will train; `infos` are those of the ranks that run now."""
+    """The outcome for a node on which so many `ranks` will train; `infos` are those of the ranks that run
+    now.
+    """
     usable: float = len({cpu for info in infos for cpu in info.affinity})
     usable = min(usable, infos[0].quota or math.inf)
     threads, machine_cpus = infos[0].omp_threads, infos[0].machine_cpus
@@ -175,11 +177,16 @@ def check_disk(directory: Path) -> Iterator[Finding]:
     where = f"{directory} ({file_system(directory)})"
     message = f"{where}: {decimal(usage.free)} free, {decimal(int(bytes_per_s))}/s"
     if not intact:
-        message, fix = f"{where}: what was read is not what was written", "choose another run_dir=, or have it repaired"
+        message, fix = (
+            f"{where}: what was read is not what was written",
+            "choose another run_dir=, or have it repaired",
+        )
         yield Finding(check="disk", status="fail", message=message, fix=fix)
     elif usage.free < DISK_FREE_MIN or (inodes.f_files > 0 and inodes.f_favail < FREE_INODES_MIN):
         message = f"{where}: {decimal(usage.free)} and {inodes.f_favail:,} files are free"
-        yield Finding(check="disk", status="fail", message=message, fix="free some, or choose another run_dir=")
+        yield Finding(
+            check="disk", status="fail", message=message, fix="free some, or choose another run_dir="
+        )
     elif usage.free < DISK_FREE_GOOD:
         fix = (
             "a checkpoint takes about 12 bytes per parameter (AdamW), and twice that while it is replaced: "

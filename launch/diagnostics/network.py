@@ -25,7 +25,7 @@ VIRTUAL_INTERFACE = re.compile(r"lo$|docker|virbr|br-|veth.*@")
 
 
 def network_info(environment: Mapping[str, str], master: str | None) -> NetworkInfo:
-    """The interfaces of this node, what its own name resolves to, and by which interface it reaches `master`."""
+    """The interfaces of this node, what its own name resolves to, and which of them leads to `master`."""
     interfaces = {
         name: [
             entry.address.partition("%")[0]
@@ -51,8 +51,8 @@ def network_info(environment: Mapping[str, str], master: str | None) -> NetworkI
 
 
 def source_address(master: str) -> str | None:
-    """The address of this node from which it reaches `master`. Nothing is sent: connecting UDP only looks up the
-    route.
+    """The address of this node from which it reaches `master`. Nothing is sent: connecting UDP only looks up
+    the route.
     """
     for address in addresses_of(master):
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -105,7 +105,7 @@ def hostname_findings(reports: list[RankReport], multi_node: bool) -> list[Findi
 
 
 def hostname_outcome(network: NetworkInfo, multi_node: bool) -> Outcome:
-    """The outcome for one node: gloo binds to the address of its name, unless a variable names an interface."""
+    """The outcome for one node: gloo binds to the address of its name, unless a variable names a device."""
     route = network.route if network.route not in (None, "lo") else external_interface(network)
     fix = f"on that node: export GLOO_SOCKET_IFNAME={route} NCCL_SOCKET_IFNAME={route}"
     for variable, value, matching in (
@@ -121,7 +121,9 @@ def hostname_outcome(network: NetworkInfo, multi_node: bool) -> Outcome:
             return Outcome("fail", f"{variable}={value} reaches no other node", fix)
     address = next(iter(network.host_addresses), None)
     if not multi_node:
-        return Outcome("pass", f"resolves to {address}" if address else "not resolved, and not needed on one node")
+        return Outcome(
+            "pass", f"resolves to {address}" if address else "not resolved, and not needed on one node"
+        )
     if network.gloo_ifname:
         return Outcome("pass", f"{network.gloo_ifname}, by GLOO_SOCKET_IFNAME")
     return address_outcome(network, address, fix)
@@ -150,7 +152,9 @@ def gloo_interfaces(ifname: str, interfaces: list[str]) -> list[str]:
 
 
 def nccl_interfaces(ifname: str, interfaces: list[str]) -> list[str]:
-    """The interfaces that NCCL_SOCKET_IFNAME selects: it lists prefixes, after `=` names, after `^` exclusions."""
+    """The interfaces that NCCL_SOCKET_IFNAME selects: it lists prefixes, after `=` names, after `^`
+    exclusions.
+    """
     exact, entries = "=" in ifname[:2], ifname.lstrip("^=").split(",")
     matching = [
         name
@@ -180,8 +184,8 @@ def link_findings(reports: list[RankReport], multi_node: bool) -> list[Finding]:
     if len(set(mtus.values())) > 1:
         message = f"the MTU differs: {', '.join(f'{node} {mtu}' for node, mtu in mtus.items())}"
         fix = (
-            "large packets between them may get lost, which looks like a hang: one MTU on all nodes (ip link set DEV "
-            "mtu N)"
+            "large packets between them may get lost, which looks like a hang: one MTU on all nodes (ip "
+            "link set DEV mtu N)"
         )
         findings.append(Finding(check="network", status="warn", message=message, fix=fix, nodes=tuple(mtus)))
     return findings
@@ -193,7 +197,9 @@ def link_outcome(network: NetworkInfo) -> Outcome:
         fix = "MASTER_ADDR must be a name or address of the first node that all nodes can resolve"
         return Outcome("fail", f"no route to the master {network.master}", fix)
     speed = format_link_speed(network.speed_mbps) if network.speed_mbps else "speed unknown"
-    infiniband = f", InfiniBand {format_link_speed(network.infiniband_mbps)}" if network.infiniband_mbps else ""
+    infiniband = (
+        f", InfiniBand {format_link_speed(network.infiniband_mbps)}" if network.infiniband_mbps else ""
+    )
     return Outcome("pass", f"{network.route}, {speed}, MTU {network.mtu}{infiniband}")
 
 

@@ -14,7 +14,9 @@ from launch.runtime.world import World
 
 @dataclass(kw_only=True)
 class RankReport:
-    """What one rank reports. An info is None where it could not be collected: then there is a finding about it."""
+    """What one rank reports. An info is None where it could not be collected: then there is a finding about
+    it.
+    """
 
     rank: int = 0
     local_rank: int = 0
@@ -42,7 +44,9 @@ def empty_report(world: World, environment: Mapping[str, str]) -> RankReport:
 
 
 def group_by_node(reports: Iterable[RankReport]) -> dict[str, list[RankReport]]:
-    """The reports by node, in the order of ranks. Nodes with the same name (containers) get their number as well."""
+    """The reports by node, in the order of ranks. Nodes with the same name (containers) get their number as
+    well.
+    """
     ordered = sorted(reports, key=lambda report: report.rank)
     nodes = dict.fromkeys((report.host, report.node) for report in ordered)
     nodes_with_name = Counter(host for host, _ in nodes)

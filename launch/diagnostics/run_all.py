@@ -58,7 +58,9 @@ def run_local_checks(
     report.software = collect(
         "versions", IMPORT_TIMEOUT_S, lambda: software.software_info(environment), findings
     )
-    report.device = collect("GPUs", 3 * CHECK_TIMEOUT_S, lambda: gpus.device_info(world, environment), findings)
+    report.device = collect(
+        "GPUs", 3 * CHECK_TIMEOUT_S, lambda: gpus.device_info(world, environment), findings
+    )
     report.cpu = collect("CPUs", CHECK_TIMEOUT_S, lambda: machine.cpu_info(environment), findings)
     if world.local_rank > 0:
         return report
@@ -157,8 +159,8 @@ def make_plan(reports: list[RankReport], run_dir: Path) -> JointPlan:
 def run_joint_checks(
     exchange: Exchange, plan: JointPlan, report: RankReport, endpoint: Endpoint
 ) -> JointResults:
-    """What this rank finds together with the others. All ranks call it; each part ends by itself and cannot stop
-    the next.
+    """What this rank finds together with the others. All ranks call it; each part ends by itself and cannot
+    stop the next.
     """
     results = JointResults()
     leaders, directory = plan.leaders, Path(plan.directory)
@@ -221,7 +223,9 @@ def joint_findings(
     storage = {node: result.shared_storage for node, result in by_node.items() if result.shared_storage}
     findings += cross_node.clock_findings(clocks, next(iter(leaders)))
     findings += cross_node.shared_storage_findings(storage, nodes, directory)
-    pairs = [pair for result in results.values() for pair in result.bandwidth if not set(lost) & set(pair.pair)]
+    pairs = [
+        pair for result in results.values() for pair in result.bandwidth if not set(lost) & set(pair.pair)
+    ]
     return findings + bandwidth_findings.bandwidth_findings(pairs, reports)
 
 

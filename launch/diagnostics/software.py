@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from launch.diagnostics.findings import Finding, join_names
+from launch.diagnostics.findings import Finding, first_names
 from launch.diagnostics.rank_report import RankReport, group_by_node
 from launch.diagnostics.system_info import SoftwareInfo
 from launch.runtime.versions import code_digest, versions
@@ -115,7 +115,7 @@ def differing_versions(name: str, values: Mapping[str, str]) -> Finding:
         check="versions",
         status="fail" if name in MUST_BE_EQUAL else "warn",
         message=f"{name} is {nodes_by_value(values)}",
-        fix=f"{install} on {join_names(wrong)}",
+        fix=f"{install} on {first_names(wrong)}",
         nodes=tuple(wrong),
     )
 
@@ -125,7 +125,7 @@ def nodes_by_value(values: Mapping[str, str]) -> str:
     nodes: dict[str, list[str]] = {}
     for node, value in values.items():
         nodes.setdefault(value, []).append(node)
-    return "; ".join(f"{value} on {join_names(names)}" for value, names in nodes.items())
+    return "; ".join(f"{value} on {first_names(names)}" for value, names in nodes.items())
 
 
 def environment_findings(reports: list[RankReport]) -> list[Finding]:
@@ -135,13 +135,14 @@ def environment_findings(reports: list[RankReport]) -> list[Finding]:
         return []
     names = sorted({name for info in software.values() for name in info.environment})
     by_variable = {
-        name: {node: info.environment.get(name, "not set") for node, info in software.items()} for name in names
+        name: {node: info.environment.get(name, "not set") for node, info in software.items()}
+        for name in names
     }
     differing = {name: values for name, values in by_variable.items() if len(set(values.values())) > 1}
     if differing:
         fix = (
-            "export it before the launcher, not in one node's profile; srun passes on the variables of the shell "
-            "(--export=ALL)"
+            "export it before the launcher, not in one node's profile; srun passes on the variables of "
+            "the shell (--export=ALL)"
         )
         return [
             Finding(
@@ -154,5 +155,5 @@ def environment_findings(reports: list[RankReport]) -> list[Finding]:
             for name, values in differing.items()
         ]
     equal = ", equal on all nodes" if len(software) > 1 else ""
-    message = f"{join_names(names, 'variables')}{equal}" if names else "no NCCL_*, GLOO_*, ... is set"
+    message = f"set: {first_names(names, 'variables')}{equal}" if names else "no NCCL_*, GLOO_*, ... is set"
     return [Finding(check="environment", message=message, nodes=tuple(software))]

@@ -1,4 +1,6 @@
-"""What a rank reports about its machine: plain dataclasses that travel between ranks as JSON. Imports no torch."""
+"""What a rank reports about its machine: plain dataclasses that travel between ranks as JSON. Imports no
+torch.
+"""
 
 from __future__ import annotations
 

@@ -9,16 +9,17 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import pytest
-import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # its stubs forget it
 
 from launch.diagnostics import check_ranks, cross_node
-from launch.diagnostics.exchange import Meeting
+from launch.diagnostics.cross_node import SharedStorageResult
+from launch.diagnostics.exchange import Exchange
 from launch.runtime.store import UnreachableError, check_own, open_store, reach, within
 from tests.launch.hosts import CLUSTER_VARIABLES, HOSTS_FILE, Host, launcher_env, two_hosts
 from tests.launch.processes import (
@@ -27,19 +28,22 @@ from tests.launch.processes import (
     ROOT,
     CommandResult,
     command_line,
+    free_port,
     wait_for_command,
 )
 
 DOCTOR = ROOT / "launch" / "commands" / "doctor.py"
+First = TypeVar("First")
+Second = TypeVar("Second")
 
 
 def start(
-    *words: str, cwd: Path, ranks: int = 0, env: Mapping[str, str] | None = None, inside: tuple[str, ...] = ()
+    *args: str, cwd: Path, ranks: int = 0, env: Mapping[str, str] | None = None, inside: tuple[str, ...] = ()
 ) -> subprocess.Popen[str]:
-    """Start the doctor; `inside` are the words of a command that starts it elsewhere (nsenter)."""
+    """Start the doctor; `inside` is a command that starts it elsewhere (nsenter)."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(CLUSTER_VARIABLES)}
     return subprocess.Popen(
-        [*inside, *command_line(*words, ranks=ranks, run=DOCTOR)],
+        [*inside, *command_line(*args, ranks=ranks, run=DOCTOR)],
         cwd=cwd,
         env={**clean, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "10000", **(env or {})},
         stdout=subprocess.PIPE,
@@ -49,13 +53,13 @@ def start(
     )
 
 
-def call(*words: str, cwd: Path, ranks: int = 0, env: Mapping[str, str] | None = None) -> CommandResult:
+def call(*args: str, cwd: Path, ranks: int = 0, env: Mapping[str, str] | None = None) -> CommandResult:
     """Run the doctor to its end."""
-    return wait_for_command(start(*words, cwd=cwd, ranks=ranks, env=env))
+    return wait_for_command(start(*args, cwd=cwd, ranks=ranks, env=env))
 
 
 def row(done: CommandResult, check: str) -> str:
-    """The row of a check: its verdict and the rest, with single spaces."""
+    """The row of a check: its status and the rest, with single spaces."""
     lines = [line for line in done.stdout.splitlines() if line.startswith(f"{check}  ")]
     assert len(lines) == 1, done.stdout + done.stderr
     return " ".join(lines[0].removeprefix(check).split())
@@ -64,12 +68,6 @@ def row(done: CommandResult, check: str) -> str:
 def only_line(done: CommandResult) -> str:
     (line,) = done.messages
     return line
-
-
-def free() -> int:
-    """A port that nobody has."""
-    with socket.create_server(("", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 def wait_until_files(folder: Path) -> None:
@@ -99,7 +97,7 @@ def test_help_imports_no_torch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arg", "message"),
     [
         ("rundir=x", "rundir is not a key of doctor; did you mean run_dir?"),
         ("timeout=0", "timeout=0 must be a number of seconds, above 0"),
@@ -107,27 +105,27 @@ def test_help_imports_no_torch(tmp_path: Path) -> None:
         ("fast", "'fast' is not key=value"),
     ],
 )
-def test_mistakes(tmp_path: Path, words: str, said: str) -> None:
-    done = call(words, cwd=tmp_path)
-    assert (done.returncode, said in only_line(done)) == (2, True), done.stderr
+def test_mistakes(tmp_path: Path, arg: str, message: str) -> None:
+    done = call(arg, cwd=tmp_path)
+    assert (done.returncode, message in only_line(done)) == (2, True), done.stderr
 
 
 @pytest.mark.slow
 def test_two_ranks_under_torchrun(tmp_path: Path) -> None:
     done = call(cwd=tmp_path, ranks=2)
-    assert row(done, "ranks") == "pass 2 of 2 came"
-    assert row(done, "within a node").startswith("pass rank 0 - rank 1: all-reduce ")
+    assert row(done, "ranks") == "pass 2 of 2 joined"
+    assert row(done, "intra-node").startswith("pass rank 0 - rank 1: all-reduce ")
     assert done.stdout.count("doctor:") == 1
     assert done.returncode == int(" 0 fail" not in done.stdout)
     assert not list(tmp_path.iterdir())
 
 
-# ranks that do not come, or go ------------------------------------------------------------------------------
+# ranks that do not join, or are lost ------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_a_missing_rank(tmp_path: Path) -> None:
-    port = free()
+    port = free_port()
     done = call("timeout=2", cwd=tmp_path, env=launcher_env(0, "127.0.0.1", port))
     assert done.returncode == 1
     assert row(done, "ranks").startswith("fail expected 2 ranks; saw 0 from ")
@@ -135,7 +133,7 @@ def test_a_missing_rank(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_rank_without_rank_zero(tmp_path: Path) -> None:
-    done = call("timeout=1", cwd=tmp_path, env=launcher_env(1, "127.0.0.1", free()))
+    done = call("timeout=1", cwd=tmp_path, env=launcher_env(1, "127.0.0.1", free_port()))
     assert done.returncode == 1
     assert "nobody listens" in only_line(done)
 
@@ -144,7 +142,7 @@ def test_a_rank_without_rank_zero(tmp_path: Path) -> None:
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_is_stopped_on_the_way(tmp_path: Path, victim: int) -> None:
     """SIGSTOP: the connections stay, only nothing comes any more."""
-    port = free()
+    port = free_port()
     folders = [tmp_path / "0", tmp_path / "1"]
     for folder in folders:
         folder.mkdir()
@@ -169,7 +167,7 @@ def test_the_term_signal_leaves_no_file(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-# meeting ----------------------------------------------------------------------------------------------------
+# the exchange -----------------------------------------------------------------------------------------------
 
 
 def test_what_keeps_a_rank_from_the_master() -> None:
@@ -192,40 +190,43 @@ def test_a_stranger_on_the_port_does_not_hang(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_two_ranks_in_a_store(tmp_path: Path) -> None:
-    """Clock and folder, of two nodes that are two threads."""
+    """Clock and shared storage, of two nodes that are two threads."""
 
-    def folder(rank: int, path: Path) -> Any:
-        return cross_node.shared_folder(meetings[rank], [0, 1], path, "token")
+    def storage(rank: int) -> SharedStorageResult:
+        return cross_node.probe_shared_storage(exchanges[rank], [0, 1], tmp_path, "token")
 
-    def pair(first: Any, second: Any) -> tuple[Any, Any]:
+    def both(first: Callable[[], First], second: Callable[[], Second]) -> tuple[First, Second]:
         with ThreadPoolExecutor(2) as threads:
             futures = threads.submit(first), threads.submit(second)
-            return futures[0].result(PATIENCE * 20), futures[1].result(PATIENCE * 20)
+            return futures[0].result(COMMAND_TIMEOUT_S), futures[1].result(COMMAND_TIMEOUT_S)
 
     # each with a connection of its own, as in processes; port 0 is any that is free
-    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    client = dist.TCPStore("127.0.0.1", server.port, is_master=False, wait_for_workers=False)
-    meetings = [Meeting(server, 0, [0, 1]), Meeting(client, 1, [0, 1])]
-    _, (ahead, error) = pair(
-        lambda: cross_node.clock(meetings[0], [0, 1]), lambda: cross_node.clock(meetings[1], [0, 1])
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    client = TCPStore("127.0.0.1", server.port, is_master=False, wait_for_workers=False)
+    exchanges = [Exchange(server, 0, [0, 1]), Exchange(client, 1, [0, 1])]
+    none, offset = both(
+        lambda: cross_node.measure_clock(exchanges[0], [0, 1]),
+        lambda: cross_node.measure_clock(exchanges[1], [0, 1]),
     )
-    assert abs(ahead) <= error + 0.01 < PATIENCE
-    first, second = pair(lambda: folder(0, tmp_path), lambda: folder(1, tmp_path))
-    assert (first["missing"], second["missing"]) == ([], [])
+    assert none is None
+    assert offset is not None
+    assert abs(offset.ahead_s) <= offset.error_s + 0.01 < PATIENCE
+    first, second = both(lambda: storage(0), lambda: storage(1))
+    assert (first.missing_ranks, second.missing_ranks) == ([], [])
     assert not list(tmp_path.iterdir())
-    assert meetings[0].gather("late", 1, 0.1) == {0: 1}
-    with pytest.raises(TimeoutError, match="no word"):
-        meetings[1].tell("plan", None, 0.1)
-    assert within(PATIENCE * 5, lambda: meetings[1].wait_for("alone", [0, 1], 0.1)) is False
+    assert exchanges[0].gather("late", 1, 0.1) == {0: 1}
+    with pytest.raises(TimeoutError, match="nothing from the other ranks"):
+        exchanges[1].broadcast("plan", None, int, 0.1)
+    assert within(COMMAND_TIMEOUT_S, lambda: exchanges[1].barrier("alone", [0, 1], 0.1)) is False
 
 
 # two hosts --------------------------------------------------------------------------------------------------
 
 
-def on_both(hosts: list[Host], folder: Path, address: str, *words: str, **env: str) -> list[CommandResult]:
-    """What the doctor says on each."""
+def on_both(hosts: list[Host], folder: Path, address: str, *args: str, **env: str) -> list[CommandResult]:
+    """What the doctor prints on each."""
     started = [
-        start(*words, cwd=folder, env={**launcher_env(rank, address, 29500), **env}, inside=host.inside)
+        start(*args, cwd=folder, env={**launcher_env(rank, address, 29500), **env}, inside=host.inside)
         for rank, host in enumerate(hosts)
     ]
     return [wait_for_command(process) for process in started]
@@ -234,11 +235,11 @@ def on_both(hosts: list[Host], folder: Path, address: str, *words: str, **env: s
 @pytest.mark.slow
 def test_two_hosts(tmp_path: Path) -> None:
     with two_hosts(tmp_path, {"n1": HOSTS_FILE, "n2": HOSTS_FILE}) as hosts:
-        first, second = on_both(hosts, tmp_path, "n1")
-    assert row(first, "ranks") == "pass n1, n2 2 of 2 came"
-    assert row(first, "names").startswith("pass n1, n2 n1: its own name is 10.9.9.1 (eth0)")
+        first, second = on_both(hosts, tmp_path, "n1", "timeout=60")
+    assert row(first, "ranks") == "pass n1, n2 2 of 2 joined"
+    assert row(first, "hostname").startswith("pass n1, n2 n1: its own name is 10.9.9.1 (eth0)")
     assert row(first, "network") == "pass n1, n2 eth0, 10 Gb/s, MTU 1500"
-    assert row(first, "shared folder").startswith("pass n1, n2")
+    assert row(first, "shared storage").startswith("pass n1, n2")
     assert row(first, "clock").startswith("pass n2")
     # a veth has no speed of its own, a busy machine little
     assert row(first, "bandwidth").startswith(
@@ -250,31 +251,31 @@ def test_two_hosts(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_hosts_on_a_slow_cable_without_a_shared_folder(tmp_path: Path) -> None:
+def test_two_hosts_on_a_slow_cable_without_shared_storage(tmp_path: Path) -> None:
     with two_hosts(tmp_path, {"n1": HOSTS_FILE, "n2": HOSTS_FILE}, rate="200mbit") as hosts:
-        (mine := tmp_path / "runs").mkdir()
+        (run_dir := tmp_path / "runs").mkdir()
         for host in hosts:  # one path, two file systems
-            host.run(f"mount -t tmpfs none {mine}")
-        first, _ = on_both(hosts, tmp_path, "n1", f"run_dir={mine}")
+            host.run(f"mount -t tmpfs none {run_dir}")
+        first, _ = on_both(hosts, tmp_path, "n1", f"run_dir={run_dir}", "timeout=60")
     for other in ("n1", "n2"):
-        assert f"{mine}: sees nothing of what {other} wrote there" in first.stdout
+        assert f"{run_dir}: does not see what {other} wrote there" in first.stdout
     assert row(first, "bandwidth").startswith("warn n1, n2 n1 - n2: all-reduce 0.0")
     assert first.returncode == 1
 
 
 @pytest.mark.slow
-def test_two_hosts_that_take_themselves_for_loopback(tmp_path: Path) -> None:
+def test_two_hosts_whose_names_resolve_to_loopback(tmp_path: Path) -> None:
     """Debian's installer writes `127.0.1.1 HOSTNAME` into /etc/hosts: gloo binds to it, and the others
     connect to themselves.
     """
     with two_hosts(tmp_path, {host: f"127.0.1.1 {host}\n" for host in ("n1", "n2")}) as hosts:
-        first, second = on_both(hosts, tmp_path, "10.9.9.1")
-        cured, _ = on_both(hosts, tmp_path, "10.9.9.1", GLOO_SOCKET_IFNAME="eth0")
-    assert row(first, "names").startswith("fail n1, n2 its own name is 127.0.1.1")
+        first, second = on_both(hosts, tmp_path, "10.9.9.1", "timeout=60")
+        cured, _ = on_both(hosts, tmp_path, "10.9.9.1", "timeout=60", GLOO_SOCKET_IFNAME="eth0")
+    assert row(first, "hostname").startswith("fail n1, n2 its own name is 127.0.1.1")
     assert "export GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0" in first.stdout
     assert row(first, "bandwidth").startswith("fail n1, n2 n1 - n2: ")
     assert first.returncode == second.returncode == 1
-    assert row(cured, "names").startswith("pass")
+    assert row(cured, "hostname").startswith("pass")
     assert not row(cured, "bandwidth").startswith("fail")
 
 
