@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from launch.diagnostics.findings import Finding, Outcome, first_names, merge_equ
 from launch.diagnostics.machine import file_system
 from launch.diagnostics.rank_report import RankReport, group_by_node
 from launch.diagnostics.temp_files import removed_afterwards
+from launch.runtime.slurm_env import step_hosts
 from launch.runtime.store import addresses_of, spans
 from launch.runtime.world import World
 
@@ -31,26 +31,13 @@ BARRIER_TIMEOUT_S = 5.0
 # ranks ------------------------------------------------------------------------------------------------------
 
 
-def hosts_of(environment: Mapping[str, str]) -> list[str]:
-    """The nodes of a SLURM step: `n[1-2,07],m1` as n1, n2, n07, m1; none outside SLURM."""
-    hosts = []
-    for part in re.findall(r"[^,\[]+(?:\[[^\]]*\])?[^,\[]*", environment.get("SLURM_STEP_NODELIST", "")):
-        before, _, rest = part.partition("[")
-        inside, _, after = rest.partition("]")
-        for item in inside.split(","):
-            first, _, last = item.partition("-")
-            numbers = range(int(first), int(last or first) + 1) if first else [""]
-            hosts += [f"{before}{str(number).zfill(len(first))}{after}" for number in numbers]
-    return hosts
-
-
 def ranks_finding(reports: list[RankReport], world: World, environment: Mapping[str, str]) -> Finding:
     """Whether all ranks joined, and on which nodes those are missing that did not."""
     groups = group_by_node(reports)
     if len(reports) == world.world_size:
         message = f"{len(reports)} of {world.world_size} joined"
         return Finding(check="ranks", message=message, nodes=tuple(groups))
-    hosts = hosts_of(environment)
+    hosts = step_hosts(environment)
     if len(hosts) * world.local_world_size != world.world_size:
         hosts = []
     joined = [f"{spans([member.rank for member in members])} from {node}" for node, members in groups.items()]

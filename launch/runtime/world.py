@@ -5,11 +5,12 @@ torch at first.
 from __future__ import annotations
 
 import os
-import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from launch.runtime.slurm_env import gpus_on_node, read_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ def find_world(environment: Mapping[str, str], launcher: str = "auto") -> World:
             f"launcher={launcher}, but the environment is that of {' and '.join(found) or 'none'}: "
             "start it that way, or leave the key out"
         )
-    refuse_contradictions(world, environment, number)
+    refuse_contradictions(world, environment)
     return world
 
 
@@ -71,20 +72,17 @@ def from_torchrun(environment: Mapping[str, str], number: Mapping[str, int]) -> 
     )
 
 
-def from_srun(environment: Mapping[str, str], number: Mapping[str, int]) -> World | None:
-    """A task of an srun step. A batch script outside srun has SLURM_PROCID too: only a step has a task count
-    of its own.
-    """
-    if "SLURM_PROCID" not in number or "SLURM_STEP_NUM_TASKS" not in number:
+def from_srun(environment: Mapping[str, str], number: Mapping[str, int]) -> World | None:  # noqa: ARG001
+    """A task of an srun step."""
+    step = read_step(environment)
+    if step is None:
         return None
     return World(
-        rank=number["SLURM_PROCID"],
-        local_rank=number.get("SLURM_LOCALID", 0),
-        world_size=number["SLURM_STEP_NUM_TASKS"],
-        local_world_size=tasks_on_node(
-            environment.get("SLURM_STEP_TASKS_PER_NODE", "1"), number.get("SLURM_NODEID", 0)
-        ),
-        node=number.get("SLURM_NODEID", 0),
+        rank=step.rank,
+        local_rank=step.local_rank,
+        world_size=step.num_tasks,
+        local_world_size=step.tasks_on_node,
+        node=step.node,
         launcher="srun",
         why="SLURM_PROCID and SLURM_STEP_NUM_TASKS are set",
     )
@@ -110,16 +108,7 @@ LOOKS = (from_torchrun, from_srun, from_mpirun)
 """in this order: what was started inside another (torchrun under srun) is nearer"""
 
 
-def tasks_on_node(tasks_per_node: str, node: int) -> int:
-    """The tasks of one node, from SLURM's `2(x3),1`: two on each of three nodes, one on the last."""
-    counts: list[int] = []
-    for part in tasks_per_node.split(","):
-        count, _, times = part.partition("(x")
-        counts += [int(count)] * int(times.rstrip(")") or 1)
-    return counts[min(node, len(counts) - 1)]
-
-
-def refuse_contradictions(world: World, environment: Mapping[str, str], number: Mapping[str, int]) -> None:
+def refuse_contradictions(world: World, environment: Mapping[str, str]) -> None:
     """Raise ValueError for a world that cannot be, with the line that mends it."""
     if (
         not 0 <= world.rank < world.world_size
@@ -129,41 +118,28 @@ def refuse_contradictions(world: World, environment: Mapping[str, str], number: 
             f"{world.launcher} says rank {world.rank} of {world.world_size}, local rank {world.local_rank} of "
             f"{world.local_world_size}: that cannot be ({world.why})"
         )
-    if (
-        world.launcher not in ("torchrun", "accelerate", "environment")
-        or "SLURM_STEP_NUM_TASKS" not in number
-    ):
+    step = read_step(environment)
+    if step is None or world.launcher not in ("torchrun", "accelerate", "environment"):
         return
-    tasks = tasks_on_node(environment.get("SLURM_STEP_TASKS_PER_NODE", "1"), number.get("SLURM_NODEID", 0))
-    if tasks > 1:
+    if step.tasks_on_node > 1:
         raise ValueError(
-            f"srun started {tasks} tasks on this node, and each of them {world.launcher} with {world.local_world_size} rank(s): "
-            f"srun --ntasks-per-node=1 {world.launcher} ..., or srun python launch/run.py ... without {world.launcher}"
+            f"srun started {step.tasks_on_node} tasks on this node, and each of them {world.launcher} with "
+            f"{world.local_world_size} rank(s): srun --ntasks-per-node=1 {world.launcher} ..., or srun python "
+            f"launch/run.py ... without {world.launcher}"
         )
-    nodes = number.get("SLURM_STEP_NUM_NODES", 1)
-    if nodes > 1 and world.world_size == world.local_world_size:
+    if step.num_nodes > 1 and world.world_size == world.local_world_size:
         raise ValueError(
-            f"srun started {world.launcher} on {nodes} nodes, but each trains by itself ({world.world_size} rank(s)): "
-            'torchrun --nnodes="$SLURM_NNODES" --node_rank="$SLURM_NODEID" --master_addr=HOST ..., as in slurm/train.sbatch'
+            f"srun started {world.launcher} on {step.num_nodes} nodes, but each trains by itself "
+            f'({world.world_size} rank(s)): torchrun --nnodes="$SLURM_NNODES" --node_rank="$SLURM_NODEID" '
+            "--master_addr=HOST ..., or slurm/train.sbatch"
         )
 
 
 def slurm_rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
-    """MASTER_ADDR and MASTER_PORT of an srun step: its first host, and a port that follows from the job and
-    step.
-
-    The ports lie below those that the kernel gives to outgoing connections (from 32768 on).
-    """
-    hosts = environment["SLURM_STEP_NODELIST"]
-    first = re.match(
-        r"[^,\[]*(?:\[[^\]]*\][^,\[]*)*", hosts
-    )  # up to the first comma outside brackets: gpu[01-04,07]-ib,login
-    assert first is not None
-    job, step = int(environment.get("SLURM_JOB_ID", 0)), int(environment.get("SLURM_STEP_ID", 0))
-    return {
-        "MASTER_ADDR": re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0]),
-        "MASTER_PORT": str(10000 + (job * 13 + step) % 20000),
-    }
+    """MASTER_ADDR and MASTER_PORT of an srun step: its first host, and a port of its own."""
+    step = read_step(environment)
+    assert step is not None
+    return {"MASTER_ADDR": step.hosts[0], "MASTER_PORT": str(step.master_port)}
 
 
 def mpi_rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
@@ -188,7 +164,7 @@ def find_device(world: World) -> str:
     import torch
 
     if not torch.cuda.is_available():
-        if (given := os.environ.get("SLURM_GPUS_ON_NODE", "0")) not in ("", "0"):
+        if given := gpus_on_node(os.environ):
             built = (
                 "was built without CUDA"
                 if torch.version.cuda is None

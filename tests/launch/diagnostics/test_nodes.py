@@ -137,12 +137,6 @@ def test_ranks_that_are_missing() -> None:
     assert cross_node.ranks_finding(reports, World(world_size=2), {}).status == "pass"
 
 
-def test_lists_of_hosts() -> None:
-    hosts = ["n1", "n2", "n07", "m1", "k098-ib", "k099-ib", "k100-ib"]
-    assert cross_node.hosts_of({"SLURM_STEP_NODELIST": "n[1-2,07],m1,k[098-100]-ib"}) == hosts
-    assert cross_node.hosts_of({}) == []
-
-
 def offset(ahead_s: float, error_s: float) -> ClockOffset:
     return ClockOffset(ahead_s=ahead_s, error_s=error_s)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from launch.runtime.world import find_world, mpi_rendezvous, slurm_rendezvous, tasks_on_node
+from launch.runtime.world import find_world, mpi_rendezvous, slurm_rendezvous
 
 TORCHRUN = {
     **{"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "GROUP_RANK": "1"},
@@ -53,13 +53,6 @@ def test_a_batch_script_is_no_task_of_a_step() -> None:
     assert seen({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "42"})[0] == "python"
 
 
-@pytest.mark.parametrize(
-    ("text", "tasks"), [("4", [4]), ("2(x3),1", [2, 2, 2, 1]), ("3,2", [3, 2]), ("1(x2),8(x2)", [1, 1, 8, 8])]
-)
-def test_tasks_of_uneven_nodes(text: str, tasks: list[int]) -> None:
-    assert [tasks_on_node(text, node) for node in range(len(tasks))] == tasks
-
-
 def test_the_launcher_can_be_said() -> None:
     both = {
         **SRUN,
@@ -87,7 +80,8 @@ def test_the_launcher_can_be_said() -> None:
                 "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
                 "SLURM_PROCID": "1",
             },
-            r"srun started 2 tasks on this node, and each of them torchrun with 4 rank\(s\): srun --ntasks-per-node=1 torchrun",
+            r"srun started 2 tasks on this node, and each of them torchrun with 4 rank\(s\): "
+            "srun --ntasks-per-node=1 torchrun",
         ),
         (
             {
@@ -96,6 +90,7 @@ def test_the_launcher_can_be_said() -> None:
                 "RANK": "1",
                 "SLURM_STEP_NUM_TASKS": "2",
                 "SLURM_STEP_NUM_NODES": "2",
+                "SLURM_PROCID": "1",
             },
             "on 2 nodes, but each trains by itself",
         ),
