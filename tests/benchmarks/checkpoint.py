@@ -35,7 +35,7 @@ from launch.reporting.metrics import Metrics
 from launch.runtime.files import CHUNK
 from launch.state.run import Run
 from launch.training.loop import set_learning_rate, train_step
-from tests.benchmarks.workload import Dense, prepared
+from tests.benchmarks.dense_run import Dense, prepared
 
 ROOT = Path(__file__).resolve().parents[2]
 WIDTH = 2048

@@ -42,7 +42,7 @@ from launch.state.build import prepare
 from launch.state.run import Run
 from recipes.parts.image_files import MNIST_FILES
 from recipes.parts.permutation import Permutation
-from tests.benchmarks.report import Report, in_turns, ratios
+from tests.benchmarks.benchmark_report import Report, interleave, ratios
 
 COLUMNS = {
     **{
@@ -183,7 +183,7 @@ def loading(rounds: int, batches: int = 100) -> dict[str, Any]:
             next(iterator)
         return (time.perf_counter() - start) / batches
 
-    pairs = in_turns(lambda: timed(theirs), lambda: timed(loader), rounds)
+    pairs = interleave(lambda: timed(theirs), lambda: timed(loader), rounds)
     return {
         "samples": 60_000,
         "per_second": 64 / sorted(b for _, b in pairs)[len(pairs) // 2],

@@ -1,19 +1,19 @@
 """What one GPU makes of GPT-2 124M, ResNet-50 and ViT-S, and what rankzero costs there. For an H100 or H200,
 in ten minutes.
 
-    python tests/benchmarks/gpu.py [rows=ceilings,gpt,resnet,vit,loop,checkpoint,mnist] [seconds=3] [rounds=1] [minutes=10]
+    python tests/benchmarks/gpu.py [rows=limits,gpt,resnet,vit,loop,checkpoint,mnist] [seconds=3] [rounds=1] [minutes=10]
         [mnist=FOLDER] [json=PATH] [rehearse=true]
 
-`ceilings`: matrix products and copies on this very card, sustained. `gpt` (sequence 1,024), `resnet` (224
-pixels) and `vit`: ladders; each row is the raw loop of `loops/raw.py` with one thing more than the row above.
+`limits`: matrix products and copies on this very card, sustained. `gpt` (sequence 1,024), `resnet` (224
+pixels) and `vit`: ladders; each row is the raw loop of `loops/raw_strategies.py` with one thing more than the row above.
 `gain` is over that row, and `losses` how far the first ones are from its own, relative; too far, and there is
-no figure. `mfu` is the share of what the data sheet promises, `of_product` of the matrix product measured in
+no figure. `mfu` is the share of what the data sheet promises, `of_product` of the matrix matmul_flops measured in
 the same precision: of the model's own operations, forward and backward, attention in full, as torch's
 FlopCounterMode counts them. Compiled are blocks and loss one by one, which is what rankzero does, and
 ResNet-50 as a whole.
 
 `loop`: the raw loop (`raw_ms`) and rankzero (`ms`: `launch.training.loop.train` with its record) at the
-highest rung, one rank, A B B A
+highest workload, one rank, A B B A
 `rounds` times; the ratio is the median over pairs, its quartiles beside it, and there is none unless losses
 agree. Both read loss and norm once in ten steps, and clip at a bound that is never reached. Each sets what
 torch has for all of a process as it would by itself: cuDNN's benchmark is on for the raw loop, and off for
@@ -21,7 +21,7 @@ rankzero. `checkpoint`: what the training waits for a save of GPT-2 and its opti
 copy of as much into pinned host memory (`raw_ms`). `mnist=FOLDER` holds the four files of MNIST, as
 `data.root` does.
 
-The data are random and lie on the GPU. A row warms up for 5 steps, makes 3 to learn the pace, and is then
+The data are random and lie on the GPU. A row warms up for 5 steps, makes 3 to learn the seconds_per_call, and is then
 measured for `seconds`, the device being waited for at both ends only. A batch that does not fit into memory
 is halved. The budget of an H100, not yet tried: 34 trainings of 6 s with warm-up and start, 60 s for first
 weights, 3 minutes of compilation, 80 s for all else; a row that would begin after `minutes` is left out, and
@@ -51,28 +51,28 @@ if "rehearse=true" in sys.argv:
 import torch
 
 from launch.cli.config import read_line
+from tests.benchmarks.benchmark_report import Report
 from tests.benchmarks.gpu_rows import (
     FAILED,
     LEFT_OUT,
     WITHOUT_FIGURE,
     WRONG,
-    Bench,
-    Row,
-    ceilings,
-    duels,
-    ladders,
-    mnist,
-    saving,
+    GpuSettings,
+    Measurement,
+    checkpoint_stall,
+    hardware_limits,
+    loop_overhead,
+    optimizations,
+    time_to_accuracy,
 )
-from tests.benchmarks.gpu_rows.timing import release
-from tests.benchmarks.report import Report
+from tests.benchmarks.gpu_rows.timing import free_gpu_memory
 
-SECTIONS: dict[str, Callable[[Bench], Iterator[Row]]] = {
-    "ceilings": ceilings.rows,
-    **{kind: partial(ladders.rows, kind=kind) for kind in ladders.LADDERS},
-    "loop": duels.rows,
-    "checkpoint": saving.rows,
-    "mnist": mnist.rows,
+SECTIONS: dict[str, Callable[[GpuSettings], Iterator[Measurement]]] = {
+    "limits": hardware_limits.rows,
+    **{kind: partial(optimizations.rows, kind=kind) for kind in optimizations.OPTIMIZATIONS},
+    "loop": loop_overhead.rows,
+    "checkpoint": checkpoint_stall.rows,
+    "mnist": time_to_accuracy.rows,
 }
 COLUMNS = {
     **{
@@ -105,7 +105,7 @@ def main(words: list[str]) -> int:
         line["rehearse"] == "true",
         time.monotonic() + 60 * float(line["minutes"]),
     )
-    bench = Bench(
+    settings = GpuSettings(
         device="cuda:0" if there else "cpu",
         rehearse=rehearse,
         seconds=0.0 if rehearse else float(line["seconds"]),
@@ -115,24 +115,24 @@ def main(words: list[str]) -> int:
     if rehearse:
         # inductor would take minutes; and rankzero itself lets no other be chosen
         torch.compile = partial(torch.compile, backend="eager")
-    gpu = described(bench.device) if there else "no GPU"
+    gpu = described(settings.device) if there else "no GPU"
     print(gpu)
     report = Report(line.get("json"), COLUMNS)
     report.facts["gpu"] = gpu
     notes = []
-    for row in chain.from_iterable(SECTIONS[name](bench) for name in line["rows"].split(",")):
+    for row in chain.from_iterable(SECTIONS[name](settings) for name in line["rows"].split(",")):
         found: dict[str, Any] = {"note": "no GPU"}
         if time.monotonic() > end:
             found = {"note": f"{LEFT_OUT}: {line['minutes']} minutes are over"}
         elif there or rehearse:
-            release(bench.device)
+            free_gpu_memory(settings.device)
             found = measured(row, rehearse)
         notes.append(found.get("note", ""))
         report.row(section=row.section, row=row.name, aim=row.aim, **found)
     return int(any(note.startswith((FAILED, WRONG)) for note in notes))
 
 
-def measured(row: Row, rehearse: bool) -> dict[str, Any]:
+def measured(row: Measurement, rehearse: bool) -> dict[str, Any]:
     """The rest of the row. One that fails says so, and the next is measured all the same."""
     try:
         found = row.measure()

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from launch.cli.config import read_line
-from tests.benchmarks.report import Report, in_turns, ratios
+from tests.benchmarks.benchmark_report import Report, interleave, ratios
 from tests.launch.processes import free_port
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def main(words: list[str]) -> None:
         said = [f"{name}={line[name]}" for name in ("steps", "layers", "width")] + [f"strategy={strategy}"]
         base = peak("base", said)
         for what, theirs, ours in (("training", "by_hand", "training"), ("run", "by_hand_saved", "run")):
-            pairs = in_turns(partial(peak, theirs, said), partial(peak, ours, said), int(line["rounds"]))
+            pairs = interleave(partial(peak, theirs, said), partial(peak, ours, said), int(line["rounds"]))
             by_hand, rankzero = (statistics.median(column) / 1e6 for column in zip(*pairs, strict=True))
             sizes = {"base_mb": base / 1e6, "by_hand_mb": by_hand, "rankzero_mb": rankzero}
             report.row(
@@ -103,9 +103,9 @@ def rank(side: str, folder: Path, said: dict[str, str]) -> int:
     import torch
 
     import launch.training.trainer  # noqa: F401
-    from tests.benchmarks import by_hand
-    from tests.benchmarks.loops import raw  # noqa: F401  # what FSDP2 needs
-    from tests.benchmarks.workload import Dense
+    from tests.benchmarks import raw_loop
+    from tests.benchmarks.dense_run import Dense
+    from tests.benchmarks.loops import raw_strategies  # noqa: F401  # what FSDP2 needs
 
     strategy = said["strategy"]
     if strategy.startswith("zero"):
@@ -114,7 +114,7 @@ def rank(side: str, folder: Path, said: dict[str, str]) -> int:
         import_deepspeed()
     recipe = Dense(width=int(said["width"]), layers=int(said["layers"]), samples=BATCH, adam=True)
     if side.startswith("by_hand"):
-        by_hand.train(
+        raw_loop.train(
             recipe, strategy, BATCH, int(said["steps"]), folder if side == "by_hand_saved" else None
         )
     elif side != "base":

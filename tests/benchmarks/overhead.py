@@ -3,10 +3,10 @@ included.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/overhead.py [rounds=10] [steps=200] [json=PATH]
         [strategies=single,ddp,fsdp,zero2,zero3] [workloads=mlp,cnn,gpt] [modes=bare,defaults]
-        [contestants=rankzero,accelerate,fabric,lightning,hf] [keep=FOLDER]
+        [frameworks=rankzero,accelerate,fabric,lightning,hf] [keep=FOLDER]
 
 `pip install -e ".[peers]"` gives the peers. On CPU ranks: one process, or two under a strategy. Each
-contestant and the raw loop run in turns (A B B A) in the same processes, `rounds` times; the figure is the
+framework and the raw loop run in turns (A B B A) in the same processes, `rounds` times; the figure is the
 median of paired ratios. A run is `steps` steps; each starts where the loss function is called, which takes
 the time, for all alike. The first 20 steps do not count. An epoch is longer than a run, so what happens at
 its end (checkpoints) is not measured. Same data, order, weights and optimizer; all take the gradient norm and
@@ -14,7 +14,7 @@ clip at a bound that is never reached.
 
 `defaults`: what a user gets: logs, progress bars, callbacks, data workers, to a file instead of a terminal.
 `bare`: all that can be left out is, on both sides. The losses of the first 20 steps must agree with the raw
-loop's, else there is no figure. A contestant that fails, or holds its model in another way than it was asked
+loop's, else there is no figure. A framework that fails, or holds its model in another way than it was asked
 to (DDP in place of FSDP), has none either, and the table says why.
 """
 
@@ -34,45 +34,45 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 from launch.cli.config import read_line
-from tests.benchmarks.loops import CONTESTANTS, installed
-from tests.benchmarks.loops.compare import SAME, Duel, compare
-from tests.benchmarks.report import Report, ratios
+from tests.benchmarks.benchmark_report import Report, ratios
+from tests.benchmarks.loops import FRAMEWORKS, installed
+from tests.benchmarks.loops.paired_runs import LOSS_TOLERANCE, Comparison, compare
 from tests.launch.processes import free_port
 from tests.ranks import RanksFailed, run_ranks, shut_down
 
 COLUMNS = {
-    **{"strategy": "<9", "workload": "<9", "mode": "<9", "contestant": "<11"},
+    **{"strategy": "<9", "workload": "<9", "mode": "<9", "framework": "<11"},
     **{"raw_ms": ">9.3f", "ratio": ">9.3f", "low": ">9.3f", "high": ">9.3f", "losses": ">9.0e", "note": ""},
 }
 
 
 def main(words: list[str]) -> None:
-    """The table; `low` and `high` are the quartiles of the ratio, `losses` how far apart they are at most."""
+    """The table; `low` and `high` are the quartiles of the ratio, `losses` how far loss_difference they are at most."""
     given = {
         "rounds": "10",
         "steps": "200",
         "strategies": "single,ddp,fsdp,zero2,zero3",
         "workloads": "mlp,cnn,gpt",
     }
-    line = {**given, "modes": "bare,defaults", "contestants": ",".join(CONTESTANTS), **read_line(words)}
+    line = {**given, "modes": "bare,defaults", "frameworks": ",".join(FRAMEWORKS), **read_line(words)}
     report = Report(line.get("json"), COLUMNS)
     with nullcontext(line["keep"]) if "keep" in line else tempfile.TemporaryDirectory() as folder:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        for strategy, name in product(line["strategies"].split(","), line["contestants"].split(",")):
+        for strategy, name in product(line["strategies"].split(","), line["frameworks"].split(",")):
             if not installed(name):
-                report.row(strategy=strategy, contestant=name, note="left out: not installed")
+                report.row(strategy=strategy, framework=name, note="left out: not installed")
                 continue
             port = free_port()
             for workload, mode in product(line["workloads"].split(","), line["modes"].split(",")):
-                row = {"strategy": strategy, "workload": workload, "mode": mode, "contestant": name}
+                row = {"strategy": strategy, "workload": workload, "mode": mode, "framework": name}
                 asked = {
                     "rounds": int(line["rounds"]),
                     "steps": int(line["steps"]),
                     "port": port,
                     "folder": folder,
                 }
-                found = fight(
-                    Duel(name=name, strategy=strategy, workload=workload, bare=mode == "bare", **asked)
+                found = measure(
+                    Comparison(name=name, strategy=strategy, workload=workload, bare=mode == "bare", **asked)
                 )
                 report.row(**row, **found)
                 if "ratio" not in found and "losses" not in found:
@@ -80,21 +80,21 @@ def main(words: list[str]) -> None:
             shut_down()  # the next pair finds new processes
 
 
-def fight(duel: Duel) -> dict[str, Any]:
+def measure(comparison: Comparison) -> dict[str, Any]:
     """The rest of the row."""
     try:
-        pairs, apart, held = run_ranks(1 if duel.strategy == "single" else 2, compare, duel, timeout=3600.0)[
-            0
-        ]
+        pairs, loss_difference, sharding = run_ranks(
+            1 if comparison.strategy == "single" else 2, compare, comparison, timeout=3600.0
+        )[0]
     except RanksFailed as failed:
         return {"note": f"left out: {next(iter(failed.errors.values())).strip().splitlines()[-1]}"[:150]}
-    expected = "whole" if duel.strategy in ("single", "ddp") else duel.strategy
-    if held != expected:
-        return {"note": f"left out: was asked for {duel.strategy}, holds the model {held}"}
+    expected = "whole" if comparison.strategy in ("single", "ddp") else comparison.strategy
+    if sharding != expected:
+        return {"note": f"left out: was asked for {comparison.strategy}, holds the model {sharding}"}
     # both ranks on the same data, say: Accelerate and its Trainer take themselves for alone under DeepSpeed
     # on a CPU
-    found = {"raw_ms": statistics.median(raw for raw, _ in pairs) * 1e3, "losses": apart}
-    return {**found, **(ratios(pairs) if apart <= SAME else {"ratio": "differs"})}
+    found = {"raw_ms": statistics.median(raw for raw, _ in pairs) * 1e3, "losses": loss_difference}
+    return {**found, **(ratios(pairs) if loss_difference <= LOSS_TOLERANCE else {"ratio": "differs"})}
 
 
 if __name__ == "__main__":

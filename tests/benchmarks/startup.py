@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from launch.cli.config import read_line
-from tests.benchmarks.report import Report, in_turns, ratios
+from tests.benchmarks.benchmark_report import Report, interleave, ratios
 from tests.launch.processes import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,7 +52,7 @@ def main(words: list[str]) -> None:
     line = {"rounds": "10", "recipes": "mnist,gpt", **read_line(words)}
     rounds = int(line["rounds"])
     report = Report(line.get("json"), COLUMNS)
-    imports = in_turns(
+    imports = interleave(
         partial(processor, "import torch"),
         partial(processor, "import launch.run; launch.run.session()"),
         rounds,
@@ -61,7 +61,7 @@ def main(words: list[str]) -> None:
     for recipe in line["recipes"].split(","):
         for ranks in (1, 2):
             parts: list[str] = []
-            pairs = in_turns(partial(by_hand, recipe, ranks), partial(ours, recipe, ranks, parts), rounds)
+            pairs = interleave(partial(by_hand, recipe, ranks), partial(ours, recipe, ranks, parts), rounds)
             where = f"torchrun, {ranks} ranks, ddp" if ranks > 1 else "one process"
             report.row(what=f"first step of {recipe}, {where}", **row(pairs), aim="<= 1.15", parts=parts[-1])
 
@@ -85,7 +85,7 @@ def by_hand(recipe: str, ranks: int) -> float:
     strategy = "ddp" if ranks > 1 else "single"
     words = [f"recipe={recipe}", f"strategy={strategy}", f"batch_size={BATCH}", "steps=1"]
     start = time.time()
-    return float(output("tests/benchmarks/by_hand.py", ranks, words).split()[0]) - start
+    return float(output("tests/benchmarks/raw_loop.py", ranks, words).split()[0]) - start
 
 
 def ours(recipe: str, ranks: int, parts: list[str]) -> float:

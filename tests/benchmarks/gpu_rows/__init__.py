@@ -11,7 +11,7 @@ FAILED, WRONG, LEFT_OUT = WITHOUT_FIGURE = ("FAILED", "WRONG", "left out")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bench:
+class GpuSettings:
     """Where and how long the rows are measured."""
 
     device: str
@@ -27,7 +27,7 @@ class Bench:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class Measurement:
     """A line of the table, before it is measured."""
 
     section: str

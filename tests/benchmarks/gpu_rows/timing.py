@@ -18,40 +18,42 @@ PROBE = 3
 Item = TypeVar("Item")
 
 
-def now(device: str) -> float:
+def synchronized_time(device: str) -> float:
     """The time at which the device has done all that it was asked for."""
     if device != "cpu":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
-def paced(items: Iterator[Item], device: str, seconds: float, paces: list[float]) -> Iterator[Item]:
-    """Pass `items` on, one a step: some to warm up, some to learn the pace, then as many as take about
+def timed_window(
+    items: Iterator[Item], device: str, seconds: float, step_seconds: list[float]
+) -> Iterator[Item]:
+    """Pass `items` on, one a step: some to warm up, some to learn the seconds_per_call, then as many as take about
     `seconds`.
 
-    Appends to `paces` the seconds that a step of the last took. Whoever asks for the next item has asked the
+    Appends to `step_seconds` the seconds that a step of the last took. Whoever asks for the next item has asked the
     device for all of the step before: that holds of the data of any training loop, by hand or not.
     """
     yield from islice(items, WARM_UP)
     many = PROBE
     for last in (False, True):
-        start = now(device)
+        start = synchronized_time(device)
         yield from islice(items, many)
-        pace = (now(device) - start) / many
-        many = max(round(seconds / pace), PROBE)
+        seconds_per_call = (synchronized_time(device) - start) / many
+        many = max(round(seconds / seconds_per_call), PROBE)
         if last:
-            paces.append(pace)
+            step_seconds.append(seconds_per_call)
 
 
-def pace(work: Callable[[], object], device: str, seconds: float) -> float:
+def seconds_per_call(work: Callable[[], object], device: str, seconds: float) -> float:
     """Seconds that a call of `work` takes."""
     found: list[float] = []
-    for _ in paced(repeat(None), device, seconds, found):
+    for _ in timed_window(repeat(None), device, seconds, found):
         work()
     return found[0]
 
 
-def release(device: str) -> None:
+def free_gpu_memory(device: str) -> None:
     """Give back the GPU memory of what ran before, and forget its peak."""
     if device != "cpu":
         gc.collect()

@@ -1,4 +1,4 @@
-"""The contestants of `overhead.py`, one a file: `run(workload, steps, setting)` trains that many steps, its
+"""The frameworks of `overhead.py`, one a file: `run(workload, steps, setting)` trains that many steps, its
 own way.
 
 None takes the time by itself: the loss function, which all call once a step, does (`loops.workloads`).
@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tests.benchmarks.loops.workloads import Workload
 
-CONTESTANTS = {
-    "rankzero": ("tests.benchmarks.loops.ours", "launch"),
+FRAMEWORKS = {
+    "rankzero": ("tests.benchmarks.loops.rankzero_loop", "launch"),
     "accelerate": ("tests.benchmarks.loops.accelerate_loop", "accelerate"),
     "fabric": ("tests.benchmarks.loops.fabric_loop", "lightning"),
     "lightning": ("tests.benchmarks.loops.lightning_trainer", "lightning"),
@@ -25,13 +25,13 @@ CONTESTANTS = {
 }
 """module, and the package that it needs"""
 
-BOUND = 1e9
-"""of the gradient norm, never reached: all contestants take the norm and clip, and nothing is clipped"""
+CLIP_NORM = 1e9
+"""of the gradient norm, never reached: all frameworks take the norm and clip, and nothing is clipped"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """Where and how a contestant runs."""
+    """Where and how a framework runs."""
 
     strategy: str
     """single, ddp, fsdp (FSDP2), zero2, zero3"""
@@ -49,18 +49,20 @@ class Setting:
 
 
 class CannotDo(Exception):
-    """The contestant has no such strategy; the message says how we know."""
+    """The framework has no such strategy; the message says how we know."""
 
 
 Run = Callable[["Workload", int, Setting], None]
 
 
-def contestant(name: str) -> Run:
+def framework(name: str) -> Run:
     """The function behind a name; imports what it needs and nothing else."""
-    run: Run = import_module("tests.benchmarks.loops.raw" if name == "raw" else CONTESTANTS[name][0]).run
+    run: Run = import_module(
+        "tests.benchmarks.loops.raw_strategies" if name == "raw" else FRAMEWORKS[name][0]
+    ).run
     return run
 
 
 def installed(name: str) -> bool:
-    """Whether the package of a contestant is there."""
-    return find_spec(CONTESTANTS[name][1]) is not None
+    """Whether the package of a framework is there."""
+    return find_spec(FRAMEWORKS[name][1]) is not None

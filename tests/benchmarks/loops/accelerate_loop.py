@@ -7,8 +7,8 @@ from typing import Any
 from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, GradientState
 
-from tests.benchmarks.loops import BOUND, Setting
-from tests.benchmarks.loops.raw import deepspeed_config
+from tests.benchmarks.loops import CLIP_NORM, Setting
+from tests.benchmarks.loops.raw_strategies import deepspeed_config
 from tests.benchmarks.loops.workloads import Workload
 
 
@@ -16,7 +16,7 @@ def run(workload: Workload, steps: int, setting: Setting) -> None:
     """It deals whole micro-batches to the ranks by itself, in turn: the same cut."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    # with `cpu` it drops DeepSpeed in silence, without it takes itself for alone, and the ranks get the same
+    # with `cpu` it drops DeepSpeed in redirect_output, without it takes itself for alone, and the ranks get the same
     # data
     accelerator = Accelerator(cpu=not setting.stage, **plugins(workload, setting))
     model = workload.initial_model()
@@ -25,7 +25,7 @@ def run(workload: Workload, steps: int, setting: Setting) -> None:
     for step, batch in enumerate(loader, 1):
         loss = workload.mean_loss(model, batch)
         accelerator.backward(loss)
-        norm = accelerator.clip_grad_norm_(model.parameters(), BOUND)
+        norm = accelerator.clip_grad_norm_(model.parameters(), CLIP_NORM)
         optimizer.step()
         optimizer.zero_grad()
         if step % 10 == 0 and not setting.bare:

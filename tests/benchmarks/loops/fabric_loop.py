@@ -9,8 +9,8 @@ from lightning.fabric.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from tests.benchmarks.loops import BOUND, Setting
-from tests.benchmarks.loops.raw import deepspeed_config
+from tests.benchmarks.loops import CLIP_NORM, Setting
+from tests.benchmarks.loops.raw_strategies import deepspeed_config
 from tests.benchmarks.loops.workloads import Workload
 
 
@@ -24,7 +24,7 @@ def run(workload: Workload, steps: int, setting: Setting) -> None:
     for step, batch in enumerate(loader, 1):
         loss = workload.mean_loss(model, batch)
         fabric.backward(loss)
-        norm = fabric.clip_gradients(model, optimizer, max_norm=BOUND)
+        norm = fabric.clip_gradients(model, optimizer, max_norm=CLIP_NORM)
         optimizer.step()
         optimizer.zero_grad()
         if step % 10 == 0 and not setting.bare:

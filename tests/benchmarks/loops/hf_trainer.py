@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 from torch.utils.data import default_collate
 from transformers import Trainer, TrainingArguments
 
-from tests.benchmarks.loops import BOUND, Setting
-from tests.benchmarks.loops.raw import deepspeed_config
+from tests.benchmarks.loops import CLIP_NORM, Setting
+from tests.benchmarks.loops.raw_strategies import deepspeed_config
 from tests.benchmarks.loops.workloads import Workload
 
 BARE: dict[str, Any] = {
@@ -52,7 +52,7 @@ def run(workload: Workload, steps: int, setting: Setting) -> None:
         max_steps=steps,
         per_device_train_batch_size=workload.batch // setting.ranks,
         lr_scheduler_type="constant",
-        max_grad_norm=BOUND,
+        max_grad_norm=CLIP_NORM,
         remove_unused_columns=False,
         save_strategy="no",  # by default after 500 steps, and at the end: after the last stamp, and tied weights make it fail
         **strategy(workload, setting),

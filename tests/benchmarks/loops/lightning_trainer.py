@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
 
-from tests.benchmarks.loops import BOUND, Setting
-from tests.benchmarks.loops.raw import deepspeed_config
+from tests.benchmarks.loops import CLIP_NORM, Setting
+from tests.benchmarks.loops.raw_strategies import deepspeed_config
 from tests.benchmarks.loops.workloads import Workload
 
 BARE = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
@@ -52,7 +52,7 @@ def run(workload: Workload, steps: int, setting: Setting) -> None:
         devices=setting.ranks,
         strategy=strategy(setting),
         max_steps=steps,
-        gradient_clip_val=BOUND,
+        gradient_clip_val=CLIP_NORM,
         use_distributed_sampler=False,
         default_root_dir=setting.folder,
         **(BARE if setting.bare else {}),

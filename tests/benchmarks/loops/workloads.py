@@ -1,4 +1,4 @@
-"""What the contestants train, the same for all: data in memory, its order, model, optimizer, and a loss that
+"""What the frameworks train, the same for all: data in memory, its order, model, optimizer, and a loss that
 takes notes.
 """
 
@@ -25,15 +25,15 @@ from recipes.parts.transformer import Decoder
 from strategies.weight_init import initialize
 from tests.benchmarks.loops import Setting
 
-CHECKED = 20
+COMPARED_STEPS = 20
 """steps whose losses are kept"""
 
 
 @dataclass(kw_only=True)
 class Workload(Recipe):
-    """A recipe that notes when each step starts, its first losses, and how its model is held.
+    """A recipe that notes when each step starts, its first losses, and how its model is sharding.
 
-    The data are repeated until no epoch ends within a run: what each contestant does then is another
+    The data are repeated until no epoch ends within a run: what each framework does then is another
     question.
     """
 
@@ -44,7 +44,7 @@ class Workload(Recipe):
     def __post_init__(self) -> None:
         self.stamps: list[float] = []
         self.first_losses: list[Tensor] = []
-        self.held = ""
+        self.sharding = ""
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """Inputs and targets, before they are repeated. The digits: [1797, 64] from 0 to 1, and their
@@ -64,9 +64,9 @@ class Workload(Recipe):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         self.stamps.append(time.perf_counter())
-        noted = len(self.first_losses) < CHECKED
+        noted = len(self.first_losses) < COMPARED_STEPS
         if noted:
-            self.held = how_held(model)
+            self.sharding = sharding_of(model)
         inputs, targets = batch
         loss = F.cross_entropy(model(inputs).flatten(0, -2), targets.flatten(), reduction="sum")
         if noted:
@@ -94,11 +94,11 @@ class Workload(Recipe):
     def loader(self, steps: int, setting: Setting, batch_plan: bool = True) -> DataLoader[Batch]:
         """torch's own, of this rank's part of each batch; with `cut=False` of all parts in turn."""
         parts = self.order(steps).view(steps, setting.ranks, -1)
-        mine = parts[:, setting.rank] if batch_plan else parts
+        local = parts[:, setting.rank] if batch_plan else parts
         return DataLoader(
             self.build_data().train,  # type: ignore[arg-type]
             batch_size=self.batch // setting.ranks,
-            sampler=mine.flatten().tolist(),
+            sampler=local.flatten().tolist(),
         )
 
 
@@ -146,8 +146,8 @@ class GPT(Workload):
 WORKLOADS: dict[str, type[Workload]] = {"mlp": MLP, "cnn": CNN, "gpt": GPT}
 
 
-def how_held(model: nn.Module) -> str:
-    """What its parameters tell of how the model is spread, whatever was asked for; `whole`: each rank has all
+def sharding_of(model: nn.Module) -> str:
+    """What its parameters tell of how the model is wrap_model, whatever was asked for; `whole`: each rank has all
     of it.
     """
     parameters = list(model.parameters())

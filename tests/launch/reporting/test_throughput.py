@@ -15,7 +15,7 @@ from torch import nn
 
 from launch.reporting.throughput import PEAKS, Start, StepTimes, Throughput, age, peak_memory
 from launch.training.loop import train
-from tests.benchmarks.workload import Dense, prepared
+from tests.benchmarks.dense_run import Dense, prepared
 from tests.launch.processes import TINY, run_command
 
 

@@ -1,7 +1,7 @@
 """A run written by hand, to compare with: data, model, optimizer and loss of a recipe, torch for the rest,
 DeepSpeed for ZeRO.
 
-    torchrun --nproc_per_node=2 tests/benchmarks/by_hand.py recipe=mnist strategy=ddp batch_size=64 steps=1
+    torchrun --nproc_per_node=2 tests/benchmarks/raw_loop.py recipe=mnist strategy=ddp batch_size=64 steps=1
 
 Prints the time (seconds since 1970) at which the first step was done. It imports nothing of rankzero but the
 recipe.
@@ -42,7 +42,7 @@ def train(recipe: Recipe, strategy: str, batch_size: int, steps: int, save: Path
     torch.manual_seed(0)
     dataset: Any = recipe.build_data().train
     module = recipe.build_model().to(device)
-    model, optimizer = spread(recipe, module, strategy, batch_size // ranks)
+    model, optimizer = wrap_model(recipe, module, strategy, batch_size // ranks)
     sampler = DistributedSampler(dataset, ranks, rank)
     loader = DataLoader(dataset, batch_size=batch_size // ranks, sampler=sampler, drop_last=True)
     first = step = 0
@@ -71,15 +71,15 @@ def train(recipe: Recipe, strategy: str, batch_size: int, steps: int, save: Path
     return first
 
 
-def spread(recipe: Recipe, module: torch.nn.Module, strategy: str, micro_batch: int) -> tuple[Any, Any]:
+def wrap_model(recipe: Recipe, module: torch.nn.Module, strategy: str, micro_batch: int) -> tuple[Any, Any]:
     """The model to call and the optimizer."""
     if strategy == "single":
         return module, recipe.build_optimizer(module)
     if strategy == "ddp":
         return DistributedDataParallel(module), recipe.build_optimizer(module)
-    from tests.benchmarks.loops import raw  # with all that FSDP2 and DeepSpeed import
+    from tests.benchmarks.loops import raw_strategies  # with all that FSDP2 and DeepSpeed import
 
-    return raw.spread(recipe, module, strategy, micro_batch)
+    return raw_strategies.wrap_model(recipe, module, strategy, micro_batch)
 
 
 def built_in(name: str) -> Recipe:

@@ -1,4 +1,4 @@
-"""One contestant against the raw loop, in turns, in one set of processes: what each rank runs."""
+"""One framework against the raw loop, in turns, in one set of processes: what each rank runs."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from tests.benchmarks.loops import Setting, contestant
+from tests.benchmarks.benchmark_report import interleave
+from tests.benchmarks.loops import Setting, framework
 from tests.benchmarks.loops.workloads import WORKLOADS
-from tests.benchmarks.report import in_turns
 from tests.ranks import CpuWorld
 
 WARM_UP = 20
 """steps of each run that do not count"""
-SAME = 1e-5
+LOSS_TOLERANCE = 1e-5
 """relative: what losses may differ by"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Duel:
+class Comparison:
     """What is compared."""
 
     name: str
@@ -46,45 +46,52 @@ class Result:
     seconds: float
     """a step, from start to start, over all but the first"""
     losses: torch.Tensor
-    held: str
+    sharding: str
 
 
-def compare(world: CpuWorld, duel: Duel) -> tuple[list[tuple[float, float]], float, str]:
-    """Seconds a step of (raw, contestant) by pairs, the largest relative difference of any loss, how its
-    model is held.
+def compare(world: CpuWorld, comparison: Comparison) -> tuple[list[tuple[float, float]], float, str]:
+    """Seconds a step of (raw, framework) by pairs, the largest relative difference of any loss, how its
+    model is sharding.
     """
-    if duel.strategy == "single":
+    if comparison.strategy == "single":
         distributed.destroy_process_group()  # some would take it for a reason to reduce gradients
     else:
-        describe(world, duel.port)
-    with silence(Path(duel.folder) / f"output-{world.rank}"):
+        set_torchrun_environment(world, comparison.port)
+    with redirect_output(Path(comparison.folder) / f"output-{world.rank}"):
         numbers = count()
 
         def once(name: str) -> Result:
-            folder = Path(duel.folder) / f"{duel.name}-{duel.workload}-{duel.bare}-{next(numbers)}"
-            setting = Setting(
-                strategy=duel.strategy, bare=duel.bare, rank=world.rank, ranks=world.world_size, folder=folder
+            folder = (
+                Path(comparison.folder)
+                / f"{comparison.name}-{comparison.workload}-{comparison.bare}-{next(numbers)}"
             )
-            workload = WORKLOADS[duel.workload](bare=duel.bare)
-            workload.samples = (duel.steps + 1) * workload.batch
+            setting = Setting(
+                strategy=comparison.strategy,
+                bare=comparison.bare,
+                rank=world.rank,
+                ranks=world.world_size,
+                folder=folder,
+            )
+            workload = WORKLOADS[comparison.workload](bare=comparison.bare)
+            workload.samples = (comparison.steps + 1) * workload.batch
             gc.collect()
-            contestant(name)(workload, duel.steps, setting)
+            framework(name)(workload, comparison.steps, setting)
             if distributed.is_initialized():
                 distributed.barrier()
             shutil.rmtree(folder, ignore_errors=True)
-            return result(workload.stamps, torch.stack(workload.first_losses), workload.held)
+            return result(workload.stamps, torch.stack(workload.first_losses), workload.sharding)
 
-        pairs = in_turns(lambda: once("raw"), lambda: once(duel.name), duel.rounds)
-    apart = max(((b.losses - a.losses).abs() / a.losses.abs()).max().item() for a, b in pairs)
-    return [(a.seconds, b.seconds) for a, b in pairs], apart, pairs[0][1].held
+        pairs = interleave(lambda: once("raw"), lambda: once(comparison.name), comparison.rounds)
+    loss_difference = max(((b.losses - a.losses).abs() / a.losses.abs()).max().item() for a, b in pairs)
+    return [(a.seconds, b.seconds) for a, b in pairs], loss_difference, pairs[0][1].sharding
 
 
-def result(stamps: list[float], losses: torch.Tensor, held: str) -> Result:
+def result(stamps: list[float], losses: torch.Tensor, sharding: str) -> Result:
     """From the notes of a workload."""
-    return Result((stamps[-1] - stamps[WARM_UP]) / (len(stamps) - 1 - WARM_UP), losses, held)
+    return Result((stamps[-1] - stamps[WARM_UP]) / (len(stamps) - 1 - WARM_UP), losses, sharding)
 
 
-def describe(world: CpuWorld, port: int) -> None:
+def set_torchrun_environment(world: CpuWorld, port: int) -> None:
     """The environment that torchrun would give a rank."""
     os.environ.update(
         RANK=str(world.rank),
@@ -99,7 +106,7 @@ def describe(world: CpuWorld, port: int) -> None:
 
 
 @contextmanager
-def silence(path: Path) -> Iterator[None]:
+def redirect_output(path: Path) -> Iterator[None]:
     """Progress bars and log lines go to a file, whoever writes them."""
     kept = os.dup(1), os.dup(2)
     with path.open("a") as file:

@@ -1,7 +1,7 @@
 """One run, killed with SIGKILL again and again at random times, many of them during a save, and resumed until
 it is done.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/kills.py kills=30 ranks=2 strategy=fsdp seed=0
+    OMP_NUM_THREADS=1 python tests/benchmarks/random_kills.py kills=30 ranks=2 strategy=fsdp seed=0
 
 After each kill: every checkpoint that was committed is still there, or was removed because newer ones had
 replaced it; the newest verifies; the next life starts from it. At the end: every loss, gradient norm and

@@ -1,6 +1,6 @@
 """Random faults (`chaos=`), one a run: does each run end, in time, and name the right rank?
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/chaos.py runs=100 ranks=2 seed=0 parallel=1 first=1 strategies=fsdp kinds=kill
+    OMP_NUM_THREADS=1 python tests/benchmarks/random_faults.py runs=100 ranks=2 seed=0 parallel=1 first=1 strategies=fsdp kinds=kill
 
 Kind, rank, step and strategy of run N follow from `seed` and N: `first=N runs=1` repeats it, `folder=PATH`
 keeps what it leaves. After the fault: nothing of the run lives, and nothing of it is in /dev/shm or in the
@@ -331,7 +331,7 @@ def next_life(fault: Fault, run_dir: Path, whole: Path) -> Iterator[str]:
         and saved == 1
         and "no intact checkpoint is left" in " ".join(ended.last_words())
     ):
-        return  # the only one was torn, and nothing is begun anew in silence
+        return  # the only one was torn, and nothing is begun anew in redirect_output
     if ended.how == "killed" or ended.code:
         yield f"the next life: {ended.trouble or 'hangs'}: {ended.last_words(8)}"
         return

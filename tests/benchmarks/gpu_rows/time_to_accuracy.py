@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from tests.benchmarks.gpu_rows import WRONG, Bench, Row
+from tests.benchmarks.gpu_rows import WRONG, GpuSettings, Measurement
 
 ROOT = Path(__file__).resolve().parents[3]
 WORDS = (
@@ -28,19 +28,21 @@ GOAL = 0.99
 """test accuracy"""
 
 
-def rows(bench: Bench) -> Iterator[Row]:
+def rows(settings: GpuSettings) -> Iterator[Measurement]:
     """One row."""
-    yield Row(section="mnist", name=f"from the command to {GOAL:.0%}", measure=partial(timed, bench))
+    yield Measurement(
+        section="mnist", name=f"from the command to {GOAL:.0%}", measure=partial(timed, settings)
+    )
 
 
-def timed(bench: Bench) -> dict[str, Any]:
+def timed(settings: GpuSettings) -> dict[str, Any]:
     """Seconds to the end of the command, import to export; no figure for a network that has not learnt."""
     with TemporaryDirectory() as folder:
-        if not bench.rehearse:
+        if not settings.rehearse:
             return (
                 {"note": "give mnist=FOLDER"}
-                if bench.mnist is None
-                else command(bench.mnist, Path(folder), EPOCHS, GOAL)
+                if settings.mnist is None
+                else command(settings.mnist, Path(folder), EPOCHS, GOAL)
             )
         from tests.benchmarks.data import write_images
 

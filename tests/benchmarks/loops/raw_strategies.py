@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from recipes.base import Recipe
 from strategies.deepspeed_compat import load_deepspeed
-from tests.benchmarks.loops import BOUND, Setting
+from tests.benchmarks.loops import CLIP_NORM, Setting
 from tests.benchmarks.loops.workloads import Workload
 
 
@@ -20,7 +20,7 @@ def run(workload: Workload, steps: int, setting: Setting) -> None:
     screen.
     """
     loader = workload.loader(steps, setting)
-    model, optimizer = spread(
+    model, optimizer = wrap_model(
         workload, workload.initial_model(), setting.strategy, workload.batch // setting.ranks
     )
     for step, batch in enumerate(loader, 1):
@@ -31,14 +31,14 @@ def run(workload: Workload, steps: int, setting: Setting) -> None:
             norm = model.get_global_grad_norm()
         else:
             loss.backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), BOUND)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
             optimizer.step()
             optimizer.zero_grad()
         if step % 10 == 0 and not setting.bare:
             loss.item(), float(norm)
 
 
-def spread(recipe: Recipe, module: nn.Module, strategy: str, micro_batch: int) -> tuple[Any, Optimizer]:
+def wrap_model(recipe: Recipe, module: nn.Module, strategy: str, micro_batch: int) -> tuple[Any, Optimizer]:
     """The model to call, and the optimizer. Under ZeRO the model is DeepSpeed's engine, which does all."""
     if strategy == "ddp":
         module = DistributedDataParallel(module)
@@ -58,7 +58,7 @@ def spread(recipe: Recipe, module: nn.Module, strategy: str, micro_batch: int) -
 def deepspeed_config(stage: int) -> dict[str, Any]:
     """The least that DeepSpeed wants to be told."""
     return {
-        "gradient_clipping": BOUND,
+        "gradient_clipping": CLIP_NORM,
         "zero_optimization": {"stage": stage},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

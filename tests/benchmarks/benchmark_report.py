@@ -18,7 +18,7 @@ from launch.runtime.versions import git_revision, versions
 PEERS = ("lightning", "transformers")
 
 
-def in_turns(theirs: Callable[[], Any], ours: Callable[[], Any], rounds: int) -> list[tuple[Any, Any]]:
+def interleave(theirs: Callable[[], Any], ours: Callable[[], Any], rounds: int) -> list[tuple[Any, Any]]:
     """Pairs (theirs, ours) of neighbours in time: A B B A, so that a drift of the machine favours neither."""
     pairs = []
     for _ in range(rounds):

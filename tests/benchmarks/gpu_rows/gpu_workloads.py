@@ -1,4 +1,4 @@
-"""What is trained: GPT-2 124M, ResNet-50 and ViT-S on numbers drawn at random, each model with its loss in
+"""What is train_raw: GPT-2 124M, ResNet-50 and ViT-S on numbers drawn at random, each model with its loss in
 its `forward`.
 
 So the loss can be compiled too: as it is, a cross entropy writes and reads each logit in fp32 several times
@@ -28,19 +28,19 @@ from recipes.parts.data import Batch
 from recipes.parts.optim import decay_groups
 from recipes.parts.transformer import Attention, Decoder
 from strategies.precision import AUTOCAST
-from tests.benchmarks.gpu_rows.timing import paced
+from tests.benchmarks.gpu_rows.timing import timed_window
 from tests.benchmarks.loops import Setting
-from tests.benchmarks.loops.workloads import CHECKED, Workload, how_held
+from tests.benchmarks.loops.workloads import COMPARED_STEPS, Workload, sharding_of
 
 TILE = 8
 """samples of which the first batches are made"""
 
 drawn: dict[str, nn.Module] = {}
-"""initial weights on the host: drawing them takes longer than measuring a rung"""
+"""initial weights on the host: drawing them takes longer than measuring a workload"""
 
 
 @dataclass(kw_only=True)
-class Rung(Workload):
+class GpuWorkload(Workload):
     """A workload on a GPU, and how the raw loop trains it. rankzero reads precision and compilation from its
     configuration.
     """
@@ -60,10 +60,10 @@ class Rung(Workload):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.paces: list[float] = []
+        self.step_seconds: list[float] = []
         """seconds a step, once it has been measured"""
         self.peak = 0
-        """the most bytes that it has held"""
+        """the most bytes that it has sharding"""
 
     def architecture(self) -> tuple[Any, ...]:
         """All that the initial weights depend on."""
@@ -71,9 +71,9 @@ class Rung(Workload):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The sum; notes the first means."""
-        noted = len(self.first_losses) < CHECKED
+        noted = len(self.first_losses) < COMPARED_STEPS
         if noted:
-            self.held = how_held(model)
+            self.sharding = sharding_of(model)
         loss: Tensor = model(*batch)
         if noted:
             self.first_losses.append(loss.detach().float() / local_num_items(self, batch))
@@ -92,7 +92,7 @@ class Rung(Workload):
     # for the raw loop ---------------------------------------------------------------------------------------
 
     def initial_model(self) -> nn.Module:
-        """On the device, ready to be spread."""
+        """On the device, ready to be wrap_model."""
         key = f"{type(self).__name__}{self.architecture()}"
         if key not in drawn:
             drawn[key] = super().initial_model()
@@ -112,7 +112,7 @@ class Rung(Workload):
 
     def loader(self, steps: int, setting: Setting, batch_plan: bool = True) -> Iterator[Batch]:  # type: ignore[override]  # noqa: ARG002
         """Batches in the memory of the device, until a window has been measured."""
-        return paced(self.on_device(), self.device, self.seconds, self.paces)
+        return timed_window(self.on_device(), self.device, self.seconds, self.step_seconds)
 
     def on_device(self) -> Iterator[Batch]:
         """Without end: first what is tiled, then in the order of rankzero."""
@@ -164,7 +164,7 @@ class LanguageModel(Decoder):
 
 
 @dataclass(kw_only=True)
-class GPT2(Rung):
+class GPT2(GpuWorkload):
     """GPT-2 124M (Radford et al. 2019), as `recipes.parts.transformer` builds it."""
 
     item_name: ClassVar[str] = "tokens"
@@ -180,7 +180,7 @@ class GPT2(Rung):
     """attention by hand"""
 
     def architecture(self) -> tuple[Any, ...]:
-        """The rest is how it is trained."""
+        """The rest is how it is train_raw."""
         return self.vocabulary, self.multiple, self.block, self.width, self.heads, self.layers, self.naive
 
     def items_per_sample(self) -> int:
@@ -233,7 +233,7 @@ class Classifier(nn.Module):
 
 
 @dataclass(kw_only=True)
-class Pictures(Rung):
+class Pictures(GpuWorkload):
     """Classes of pictures."""
 
     item_name: ClassVar[str] = "images"
@@ -246,7 +246,7 @@ class Pictures(Rung):
     """a small network of the same kind"""
 
     def architecture(self) -> tuple[Any, ...]:
-        """The rest is how it is trained."""
+        """The rest is how it is train_raw."""
         return self.pixels, self.classes, self.nhwc, self.toy
 
     def rows(self) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from launch.runtime.world import World
 from launch.state.build import prepare
 from launch.training.loop import train
 from launch.watchdog.watchdog import Watchdog
-from tests.benchmarks.loops import BOUND, Setting
+from tests.benchmarks.loops import CLIP_NORM, Setting
 from tests.benchmarks.loops.workloads import Workload
 
 NEVER = 10**9
@@ -48,7 +48,7 @@ def run(workload: Workload, steps: int, setting: Setting) -> None:
         batch_size=workload.batch,
         micro_batch_size=workload.batch // setting.ranks,
         steps=steps,
-        clip_norm=BOUND,
+        clip_norm=CLIP_NORM,
         **(BARE if setting.bare else {}),
     )
     phase = Phase()

@@ -1,7 +1,7 @@
 """What it costs to be guarded: the roll-call at the start, then heartbeats and watchdog beside steps of 20
 ms.
 
-    OMP_NUM_THREADS=1 torchrun --nproc_per_node=4 tests/benchmarks/guard.py [seconds=20] [rounds=10]
+    OMP_NUM_THREADS=1 torchrun --nproc_per_node=4 tests/benchmarks/watchdog.py [seconds=20] [rounds=10]
 
 The roll-call is timed from the moment when all ranks are there to the last rank leaving, the first time with
 all its look-ups. Of the watch it is the processor time of its two threads on the busiest rank, which looks at
