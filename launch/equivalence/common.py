@@ -4,11 +4,12 @@ is too far.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+
+from strategies import OPTIONS_GROUPS, STRATEGIES, missing_package
 
 TOLERANCE = {
     "fp32": (1e-5, 1e-5, 1e-4, 1e-6),
@@ -53,13 +54,15 @@ def choose_strategies(line: Mapping[str, str], allowed: Sequence[str], default: 
     for name in chosen:
         if name not in allowed:
             raise ValueError(f"strategies={line['strategies']}: {name!r} is none of {', '.join(allowed)}")
-    if importlib.util.find_spec("deepspeed") is None and any(name.startswith("zero") for name in chosen):
-        chosen = [name for name in chosen if not name.startswith("zero")]
+    missing = {name: package for name in chosen if (package := missing_package(name))}
+    if missing:
+        chosen = [name for name in chosen if name not in missing]
+        packages = " and ".join(sorted(set(missing.values())))
         if not chosen:
             raise ValueError(
-                f"strategies={line['strategies']} needs deepspeed, which is not installed: pip install deepspeed"
+                f"strategies={line['strategies']} needs {packages}, which is not installed: pip install {packages}"
             )
-        print("zero1, zero2 and zero3 are left out: deepspeed is not installed", file=sys.stderr)
+        print(f"left out: {', '.join(missing)}; {packages} is not installed", file=sys.stderr)
     return chosen
 
 
@@ -70,7 +73,7 @@ def without(words: Sequence[str], names: Iterable[str]) -> list[str]:
 
 def for_strategy(words: Sequence[str], strategy: str) -> list[str]:
     """The words without the options of other strategies, which would be refused."""
-    groups = [group for group in ("ddp", "fsdp", "zero") if not strategy.startswith(group)]
+    groups = set(OPTIONS_GROUPS) - {STRATEGIES[strategy].options_group}
     return [word for word in words if word.removeprefix("--").split(".")[0] not in groups]
 
 

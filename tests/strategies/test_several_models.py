@@ -4,7 +4,7 @@ turn.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -13,11 +13,12 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional
 from torch.optim import AdamW
 
+from launch.equivalence.whole_model import whole_model
 from strategies import strategy_class
 from strategies.base import Strategy
 from strategies.options import Options
 from tests.ranks import CpuWorld, run_ranks
-from tests.strategies.models import MLP, blocks
+from tests.strategies.models import MLP, as_tensor, blocks
 from tests.strategies.training import STRATEGIES, each
 
 STEPS = 6
@@ -35,6 +36,10 @@ def build(name: str) -> nn.Module:
     return Generator() if name == "generator" else MLP()
 
 
+def adamw(model: nn.Module) -> AdamW:
+    return AdamW(model.parameters(), lr=0.01)
+
+
 def noise(step: int, index: int) -> tuple[Tensor, Tensor]:
     torch.manual_seed(100 * step + index)
     return torch.randn(4, 6), torch.randn(4, 6)
@@ -45,13 +50,14 @@ def discriminate(models: Models, step: int, index: int) -> Tensor:
     z, real = noise(step, index)
     fake = models["generator"](z)
     wanted = models["teacher"](real).softmax(-1)
-    return functional.cross_entropy(models["critic"](real), wanted) + models["critic"](fake).square().mean()
+    loss = functional.cross_entropy(models["critic"](real), wanted)
+    return loss + as_tensor(models["critic"](fake)).square().mean()
 
 
 def generate(models: Models, step: int, index: int) -> Tensor:
     """The critic rests; gradients flow through it."""
     z, _ = noise(step, index)
-    return (models["critic"](models["generator"](z)) - 1).square().mean()
+    return (as_tensor(models["critic"](models["generator"](z))) - 1).square().mean()
 
 
 LOSSES = {"critic": discriminate, "generator": generate}
@@ -66,7 +72,7 @@ def by_hand(micro_batches: int) -> tuple[list[float], dict[str, list[Tensor]]]:
         for name, loss in LOSSES.items():
             for index in range(micro_batches):
                 value = loss(models, step, index) / micro_batches
-                value.backward()
+                torch.autograd.backward(value)
                 losses.append(value.item())
             optimizers[name].step()
             for model in models.values():
@@ -79,8 +85,7 @@ def in_turns(world: CpuWorld, name: str, micro_batches: int) -> tuple[list[float
     strategies: dict[str, Strategy] = {}
     for model in ("critic", "generator", "teacher"):
         strategies[model] = strategy_class(options.strategy)(world, options)
-        adamw = None if model == "teacher" else lambda module: AdamW(module.parameters(), lr=0.01)
-        strategies[model].setup(lambda model=model: build(model), adamw, blocks)
+        strategies[model].setup(partial(build, model), None if model == "teacher" else adamw, blocks)
     models = {model: strategy.model for model, strategy in strategies.items()}
     losses = []
     for step in range(STEPS):
@@ -98,7 +103,7 @@ def in_turns(world: CpuWorld, name: str, micro_batches: int) -> tuple[list[float
             distributed.all_reduce(values)
             losses += values.tolist()
     # exporting gathers: all ranks, all models
-    weights = {model: strategy.export() for model, strategy in strategies.items()}
+    weights = {model: whole_model(strategy, world) for model, strategy in strategies.items()}
     return losses, {model: list(tensors.values()) for model, tensors in weights.items()}
 
 
@@ -120,9 +125,7 @@ def interleaved(world: CpuWorld, name: str) -> tuple[list[float], dict[str, list
     strategies: dict[str, Strategy] = {}
     for model in ("critic", "generator", "teacher"):
         strategies[model] = strategy_class(options.strategy)(world, options)
-        strategies[model].setup(
-            lambda model=model: build(model), lambda m: AdamW(m.parameters(), lr=0.01), blocks
-        )
+        strategies[model].setup(partial(build, model), adamw, blocks)
     models = {model: strategy.model for model, strategy in strategies.items()}
     for step in range(STEPS):
         for index in (world.rank, world.rank + world.world_size):
@@ -133,7 +136,7 @@ def interleaved(world: CpuWorld, name: str) -> tuple[list[float], dict[str, list
                     strategies[turn].backward(loss(models, step, index) / 4)
         for turn in LOSSES:
             strategies[turn].step()
-    return [], {model: list(strategy.export().values()) for model, strategy in strategies.items()}
+    return [], {model: list(whole_model(strategy, world).values()) for model, strategy in strategies.items()}
 
 
 def interleaved_by_hand() -> dict[str, list[Tensor]]:
@@ -142,7 +145,7 @@ def interleaved_by_hand() -> dict[str, list[Tensor]]:
     for step in range(STEPS):
         gradients: dict[str, list[Tensor]] = {}
         for name, loss in LOSSES.items():
-            total = sum(loss(models, step, index) / 4 for index in range(4))
+            total = torch.stack([loss(models, step, index) / 4 for index in range(4)]).sum()
             gradients[name] = list(torch.autograd.grad(total, list(models[name].parameters())))
         for name, found in gradients.items():
             for parameter, gradient in zip(models[name].parameters(), found, strict=True):

@@ -13,6 +13,7 @@ import torch._dynamo
 from torch import Tensor, nn
 from torch.optim import SGD
 
+from launch.equivalence.whole_model import whole_model
 from strategies.base import Strategy
 from strategies.options import Options
 from strategies.zero import Zero
@@ -48,11 +49,11 @@ def graphs(world: CpuWorld, alike: bool, checkpointing: str) -> tuple[list[int],
     compile, torch.compile = torch.compile, partial(torch.compile, backend="aot_eager")
     try:
         strategy = Strategy(world, Options(compile=True, activation_checkpointing=checkpointing))
-        strategy.setup(lambda: Deep(alike), lambda m: SGD(m.parameters(), lr=0.1), lambda m: m.blocks)
+        strategy.setup(lambda: Deep(alike), lambda m: SGD(m.parameters(), lr=0.1), models.blocks)
     finally:
         torch.compile = compile
     plain = Deep(alike)
-    plain.load_state_dict(strategy.export())
+    plain.load_state_dict(whole_model(strategy, world))
     counts, right = [], True
     for training, rows in ((True, 4), (True, 4), (False, 4), (False, 3), (True, 4)):
         x = torch.randn(rows, 12)
@@ -65,10 +66,10 @@ def graphs(world: CpuWorld, alike: bool, checkpointing: str) -> tuple[list[int],
             plain.zero_grad()
             plain(x).backward()
             right &= all(
-                torch.allclose(p.grad, q.grad)
-                for p, q in zip(strategy.trainable, plain.parameters(), strict=True)
+                p.grad is not None and q.grad is not None and torch.allclose(p.grad, q.grad)
+                for p, q in zip(strategy._trainable, plain.parameters(), strict=True)
             )
-            strategy.discard()
+            strategy.step(apply=False)
         counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     return counts, right
 
@@ -128,8 +129,9 @@ def test_compiled_blocks_train_alike_under_zero(strategy: str, checkpointing: st
     options = (("compile", True), ("activation_checkpointing", checkpointing))
     case = Case(model="mlp", optimizer="sgd", micro_batches=4, steps=4)
     if strategy == "zero3" and checkpointing == "selective":
+        refused = Options(compile=True, activation_checkpointing=checkpointing, strategy="zero3")
         with pytest.raises(ValueError, match="use activation_checkpointing=full, or strategy=fsdp"):
-            Zero(CpuWorld(0, 0, 2, 2), Options(**dict(options), strategy="zero3"))
+            Zero(CpuWorld(0, 0, 2, 2), refused)
         return
     ours, graphs, breaks = run_ranks(2, compiled, strategy, replace(case, options=options))[0]
     assert_equal(ours, raw(case))
@@ -140,7 +142,13 @@ def test_compiled_blocks_train_alike_under_zero(strategy: str, checkpointing: st
 def asked(world: CpuWorld, mode: Any) -> list[dict[str, Any]]:
     """What torch.compile is asked for."""
     calls: list[dict[str, Any]] = []
-    compile, torch.compile = torch.compile, lambda forward, **settings: calls.append(settings) or forward
+
+    def record(forward: Any, **settings: Any) -> Any:
+        calls.append(settings)
+        return forward
+
+    compile = torch.compile
+    torch.compile = record  # type: ignore[assignment]
     try:
         strategy = Strategy(world, Options(compile=mode))
         strategy.setup(partial(models.build, "mlp"), None, models.blocks)

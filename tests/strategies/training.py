@@ -12,6 +12,7 @@ import torch
 from _pytest.mark import ParameterSet
 from torch import Tensor, distributed, nn
 
+from launch.equivalence.whole_model import whole_model
 from strategies import strategy_class
 from strategies.base import Strategy
 from strategies.options import DDPOptions, FSDPOptions, Options
@@ -105,7 +106,7 @@ def raw(case: Case) -> Outcome:
         for index, batch in enumerate(batches):
             torch.manual_seed(7000 + 100 * step + index)
             loss = models.loss_sum(model, batch) / count
-            loss.backward()
+            torch.autograd.backward(loss)
             total += loss.item()
         trained = [p for p in model.parameters() if p.requires_grad]
         norm = nn.utils.clip_grad_norm_(trained, case.option("clip_norm") or float("inf"))
@@ -139,7 +140,7 @@ def train(world: CpuWorld, strategy: str, case: Case, saved: Saved | None = None
     outcome.state = {
         name: TensorSlice(p.values.cpu().clone(), p.start, p.shape) for name, p in made.state().items()
     }
-    outcome.weights = made.export()
+    outcome.weights = whole_model(made, world)
     return outcome
 
 
