@@ -88,6 +88,24 @@ def test_a_parameter_that_one_rank_misses_is_named_there_and_nobody_hangs() -> N
         torch.testing.assert_close(weight, parameter - 0.1 * parameter.grad)
 
 
+def after_dropped_gradients(world: CpuWorld) -> str:
+    """A step without some gradient is dropped, the next one is whole."""
+    strategy = DDP(world, Options(strategy="ddp"))
+    strategy.setup(build, lambda model: SGD(model.parameters(), lr=0.1), lambda _: ())
+    for ways in ("left", "left+right"):
+        with strategy.micro_batch(last=True):
+            strategy.backward(strategy.model(torch.ones(1, 3), ways))
+        try:
+            strategy.step(apply=ways != "left")
+        except RuntimeError as error:
+            return str(error)
+    return ""
+
+
+def test_dropped_gradients_are_not_complained_about_in_the_next_step() -> None:
+    assert run_ranks(2, after_dropped_gradients, timeout=20) == ["", ""]
+
+
 def go_once(world: CpuWorld) -> tuple[str, list[Tensor]]:
     strategy = DDP(world, Options(strategy="ddp"))
     strategy.setup(build, lambda model: SGD(model.parameters(), lr=0.1), lambda _: ())
