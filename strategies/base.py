@@ -120,7 +120,7 @@ class Strategy:
         return module.to(self._world.device)
 
     def _attach(self, build_optimizer: BuildOptimizer) -> None:
-        """Build the optimizer over the shards. ValueError for one left out: clipping counts it, none zeroes it."""
+        """Build the optimizer. Raises ValueError if it leaves a parameter out, which nobody would zero."""
         self.optimizer = build_optimizer(self.module)
         use_fused_update(self.optimizer, self.module)
         self._parameter_groups = describe_parameter_groups(self.optimizer, self.module)

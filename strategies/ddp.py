@@ -88,11 +88,10 @@ class DDP(Strategy):
     def micro_batch(self, last: bool) -> Iterator[None]:
         """As in the base class. It is forward that makes the reducer wait for the next backward pass."""
         if self._options.ddp.static_graph and not last:
-            # torch 2.14: under no_sync an assertion fails in the first step, without it the second is wrong
+            # torch 2.14: under no_sync an assertion fails in the first step, else the second is wrong
             raise ValueError(
-                "ddp.static_graph=true does not go with gradient accumulation: DDP would reduce wrong "
-                "gradients; drop the key, or set micro_batch_size so that each rank takes its part of a batch "
-                "at once"
+                "ddp.static_graph=true does not go with gradient accumulation: DDP reduces wrong gradients. "
+                "Drop the key, or set micro_batch_size so that each rank takes its part of a batch at once"
             )
         self._reduces = last
         with nullcontext() if last else self._bypassed(), super().micro_batch(last):

@@ -1,6 +1,4 @@
-"""What only FSDP does: which blocks are units, drawing weights part by part, how much is communicated,
-refused options.
-"""
+"""What only FSDP does: which blocks are units, meta-device initialization, collectives, refused options."""
 
 from __future__ import annotations
 
@@ -106,15 +104,15 @@ def test_a_model_on_meta_keeps_its_buffers_and_ties() -> None:
     assert all(map(torch.equal, empty.parameters(), whole.parameters()))
 
 
-def communicated(world: CpuWorld, strategy: str) -> tuple[dict[str, int], dict[str, int]]:
+def collectives_of_a_step(world: CpuWorld, strategy: str) -> tuple[dict[str, int], dict[str, int]]:
     """The collectives of a micro-batch that is not the last, and of the last with its step."""
     case = Case(model="mlp", micro_batches=2 * world.world_size)
     made = set_up(world, strategy, case)
     train_step(world, made, case, 0)
-    return counted(made, case, False), counted(made, case, True)
+    return count_collectives(made, case, False), count_collectives(made, case, True)
 
 
-def counted(strategy: Strategy, case: Case, last: bool) -> dict[str, int]:
+def count_collectives(strategy: Strategy, case: Case, last: bool) -> dict[str, int]:
     with CommDebugMode() as collectives:  # type: ignore[no-untyped-call]
         with strategy.micro_batch(last=last):
             strategy.backward(models.loss_sum(strategy.model, models.batch(case.model, 0, 0)))
@@ -127,7 +125,7 @@ def counted(strategy: Strategy, case: Case, last: bool) -> dict[str, int]:
 
 def test_accumulating_reduces_nothing() -> None:
     for strategy in ("fsdp", "fsdp-grad"):
-        accumulating, last = run_ranks(2, communicated, strategy)[0]
+        accumulating, last = run_ranks(2, collectives_of_a_step, strategy)[0]
         assert not [name for name in accumulating if "reduce" in name], (strategy, accumulating)
         assert sum(count for name, count in last.items() if "reduce_scatter" in name) == 3, (strategy, last)
         # under grad the weights are gathered once a step, and only then
@@ -142,7 +140,7 @@ def after_evaluation(world: CpuWorld) -> list[float]:
     """An evaluation leaves the root gathered: what is loaded or trained next must not see the old weights."""
     case = Case(model="mlp", steps=2)
     made = set_up(world, "fsdp", case)
-    saved = Whole(made.state())
+    saved = OwnSlices(made.state())
     first = [train_step(world, made, case, step)[0] for step in range(2)]
     with torch.no_grad():
         made.model(models.batch("mlp", 0, 0)[0])
@@ -150,7 +148,7 @@ def after_evaluation(world: CpuWorld) -> list[float]:
     return first + [train_step(world, made, case, step)[0] for step in range(2)]
 
 
-class Whole:
+class OwnSlices:
     """A reader over this rank's own ranges."""
 
     def __init__(self, saved: dict[str, TensorSlice]) -> None:

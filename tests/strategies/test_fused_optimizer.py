@@ -47,11 +47,11 @@ def test_it_gives_the_numbers_of_the_update_one_by_one(kind: Any, settings: dict
 
 
 @pytest.mark.parametrize(
-    "said", [{"foreach": True}, {"foreach": False}, {"fused": False}, {"differentiable": True}]
+    "chosen", [{"foreach": True}, {"foreach": False}, {"fused": False}, {"differentiable": True}]
 )
-def test_a_recipe_that_chooses_has_the_last_word(said: dict[str, bool]) -> None:
+def test_a_recipe_that_chooses_has_the_last_word(chosen: dict[str, bool]) -> None:
     module = model()
-    settings: Any = said
+    settings: Any = chosen
     optimizer = torch.optim.AdamW(module.parameters(), **settings)
     assert not use_fused_update(optimizer, module)
     assert not optimizer.param_groups[0]["fused"]

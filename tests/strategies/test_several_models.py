@@ -1,6 +1,4 @@
-"""Several models, trained in turns: each is called while it rests, and must then be exactly right in its own
-turn.
-"""
+"""Several models, trained in turns: each is called while it is frozen, and must be right in its own turn."""
 
 from __future__ import annotations
 
@@ -46,7 +44,7 @@ def noise(step: int, index: int) -> tuple[Tensor, Tensor]:
 
 
 def discriminate(models: Models, step: int, index: int) -> Tensor:
-    """The generator and the teacher rest, and no gradient reaches them."""
+    """The generator and the teacher are frozen, and no gradient reaches them."""
     z, real = noise(step, index)
     fake = models["generator"](z)
     wanted = models["teacher"](real).softmax(-1)
@@ -55,7 +53,7 @@ def discriminate(models: Models, step: int, index: int) -> Tensor:
 
 
 def generate(models: Models, step: int, index: int) -> Tensor:
-    """The critic rests; gradients flow through it."""
+    """The critic is frozen; gradients flow through it."""
     z, _ = noise(step, index)
     return (as_tensor(models["critic"](models["generator"](z))) - 1).square().mean()
 
@@ -64,7 +62,7 @@ LOSSES = {"critic": discriminate, "generator": generate}
 
 
 @cache
-def by_hand(micro_batches: int) -> tuple[list[float], dict[str, list[Tensor]]]:
+def reference(micro_batches: int) -> tuple[list[float], dict[str, list[Tensor]]]:
     models = {name: build(name) for name in ("critic", "generator", "teacher")}
     optimizers = {name: AdamW(models[name].parameters(), lr=0.01) for name in LOSSES}
     losses = []
@@ -92,9 +90,9 @@ def in_turns(world: CpuWorld, name: str, micro_batches: int) -> tuple[list[float
         for turn, loss in LOSSES.items():
             frozen = [strategy for model, strategy in strategies.items() if model != turn]
             values = torch.zeros(micro_batches)
-            mine = range(world.rank, micro_batches, world.world_size)
-            for index in mine:
-                last = index == mine[-1]
+            local = range(world.rank, micro_batches, world.world_size)
+            for index in local:
+                last = index == local[-1]
                 with frozen[0].frozen(), frozen[1].frozen(), strategies[turn].micro_batch(last=last):
                     value = loss(models, step, index) / micro_batches
                     strategies[turn].backward(value)
@@ -114,7 +112,7 @@ def in_turns(world: CpuWorld, name: str, micro_batches: int) -> tuple[list[float
 def test_a_gan_with_a_teacher_equals_raw_pytorch(strategy: str, accumulation_steps: int) -> None:
     ranks = 1 if strategy == "single" else 2
     losses, weights = run_ranks(ranks, in_turns, strategy, ranks * accumulation_steps)[0]
-    expected_losses, expected = by_hand(ranks * accumulation_steps)
+    expected_losses, expected = reference(ranks * accumulation_steps)
     torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(weights, expected, rtol=1e-4, atol=1e-5)
 
@@ -139,7 +137,7 @@ def interleaved(world: CpuWorld, name: str) -> tuple[list[float], dict[str, list
     return [], {model: list(whole_model(strategy, world).values()) for model, strategy in strategies.items()}
 
 
-def interleaved_by_hand() -> dict[str, list[Tensor]]:
+def interleaved_reference() -> dict[str, list[Tensor]]:
     models = {name: build(name) for name in ("critic", "generator", "teacher")}
     optimizers = {name: AdamW(models[name].parameters(), lr=0.01) for name in LOSSES}
     for step in range(STEPS):
@@ -157,4 +155,4 @@ def interleaved_by_hand() -> dict[str, list[Tensor]]:
 @pytest.mark.parametrize("strategy", each(["ddp", "fsdp", "fsdp-grad"]))
 def test_turns_may_interleave_while_accumulating(strategy: str) -> None:
     _, weights = run_ranks(2, interleaved, strategy)[0]
-    torch.testing.assert_close(weights, interleaved_by_hand(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(weights, interleaved_reference(), rtol=1e-4, atol=1e-5)

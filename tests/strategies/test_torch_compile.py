@@ -19,7 +19,7 @@ from strategies.options import Options
 from strategies.zero import Zero
 from tests.ranks import CpuWorld, run_ranks
 from tests.strategies import models
-from tests.strategies.training import Case, Outcome, assert_equal, raw, train
+from tests.strategies.training import Case, Outcome, assert_equal, raw_pytorch, train
 
 RANKS = {"single": 1, "fsdp-hybrid": 4}
 
@@ -113,10 +113,10 @@ def test_compiled_blocks_train_alike(strategy: str, checkpointing: str) -> None:
         ours, graphs, breaks = run_ranks(
             RANKS.get(strategy, 2), compiled, strategy, replace(case, options=options)
         )[0]
-        assert_equal(ours, raw(case))
+        assert_equal(ours, raw_pytorch(case))
         assert (graphs, breaks) == (1, 0)
         if strategy == "single" and model == "batchnorm":
-            for name, tensor in raw(case).weights.items():  # running statistics among them
+            for name, tensor in raw_pytorch(case).weights.items():  # running statistics among them
                 torch.testing.assert_close(ours.weights[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
 
@@ -134,13 +134,13 @@ def test_compiled_blocks_train_alike_under_zero(strategy: str, checkpointing: st
             Zero(CpuWorld(0, 0, 2, 2), refused)
         return
     ours, graphs, breaks = run_ranks(2, compiled, strategy, replace(case, options=options))[0]
-    assert_equal(ours, raw(case))
+    assert_equal(ours, raw_pytorch(case))
     assert graphs >= 1
     assert strategy == "zero3" or (graphs, breaks) == (1, 0)
 
 
-def asked(world: CpuWorld, mode: Any) -> list[dict[str, Any]]:
-    """What torch.compile is asked for."""
+def compile_calls(world: CpuWorld, mode: Any) -> list[dict[str, Any]]:
+    """What torch.compile is compile_calls for."""
     calls: list[dict[str, Any]] = []
 
     def record(forward: Any, **settings: Any) -> Any:
@@ -159,12 +159,12 @@ def asked(world: CpuWorld, mode: Any) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("mode", "said"), [(True, None), ("default", "default"), ("max-autotune", "max-autotune")]
+    ("mode", "torch_mode"), [(True, None), ("default", "default"), ("max-autotune", "max-autotune")]
 )
-def test_the_mode_is_torchs_own(mode: Any, said: str | None) -> None:
-    settings = {"mode": said, "dynamic": None}
-    assert run_ranks(1, asked, mode)[0] == [settings] * 3  # two blocks, then a whole model
-    assert run_ranks(1, asked, False)[0] == []
+def test_the_mode_is_torchs_own(mode: Any, torch_mode: str | None) -> None:
+    settings = {"mode": torch_mode, "dynamic": None}
+    assert run_ranks(1, compile_calls, mode)[0] == [settings] * 3  # two blocks, then a whole model
+    assert run_ranks(1, compile_calls, False)[0] == []
 
 
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])

@@ -38,7 +38,7 @@ QUICK = ("single", "ddp", "fsdp", "zero3")
 
 
 def each(names: Iterable[str] = STRATEGIES, quick: Collection[str] = QUICK) -> list[ParameterSet]:
-    """Strategies to parametrise a test with."""
+    """Strategies to parametrize a test with."""
     return [pytest.param(name, id=name, marks=[] if name in quick else [pytest.mark.slow]) for name in names]
 
 
@@ -68,7 +68,7 @@ class Outcome:
     state: dict[str, TensorSlice] = field(default_factory=dict)
 
 
-class Saved:
+class InMemoryCheckpoint:
     """A checkpoint in memory, put together from the ranges of all ranks. Fails if they leave a gap or
     overlap.
     """
@@ -94,7 +94,7 @@ class Saved:
 
 
 @cache
-def raw(case: Case) -> Outcome:
+def raw_pytorch(case: Case) -> Outcome:
     """The textbook, with nothing of ours."""
     model = models.build(case.model)
     optimizer = models.optimizer(case.optimizer, model)
@@ -127,7 +127,7 @@ def set_up(world: CpuWorld, strategy: str, case: Case) -> Strategy:
     return made
 
 
-def train(world: CpuWorld, strategy: str, case: Case, saved: Saved | None = None) -> Outcome:
+def train(world: CpuWorld, strategy: str, case: Case, saved: InMemoryCheckpoint | None = None) -> Outcome:
     """The same training under a strategy, from `saved` on."""
     made = set_up(world, strategy, case)
     if saved is not None:
@@ -147,11 +147,11 @@ def train(world: CpuWorld, strategy: str, case: Case, saved: Saved | None = None
 def train_step(world: CpuWorld, strategy: Strategy, case: Case, step: int) -> tuple[float, float]:
     """One optimizer step: this rank's share of its micro-batches."""
     count = sum(models.batch(case.model, step, index)[1].numel() for index in range(case.micro_batches))
-    mine = range(world.rank, case.micro_batches, world.world_size)
+    local = range(world.rank, case.micro_batches, world.world_size)
     total = torch.zeros((), dtype=torch.float64)
-    for index in mine:
+    for index in local:
         torch.manual_seed(7000 + 100 * step + index)
-        with strategy.micro_batch(last=index == mine[-1]):
+        with strategy.micro_batch(last=index == local[-1]):
             loss = models.loss_sum(strategy.model, models.batch(case.model, step, index)) / count
             strategy.backward(loss)
         total += loss.detach()
