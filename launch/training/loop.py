@@ -95,7 +95,7 @@ def train_step(run: Run, batches: list[Batch]) -> tuple[dict[str, Tensor], dict[
             loss_sum += loss.detach()
         losses[name] = loss_sum / num_items
         if run.sync_every_step and not check_loss(run, name, all_reduce_sum(losses[name]), batches):
-            trained.step(apply=False)
+            trained.discard()
             continue
         run.phase.enter("step")
         norms[name] = trained.step()
