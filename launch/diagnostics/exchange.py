@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from launch.runtime.store import check_own, open_store, reach
+from launch.runtime.store import check_own_endpoint, open_store, wait_until_open
 from launch.runtime.world import World
 
 if TYPE_CHECKING:
@@ -105,9 +105,9 @@ def connect(
     """Connect this rank to the store at `endpoint`. Raises UnreachableError with the reason and the fix."""
     serves = world.rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     if serves:
-        check_own(*endpoint)
+        check_own_endpoint(*endpoint)
     else:
-        reach(*endpoint, timeout_s)
+        wait_until_open(*endpoint, timeout_s)
     attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = open_store(endpoint, f"doctor/{attempt}", serves)
     return Exchange(store, world.rank, list(range(world.world_size)))

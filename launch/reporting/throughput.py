@@ -17,7 +17,7 @@ import torch
 
 from launch.data.batch import map_tensors
 from launch.runtime.collectives import all_gather_rows
-from launch.runtime.restarts import BORN
+from launch.runtime.restarts import REEXEC_TIME
 from recipes.base import local_num_items
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ class Start:
 def age() -> float:
     """Seconds since this process was started, or has last replaced itself."""
     ticks = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
-    born = float(os.environ.get(BORN, 0)) or int(ticks) / os.sysconf("SC_CLK_TCK")
+    born = float(os.environ.get(REEXEC_TIME, 0)) or int(ticks) / os.sysconf("SC_CLK_TCK")
     return time.clock_gettime(time.CLOCK_BOOTTIME) - born
 
 

@@ -27,7 +27,7 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from launch.runtime.agent import ON_PURPOSE, exit_code_of, unexplained
 from launch.runtime.exit_codes import DONE, FAILED, STOPPED
-from launch.runtime.store import UnreachableError, check_own, reach
+from launch.runtime.store import UnreachableError, check_own_endpoint, wait_until_open
 
 FORWARDED = (
     signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2
@@ -169,9 +169,9 @@ def rendezvous_parameters(
         return RendezvousParameters("c10d", "localhost:0", str(uuid.uuid4()), nnodes, nnodes)
     host, port = endpoint
     if node_rank == 0:
-        check_own(host, port)
+        check_own_endpoint(host, port)
     else:
-        reach(host, port, RENDEZVOUS_TIMEOUT)
+        wait_until_open(host, port, RENDEZVOUS_TIMEOUT)
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     return RendezvousParameters(
         "static", address, "rankzero", nnodes, nnodes, rank=node_rank, timeout=RENDEZVOUS_TIMEOUT

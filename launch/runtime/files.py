@@ -1,5 +1,5 @@
-"""Files that are whole or absent, even if the machine dies while they are written; and their digests. Imports
-no torch.
+"""Atomic files, complete or absent even if the machine dies while they are written; and their digests. No
+torch.
 
 What a checkpoint does to the content of its files goes through here; the rest is `mkdir`, `rename` and the
 listing of a path. So another kind of storage (fsspec) would enter in this file.
@@ -23,8 +23,8 @@ from xxhash import xxh3_128
 
 CHUNK = 8 * 2**20
 """bytes that are written, read or hashed at a time"""
-AT_ONCE = 2**30
-"""bytes that the system is asked for at once; it gives at most twice as many"""
+MAX_READ = 2**30
+"""bytes of one system call; the kernel reads at most twice as many"""
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -37,12 +37,12 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """`write_atomically` of a text."""
+    """`write_atomically` for a text."""
     write_atomically(path, lambda beside: beside.write_text(text))
 
 
 OnProgress = Callable[[int], object]
-"""hears of each number of bytes read or written"""
+"""called with each number of bytes read or written"""
 
 
 def write_hashed(
@@ -91,7 +91,7 @@ class RandomAccessFile:
     def into(self, view: memoryview, offset: int) -> None:
         """Fill `view` from byte `offset` on. Raises ValueError if the file ends before."""
         while view:
-            count = os.preadv(self.handle, [view[:AT_ONCE]], offset)
+            count = os.preadv(self.handle, [view[:MAX_READ]], offset)
             if not count:
                 raise ValueError(f"it ends {len(view)} bytes too early")
             view, offset = view[count:], offset + count
@@ -108,9 +108,7 @@ class RandomAccessFile:
 
 def remove_unless_held(folder: Path, file: str) -> bool:
     """Remove `folder`, unless a process on this machine (or on another, where the file system can tell) holds
-    `file` in it.
-
-    Whether it was removed: another process may also have been faster.
+    `file` in it. Returns whether it was removed: another process may also have been faster.
     """
     try:
         reading = RandomAccessFile(folder / file)
@@ -131,7 +129,7 @@ def remove_unless_held(folder: Path, file: str) -> bool:
 
 
 def check_free_space(folder: Path, size: int) -> None:
-    """Raises OSError, in words, if `size` bytes do not fit into `folder`."""
+    """Raises OSError, with both sizes in its message, if `size` bytes do not fit into `folder`."""
     from rich.filesize import decimal
 
     free = shutil.disk_usage(folder).free
@@ -142,7 +140,7 @@ def check_free_space(folder: Path, size: int) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder so that no half of it is ever taken for the whole: it loses its name first."""
+    """Remove a folder so that no part of it is ever taken for all of it: it loses its name first."""
     doomed = path.with_name(f".{path.name.lstrip('.')}.removed")
     shutil.rmtree(doomed, ignore_errors=True)
     path.rename(doomed)

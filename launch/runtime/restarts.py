@@ -1,4 +1,4 @@
-"""The lives of a run: who has started it again (torchrun, SLURM, the run itself), and how it does that
+"""Restarts: how often a run has been restarted (by torchrun, by SLURM, by itself), and how it re-executes
 itself.
 """
 
@@ -12,27 +12,27 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-BY_ITSELF, BORN = "RANKZERO_RESTART_COUNT", "RANKZERO_BORN"
-"""how often a process has replaced itself, and when it last has, in seconds since the machine was booted"""
-COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT", BY_ITSELF)
+REEXEC_COUNT, REEXEC_TIME = "RANKZERO_RESTART_COUNT", "RANKZERO_BORN"
+"""how often a process has re-executed itself, and when it last has, in seconds since the machine was booted
+"""
+TORCHRUN_COUNT, SLURM_COUNT = "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"
 
 
 def restart_count(environment: Mapping[str, str]) -> int:
-    """How often this run has been started again without anybody typing the command."""
-    return sum(int(environment.get(name) or 0) for name in COUNTS)
+    """How often this run has been restarted without anybody typing the command."""
+    return sum(int(environment.get(name) or 0) for name in (TORCHRUN_COUNT, SLURM_COUNT, REEXEC_COUNT))
 
 
 def attempt_id(environment: Mapping[str, str]) -> str:
-    """What tells this life from the former ones at one meeting point: of torchrun's restarts and of our own."""
-    return f"{environment.get(COUNTS[0], '0')}-{environment.get(BY_ITSELF, '0')}"
+    """What tells this attempt from those before it at the same store: torchrun's restarts and our own."""
+    return f"{environment.get(TORCHRUN_COUNT, '0')}-{environment.get(REEXEC_COUNT, '0')}"
 
 
 def reexec(run_dir: Path | None) -> NoReturn:
-    """Replace this process by a new one that runs the same command, in `run_dir`; may be called by any
-    thread.
+    """Replace this process by a new one that runs the same command, in `run_dir`; any thread may call it.
 
-    For the launcher it is the same process. Nothing stays of the old one: not its memory, on a GPU neither,
-    nor its threads, collectives and open files.
+    For the launcher it is the same process. Nothing stays of the old one: no memory, on the GPU neither, no
+    threads, collectives or open files. The process group is not left: the others may wait in a collective.
     """
     import psutil  # a good part of what `--help` may take
 
@@ -43,13 +43,11 @@ def reexec(run_dir: Path | None) -> NoReturn:
     psutil.wait_procs(children, timeout=3)
     for entry in Path("/proc/self/fd").iterdir():
         if int(entry.name) > 2:
-            with suppress(OSError):  # the one that has listed them
+            with suppress(OSError):  # the one that lists them
                 os.set_inheritable(int(entry.name), False)
-    os.environ[BY_ITSELF] = str(int(os.environ.get(BY_ITSELF, "0")) + 1)
-    os.environ[BORN] = str(time.clock_gettime(time.CLOCK_BOOTTIME))
+    os.environ[REEXEC_COUNT] = str(int(os.environ.get(REEXEC_COUNT, "0")) + 1)
+    os.environ[REEXEC_TIME] = str(time.clock_gettime(time.CLOCK_BOOTTIME))
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(
-        sys.executable,
-        [sys.executable, *sys.orig_argv[1:], *([] if run_dir is None else [f"run_dir={run_dir}"])],
-    )
+    argv = [sys.executable, *sys.orig_argv[1:]]
+    os.execv(sys.executable, argv if run_dir is None else [*argv, f"run_dir={run_dir}"])

@@ -1,4 +1,4 @@
-"""Randomness as a function of where a run stands, not of what ran before.
+"""Seeding: random numbers as a function of the position in a run, not of what was drawn before.
 
 What is drawn depends on (seed, optimizer step, micro-batch of the global batch) on the device, and on (seed,
 epoch, sample) in data loading: never on the number of ranks or workers, and a resumed run draws what the
@@ -15,23 +15,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from launch.runtime.torch_compat import seed_host_generator
 from recipes.parts import permutation
 
 
 def mix(*parts: int | str) -> int:
-    """A 63-bit seed from any numbers and words, the same on every machine; near inputs give unrelated seeds."""
+    """A 63-bit seed from any numbers and names, the same on every machine; similar inputs give unrelated
+    seeds.
+    """
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def seed_device(*parts: int | str) -> None:
-    """Seed torch's default generators, host and device: dropout and all other draws of a forward pass.
-
-    Not by `torch.manual_seed`: without a GPU that notes a traceback for later in each call, half a
-    millisecond a step.
-    """
+    """Seed torch's default generators, host and device: dropout and all other draws of a forward pass."""
     seed = mix(*parts)
-    torch.default_generator.manual_seed(seed)
+    seed_host_generator(seed)
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.manual_seed(seed)
 
@@ -39,7 +38,7 @@ def seed_device(*parts: int | str) -> None:
 def seed_sample(*parts: int | str) -> None:
     """Seed what an augmentation may draw from: torch's host generator, numpy and random."""
     seed = mix(*parts)
-    torch.default_generator.manual_seed(seed)
+    seed_host_generator(seed)
     np.random.seed(seed & 0xFFFFFFFF)
     random.seed(seed)
 

@@ -1,8 +1,9 @@
-"""Where the ranks of a run meet, and how one gets there: the address, the port, the store. Every wait has an
-end, and a reason.
+"""The store where the ranks of a run meet: its address and port, and connections to it. Every wait has an
+end,
+and a reason.
 
-A name that means another host, a closed door or a stranger at the port would else be a wait of minutes that
-ends in a backtrace.
+A name that means another host, a closed port or a stranger at the port would else be a wait of minutes that
+ends in a traceback.
 """
 
 from __future__ import annotations
@@ -24,68 +25,76 @@ if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]  # its stubs forget it
 
 T = TypeVar("T")
-OPEN = 8.0
+STORE_TIMEOUT_S = 8.0
 """seconds that the store gets to answer a connection, on a machine that is not busy"""
-RESOLVE = 5.0
+RESOLVE_TIMEOUT_S = 5.0
 """seconds that a name gets to be resolved"""
 
 
 class UnreachableError(Exception):
-    """This rank cannot meet the others; the words say why, and after a semicolon what to do."""
+    """This rank cannot meet the others; the message says why, and after a semicolon what to do."""
 
 
 def rendezvous_endpoint(world: World, environment: Mapping[str, str]) -> tuple[str, int] | None:
     """The address and port at which the launcher lets the ranks meet; None for one process alone."""
     if world.world_size == 1 and "MASTER_ADDR" not in environment:
         return None
-    found = dict(environment)
+    variables = dict(environment)
     if world.launcher == "srun":
-        found = slurm_rendezvous(environment) | found
+        variables = slurm_rendezvous(environment) | variables
     if world.launcher == "mpirun":
-        found = mpi_rendezvous(environment) | found
+        variables = mpi_rendezvous(environment) | variables
     try:
-        return found["MASTER_ADDR"], int(found["MASTER_PORT"])
+        return variables["MASTER_ADDR"], int(variables["MASTER_PORT"])
     except (KeyError, ValueError):
+        address, port = (variables.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
         raise ValueError(
-            f"MASTER_ADDR={found.get('MASTER_ADDR', '')} and MASTER_PORT={found.get('MASTER_PORT', '')} must say where the "
-            f"{world.world_size} ranks meet; start with torchrun or srun, which do that"
+            f"MASTER_ADDR={address} and MASTER_PORT={port} must say where the {world.world_size} ranks meet; "
+            "start with torchrun or srun, which do that"
         ) from None
 
 
-def open_store(point: tuple[str, int], prefix: str, serves: bool = False, seconds: float = OPEN) -> Store:
-    """A connection of its own to the store at `point`. Raises NotMet if it does not answer within `seconds`."""
+def open_store(
+    endpoint: tuple[str, int], prefix: str, serves: bool = False, timeout: float = STORE_TIMEOUT_S
+) -> Store:
+    """A connection of its own to the store at `endpoint`. Raises UnreachableError if it does not answer
+    within
+    `timeout` seconds.
+    """
     import torch.distributed as dist
 
-    patience = timedelta(seconds=seconds)
+    def connect() -> Store:
+        return dist.TCPStore(  # type: ignore[attr-defined]  # its stubs forget it
+            *endpoint, is_master=serves, wait_for_workers=False, timeout=timedelta(seconds=timeout)
+        )
 
-    def open() -> Store:
-        return dist.TCPStore(*point, is_master=serves, wait_for_workers=False, timeout=patience)  # type: ignore[attr-defined]
-
+    where = f"{endpoint[0]}:{endpoint[1]}"
     try:
         # whoever else listens there would not answer, and TCPStore wait for it without end
-        store = within(seconds + 1, open)
+        store = within(timeout + 1, connect)
     except TimeoutError:
         raise UnreachableError(
-            f"something else than a store of torch listens at {point[0]}:{point[1]}; another MASTER_PORT"
+            f"something else than a store of torch listens at {where}; another MASTER_PORT"
         ) from None
     except RuntimeError as error:
-        raise UnreachableError(
-            f"the store at {point[0]}:{point[1]} does not work: {' '.join(str(error).split())[:200]}"
-        ) from None
+        reason = " ".join(str(error).split())[:200]
+        raise UnreachableError(f"the store at {where} does not work: {reason}") from None
     return dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
 
 
-def check_own(address: str, port: int) -> None:
-    """Rank zero serves the store: the address must be its own, and the port free. Raises NotMet."""
-    found = addresses_of(address)
-    if not found:
+def check_own_endpoint(address: str, port: int) -> None:
+    """Rank zero serves the store: the address must be its own, and the port free. Raises UnreachableError."""
+    host, resolved = socket.gethostname(), addresses_of(address)
+    if not resolved:
         raise UnreachableError(
-            f"MASTER_ADDR={address} cannot be resolved on rank zero's own node; use a name that DNS or /etc/hosts knows"
+            f"MASTER_ADDR={address} cannot be resolved on rank zero's own node; use a name that DNS or "
+            "/etc/hosts "
+            "knows"
         )
     own = {entry.address.partition("%")[0] for entries in psutil.net_if_addrs().values() for entry in entries}
-    if not own & set(found) and not any(word.startswith("127.") for word in found):
+    if not own & set(resolved) and not any(one.startswith("127.") for one in resolved):
         raise UnreachableError(
-            f"MASTER_ADDR={address} ({found[0]}) is not an address of {socket.gethostname()}, rank zero's node; correct it"
+            f"MASTER_ADDR={address} ({resolved[0]}) is not an address of {host}, rank zero's node; correct it"
         )
     try:
         # as TCPStore does; it listens on all addresses, so does this
@@ -93,39 +102,49 @@ def check_own(address: str, port: int) -> None:
             pass
     except OSError as error:
         raise UnreachableError(
-            f"port {port} cannot be had on {socket.gethostname()}: {os.strerror(error.errno or 0)}{owner_of(port)}; "
+            f"port {port} cannot be had on {host}: {os.strerror(error.errno or 0)}{owner_of(port)}; "
             f"export MASTER_PORT={port + 1}"
         ) from None
 
 
-def reach(address: str, port: int, timeout: float) -> None:
-    """Wait until somebody listens there. Raises NotMet, which tells an unknown name from a closed door."""
+def wait_until_open(address: str, port: int, timeout: float) -> None:
+    """Wait until a process listens there. Raises UnreachableError, which tells an unknown name from a closed
+    port.
+    """
     host, deadline = socket.gethostname(), time.monotonic() + timeout
-    why = ""
+    reason = ""
     while True:
-        found = addresses_of(address)
-        if not found:
-            why = f"{host} cannot resolve MASTER_ADDR={address}; use a name that its DNS or /etc/hosts knows, or an address"
-        for one in found:
+        resolved = addresses_of(address)
+        if not resolved:
+            reason = (
+                f"{host} cannot resolve MASTER_ADDR={address}; use a name that its DNS or /etc/hosts knows, "
+                "or an "
+                "address"
+            )
+        for one in resolved:
+            where = f"{address}:{port} ({one})"
+            patience = max(min(3.0, deadline - time.monotonic()), 0.1)
             try:
-                with socket.create_connection(
-                    (one, port), timeout=max(min(3.0, deadline - time.monotonic()), 0.1)
-                ):
+                with socket.create_connection((one, port), timeout=patience):
                     return
             except ConnectionRefusedError:
-                why = f"at {address}:{port} ({one}) nobody listens, seen from {host}; did rank zero start, and is this its address?"
+                reason = (
+                    f"at {where} nobody listens, seen from {host}; did rank zero start, and is this its "
+                    "address?"
+                )
             except OSError as error:
-                why = (
-                    f"{host} cannot reach {address}:{port} ({one}): {error.strerror or error}; open a firewall between the "
-                    "nodes, or choose an interface that both share"
+                reason = (
+                    f"{host} cannot reach {where}: {error.strerror or error}; open a firewall between the "
+                    "nodes, "
+                    "or choose an interface that both share"
                 )
         if time.monotonic() > deadline:
-            raise UnreachableError(why)
+            raise UnreachableError(reason)
         time.sleep(0.2)
 
 
 def is_open(address: str, port: int) -> bool:
-    """Whether somebody listens there now."""
+    """Whether a process listens there now."""
     try:
         with socket.create_connection((address, port), timeout=3.0):
             return True
@@ -134,15 +153,15 @@ def is_open(address: str, port: int) -> bool:
 
 
 def addresses_of(name: str) -> list[str]:
-    """What the name stands for; nothing if it cannot be resolved."""
+    """The addresses of a host name; none if it cannot be resolved."""
     with contextlib.suppress(OSError, TimeoutError):
-        found = within(RESOLVE, lambda: socket.getaddrinfo(name, None, type=socket.SOCK_STREAM))
-        return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+        entries = within(RESOLVE_TIMEOUT_S, lambda: socket.getaddrinfo(name, None, type=socket.SOCK_STREAM))
+        return list(dict.fromkeys(str(entry[4][0]) for entry in entries))
     return []
 
 
 def owner_of(port: int) -> str:
-    """By which process a port is taken, in words; empty if that cannot be seen."""
+    """The process that listens at a port, as the end of a message; empty if that cannot be seen."""
     with contextlib.suppress(psutil.Error, OSError):
         for connection in psutil.net_connections("tcp"):
             if (
@@ -156,14 +175,14 @@ def owner_of(port: int) -> str:
 
 
 def spans(ranks: Iterable[int]) -> str:
-    """Numbers in words: 0-3, 7."""
-    found: list[list[int]] = []
+    """Ranks as ranges: `0-3, 7`."""
+    ranges: list[list[int]] = []
     for rank in sorted(ranks):
-        if found and rank == found[-1][1] + 1:
-            found[-1][1] = rank
+        if ranges and rank == ranges[-1][1] + 1:
+            ranges[-1][1] = rank
         else:
-            found.append([rank, rank])
-    return ", ".join(f"{first}-{last}" if last > first else str(first) for first, last in found)
+            ranges.append([rank, rank])
+    return ", ".join(f"{first}-{last}" if last > first else str(first) for first, last in ranges)
 
 
 # waits that end ---------------------------------------------------------------------------------------------
@@ -195,10 +214,10 @@ def within(seconds: float, function: Callable[[], T]) -> T:
 
 
 def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
-    """Whether `condition` has come true within so many seconds."""
-    until, pause = time.monotonic() + seconds, 0.01
+    """Whether `condition` has become true within so many seconds."""
+    deadline, pause = time.monotonic() + seconds, 0.01
     while not condition():
-        if time.monotonic() > until:
+        if time.monotonic() > deadline:
             return False
         time.sleep(pause)
         pause = min(1.5 * pause, 0.5)  # hundreds of ranks ask the same store

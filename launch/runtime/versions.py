@@ -1,10 +1,11 @@
-"""What a run was made with: package versions and the state of the code."""
+"""The versions that a run is made with: packages, and the state of the code. No torch."""
 
 from __future__ import annotations
 
 import hashlib
 import platform
 import subprocess
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -14,13 +15,11 @@ PACKAGES = ("rankzero", "torch", "torchvision", "deepspeed", "accelerate", "safe
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the installed packages that matter to a run."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+        with suppress(PackageNotFoundError):
+            installed[package] = version(package)
+    return installed
 
 
 def code_digest() -> str:
@@ -34,17 +33,10 @@ def code_digest() -> str:
 
 def git_revision() -> str | None:
     """The commit of the working folder, with `-dirty` if it was changed since; None outside a repository."""
+    describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    command = ["git", "-C", str(Path.cwd()), *describe]
     try:
-        asked = [
-            "git",
-            "-C",
-            str(Path.cwd()),
-            "describe",
-            "--always",
-            "--dirty",
-            "--abbrev=40",
-            "--exclude=*",
-        ]
-        return subprocess.run(asked, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+        git = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
+    return git.stdout.strip()

@@ -23,7 +23,7 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # its s
 
 from launch.cli.config import read_line
 from launch.runtime.phase import Phase
-from launch.runtime.rendezvous import process_group, report, roll_call
+from launch.runtime.rendezvous import check_ranks, process_group, rank_info
 from launch.runtime.world import World, find_world
 from launch.watchdog.watchdog import Watchdog
 
@@ -31,12 +31,12 @@ STEP = 0.02
 """seconds"""
 
 
-def roll_call_seconds(world: World, number: int) -> float:
+def check_seconds(world: World, number: int) -> float:
     """Of one roll-call over all ranks, on the slowest."""
     fresh = replace(world, store=PrefixStore(f"try-{number}", world.store))
     dist.barrier()
     since = time.perf_counter()
-    roll_call(fresh, report(fresh, "the same words on all ranks"), 60)
+    check_ranks(fresh, rank_info(fresh, "the same text on all ranks"), 60)
     return slowest(time.perf_counter() - since)
 
 
@@ -78,7 +78,7 @@ def main(words: list[str]) -> None:
     """The table."""
     line = {"seconds": "20", "rounds": "10", **read_line(words)}
     with process_group(find_world(os.environ)) as world:
-        times = [roll_call_seconds(world, number) for number in range(int(line["rounds"]))]
+        times = [check_seconds(world, number) for number in range(int(line["rounds"]))]
         share, each = watch_share(world, float(line["seconds"]))
         if world.rank == 0:
             print(

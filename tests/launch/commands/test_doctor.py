@@ -20,7 +20,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # its stub
 from launch.diagnostics import check_ranks, cross_node
 from launch.diagnostics.cross_node import SharedStorageResult
 from launch.diagnostics.exchange import Exchange
-from launch.runtime.store import UnreachableError, check_own, open_store, reach, within
+from launch.runtime.store import UnreachableError, check_own_endpoint, open_store, wait_until_open, within
 from tests.launch.hosts import CLUSTER_VARIABLES, HOSTS_FILE, Host, launcher_env, two_hosts
 from tests.launch.processes import (
     COMMAND_TIMEOUT_S,
@@ -172,16 +172,16 @@ def test_the_term_signal_leaves_no_file(tmp_path: Path) -> None:
 
 def test_what_keeps_a_rank_from_the_master() -> None:
     with pytest.raises(UnreachableError, match=r"cannot resolve MASTER_ADDR=nowhere.invalid"):
-        reach("nowhere.invalid", 1, 0.1)
+        wait_until_open("nowhere.invalid", 1, 0.1)
     with pytest.raises(UnreachableError, match="nobody listens"):
-        reach("127.0.0.1", 1, 0.1)
+        wait_until_open("127.0.0.1", 1, 0.1)
     with pytest.raises(UnreachableError, match=r"192.0.2.77.* is not an address of"):
-        check_own("192.0.2.77", 1)
+        check_own_endpoint("192.0.2.77", 1)
 
 
 @pytest.mark.slow
 def test_a_stranger_on_the_port_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launch.runtime.store.OPEN", 0.5)
+    monkeypatch.setattr("launch.runtime.store.STORE_TIMEOUT_S", 0.5)
     with (
         socket.create_server(("127.0.0.1", 0)) as server,
         pytest.raises(UnreachableError, match="something else than a store"),

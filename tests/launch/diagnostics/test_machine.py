@@ -13,7 +13,7 @@ import pytest
 from launch.diagnostics import gpus, machine, network, software
 from launch.diagnostics.findings import Finding, run_check
 from launch.diagnostics.system_info import GPU
-from launch.runtime.store import UnreachableError, check_own
+from launch.runtime.store import UnreachableError, check_own_endpoint
 from tests.launch.diagnostics.reports import H100, cpu_report, only, report
 from tests.launch.processes import COMMAND_TIMEOUT_S
 
@@ -102,7 +102,7 @@ def test_a_port_that_is_taken() -> None:
         with pytest.raises(
             UnreachableError, match=rf"port {port} cannot be had .*; export MASTER_PORT={port + 1}"
         ):
-            check_own("localhost", port)
+            check_own_endpoint("localhost", port)
     assert only(list(network.check_port(port))).status == "pass"
 
 

@@ -116,7 +116,9 @@ def in_step(step: int, cwd: Path, processes: Sequence[subprocess.Popen[str]]) ->
 def ends(
     hosts: Sequence[Host], processes: Sequence[subprocess.Popen[str]], within: float = COMMAND_TIMEOUT_S
 ) -> list[CommandResult]:
-    """How they end, and after how many seconds from now: all of them in time, with nothing left on the hosts."""
+    """How they end, and after how many seconds from now: all of them in time, with nothing left on the
+    hosts.
+    """
     since, ended = time.monotonic(), dict[int, float]()
     while len(ended) < len(processes) and time.monotonic() - since < within:
         ended |= {

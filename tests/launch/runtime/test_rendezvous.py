@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from torch.distributed import PrefixStore, TCPStore
 
-from launch.runtime.rendezvous import RendezvousError, different, roll_call
+from launch.runtime.rendezvous import RendezvousError, check_ranks, differing_ranks
 from launch.runtime.store import spans
 from launch.runtime.world import World
 from tests.launch.processes import (
@@ -34,7 +34,7 @@ SAME = {
     "python": "3.12",
     "torch": "2.14.1",
     "rankzero": "0.1.0",
-} | dict.fromkeys(("deepspeed", "code", "words"), "same")
+} | dict.fromkeys(("deepspeed", "code", "configuration"), "same")
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def called(
         process_group.wait()
         since = time.monotonic()
         try:
-            roll_call(world, reports[number], timeout)
+            check_ranks(world, reports[number], timeout)
         except RendezvousError as error:
             heard[number] = str(error)
         times[number] = time.monotonic() - since
@@ -95,7 +95,7 @@ def test_who_is_missing_is_named_on_all_ranks(store: TCPStore) -> None:
     ("key", "words"),
     [
         ("torch", "torch must"),
-        ("words", "the configuration"),
+        ("configuration", "the configuration"),
         ("code", "the code in launch/"),
         ("world_size", "the world size must"),
     ],
@@ -116,8 +116,10 @@ def test_a_gpu_that_two_ranks_claim_is_named() -> None:
         {**SAME, "gpu": "GPU-a"},
         {**SAME, "gpu": "GPU-a", "host": "n2"},
     ]
-    assert different(reports).startswith("ranks 0, 2 on n1 have the same GPU (GPU-a): start one rank a GPU")
-    assert not different([*reports[:2], reports[3]])
+    assert differing_ranks(reports).startswith(
+        "ranks 0, 2 on n1 have the same GPU (GPU-a): start one rank a GPU"
+    )
+    assert not differing_ranks([*reports[:2], reports[3]])
 
 
 def test_spans() -> None:
