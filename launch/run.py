@@ -30,6 +30,7 @@ except ModuleNotFoundError as missing:
 from launch.cli import help
 from launch.cli.config import exit_with_mistake
 from launch.runtime.agent import die_with_agent
+from launch.runtime.process_exit import exit_normally
 from launch.runtime.world import World, find_world
 from launch.training.run_dir import find_run_dir
 
@@ -54,12 +55,8 @@ def main(words: list[str]) -> None:
             return
     except (ValueError, FileNotFoundError) as error:
         exit_with_mistake(error, world.rank)
-    code = load_trainer().run(settings, world, run_dir)  # imports torch: what can be refused has been refused
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(
-        code
-    )  # threads of libraries (gloo's, DeepSpeed's) may make a clean exit take seconds, or end in an abort
+    # imports torch: what can be refused has been refused
+    exit_normally(load_trainer().run(settings, world, run_dir))
 
 
 def load_trainer() -> ModuleType:

@@ -20,7 +20,8 @@ from launch.runtime.world import World
 from recipes import RECIPES
 from recipes.base import Recipe
 from recipes.parts.hook_names import refuse_foreign_hooks
-from strategies.options import CUDA_GRAPH_MODES, DDPOptions, FSDPOptions, ZeroOptions
+from strategies import OPTIONS_GROUPS, STRATEGIES, missing_package, strategies_with
+from strategies.options import CUDA_GRAPH_MODES
 
 DEBUG = {"workers": 0, "log.every": 1}
 """what `debug` sets unless the command line says otherwise: data errors in this process, each step on the
@@ -213,21 +214,18 @@ def check_strategy(config: Config, world: World) -> None:
         raise ValueError(f"debug=true is one process, not {world.world_size}; start it with plain python")
     if config.debug < 0:
         raise ValueError(f"debug={config.debug} must be true, false or a number of steps")
-    if strategy.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+    if package := missing_package(strategy):
         raise ValueError(
-            f"strategy={strategy} needs deepspeed, which is not installed: pip install deepspeed"
+            f"strategy={strategy} needs {package}, which is not installed: pip install {package}"
         )
-    options = {
-        "ddp": (config.ddp, DDPOptions(), strategy == "ddp"),
-        "fsdp": (config.fsdp, FSDPOptions(), strategy == "fsdp"),
-        "zero": (config.zero, ZeroOptions(), strategy.startswith("zero")),
-    }
-    for group, (given, default, used) in options.items():
-        if given != default and not used:
+    for group in OPTIONS_GROUPS:
+        given = getattr(config, group)
+        default = type(given)()
+        if given != default and group != STRATEGIES[strategy].options_group:
             changed = next(key for key, value in vars(given).items() if value != getattr(default, key))
             raise ValueError(
-                f"{group}.{changed} has no effect under strategy={strategy}; drop it, or use strategy="
-                + {"ddp": "ddp", "fsdp": "fsdp", "zero": "zero1|zero2|zero3"}[group]
+                f"{group}.{changed} has no effect under strategy={strategy}; "
+                f"drop it, or use strategy={'|'.join(strategies_with(group))}"
             )
 
 

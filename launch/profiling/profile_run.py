@@ -27,6 +27,7 @@ from launch.cli import help
 from launch.cli.config import exit_with_mistake, read_line
 from launch.cli.resolve import Settings, resolve
 from launch.equivalence.common import whole_number
+from launch.runtime.process_exit import exit_normally
 from launch.runtime.world import World, find_world
 
 if TYPE_CHECKING:
@@ -62,10 +63,7 @@ def main(words: list[str]) -> None:
     os.environ.setdefault(
         "KINETO_LOG_LEVEL", "99"
     )  # torch 2.14 tells each start of its profiler, on each rank
-    code = run(settings, own, world)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # as run.py: a clean exit may take seconds
+    exit_normally(run(settings, own, world))
 
 
 def own_keys(words: list[str], settings: Settings, world: World) -> Own:
@@ -112,45 +110,28 @@ def run(settings: Settings, own: Own, world: World) -> int:
     from launch.profiling.events import operations_of, steps_of
     from launch.profiling.measure import Phases, figures, measured
     from launch.profiling.report import show
-    from launch.runtime.rendezvous import RendezvousError, process_group
+    from launch.runtime.rendezvous import process_group
     from launch.state.build import prepare
-    from launch.training.trainer import identity, is_mistake, not_all_there
+    from launch.training.supervise import supervise
+    from launch.training.trainer import identity
     from launch.watchdog import fault_injection
-    from launch.watchdog.failure import fail
-    from launch.watchdog.failure_report import from_exception, render
-    from launch.watchdog.watchdog import Watchdog, end
 
-    config, phase, watchdog, ready = settings.config, Phases(), None, False
-    try:
-        asked = f"{identity(settings)} {own.steps} {own.warmup}"
-        with process_group(world, config.strategy, config.start_timeout, asked) as world:
-            watchdog = Watchdog(world, phase, config.hang_timeout)
-            run = prepare(settings, world, phase)
-            ready = True
-            fault_injection.prepare(run, Path(os.devnull))  # which has no checkpoint that could be torn
-            profiler, plain = measured(run, phase, own.warmup, own.steps)
-            events = profiler.events()  # type: ignore[no-untyped-call]  # torch has left it so
-            rows = figures(run, events, plain)
-            if world.rank == 0:
-                show(run, rows, operations_of(events, world.device != "cpu"), len(steps_of(events)))
-            code = save(profiler, own.trace) if world.rank == 0 and own.trace else 0
-        watchdog.close()  # only now: leaving the group may wait for a rank that fails
-        return code
-    except KeyboardInterrupt:
+    config, phase = settings.config, Phases()
+    asked = f"{identity(settings)} {own.steps} {own.warmup}"
+    with (
+        supervise(config, world, phase) as supervisor,
+        process_group(world, config.strategy, config.start_timeout, asked) as world,
+    ):
+        supervisor.watch(world)
+        run = prepare(settings, world, phase)
+        supervisor.start()
+        fault_injection.install(run, Path(os.devnull))  # which has no checkpoint that could be torn
+        profiler, plain = measured(run, phase, own.warmup, own.steps)
+        events = profiler.events()  # type: ignore[no-untyped-call]  # torch has left it so
+        rows = figures(run, events, plain)
         if world.rank == 0:
-            print("rankzero: interrupted", file=sys.stderr)
-        os._exit(130)
-    except RendezvousError as error:
-        not_all_there(error, world)
-    except Exception as error:
-        if not ready and is_mistake(error):
-            if watchdog is not None:
-                watchdog.close()
-            exit_with_mistake(error, world.rank, os._exit)
-        if watchdog is None:
-            print(render(from_exception(error, world, phase), None), file=sys.stderr)
-            end()
-        fail(error, watchdog)
+            show(run, rows, operations_of(events, world.device != "cpu"), len(steps_of(events)))
+        return save(profiler, own.trace) if world.rank == 0 and own.trace else 0
 
 
 def save(profiler: profile, trace: Path) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from launch.profiling.measure import Figures
 from launch.reporting.console import device_name, extras, way_of
 from launch.reporting.throughput import SLOW_DATA, Throughput, duration
+from strategies import STRATEGIES
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -185,12 +186,12 @@ def about_waiting(run: Run, rows: Sequence[Figures]) -> Iterator[str]:
 
 def about_device(run: Run, mean: Figures) -> Iterator[str]:
     """For copies, and for the next operation."""
-    fsdp, zero = run.config.fsdp, run.config.zero
+    group = STRATEGIES[run.config.strategy].options_group
+    offloads = group is not None and getattr(getattr(run.config, group), "cpu_offload", False)
     if mean.exposed_copies > COPIES * mean.step:
-        offload = "fsdp.cpu_offload" if fsdp.cpu_offload else "zero.cpu_offload" if zero.cpu_offload else ""
         what = (
-            f"{offload}=false, if memory allows"
-            if offload
+            f"{group}.cpu_offload=false, if memory allows"
+            if offloads
             else "look for .item(), .cpu() and .to() in the recipe"
         )
         yield f"{mean.exposed_copies / mean.step:.0%} of a step is copying between host and device: {what}"
@@ -206,12 +207,13 @@ def about_device(run: Run, mean: Figures) -> Iterator[str]:
 def less_communication(run: Run) -> Iterator[str]:
     """Keys that lessen or hide it."""
     config, batch_plan, larger = run.config, run.batch_plan, larger_micro_batch(run.batch_plan)
-    if config.strategy == "ddp":
+    group = STRATEGIES[config.strategy].options_group
+    if group == "ddp":
         if config.ddp.compress == "none":
             yield "ddp.compress=bf16 halves it (gradients are rounded)"
         if larger:
             yield f"{larger} leaves a longer backward to hide it behind, if memory allows"
-    elif config.strategy == "fsdp":
+    elif group == "fsdp":
         if config.fsdp.sync_every_micro_batch and batch_plan.accumulation_steps > 1:
             yield "fsdp.sync_every_micro_batch=false reduces once a step"
         if config.fsdp.shard == "full":
@@ -220,7 +222,7 @@ def less_communication(run: Run) -> Iterator[str]:
                 yield "fsdp.shard=hybrid gathers them within a node"
             if larger:
                 yield f"{larger} gathers them for fewer micro-batches"
-    else:
+    elif group == "zero":
         if config.strategy == "zero3":
             yield "strategy=zero2 gathers no parameters, if memory allows"
         if larger:

@@ -14,10 +14,10 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from launch.runtime.collectives import all_reduce_sum
 from launch.runtime.world import World
+from strategies.activation_checkpointing import BATCH_NORMS
 
 
 class RunningStatistics:
@@ -30,7 +30,7 @@ class RunningStatistics:
             m
             for model in models
             for m in model.modules()
-            if isinstance(m, _BatchNorm) and m.track_running_stats
+            if isinstance(m, BATCH_NORMS) and m.track_running_stats
         ]
         self.layers = [(layer, layer.momentum) for layer in layers if layer.momentum is not None]
 

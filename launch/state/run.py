@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -42,6 +42,8 @@ class Run:
     """by data set: their processes, if any, last from one evaluation to the next"""
     stop_at: int | None = None
     """a step to end at before the run's full length (debug mode)"""
+    before_backward: Callable[[Tensor], object] | None = None
+    """called with the loss of each micro-batch before its backward pass (debug mode)"""
 
     @property
     def models(self) -> dict[str, nn.Module]:

@@ -1,5 +1,6 @@
-"""`debug=true`: the first steps of a run, looked at closely. Used by `session` alone; the loop does not know
-of it.
+"""`debug=true`: the first steps of a run under anomaly detection. Used by the trainer alone; the loop does
+not
+know of it.
 
 The steps are those of the run itself, under its own schedule: what goes wrong at step 5 of the run goes wrong
 at step 5 here.
@@ -27,17 +28,16 @@ from launch.state.batchnorm import RunningStatistics
 from launch.state.build import build_strategies
 from launch.state.run import Run
 from launch.training.overfit import overfit
-from launch.watchdog.failure_report import is_users
+from launch.watchdog.exception_report import is_user_frame
 
 if TYPE_CHECKING:
     from launch.cli.config import Config
     from launch.reporting.console import Console
     from recipes.parts.data import Dataset
-    from strategies.base import Strategy
 
 STEPS = 8
 """steps of a debug run, unless `debug=N` says how many"""
-EVALUATED = 4
+EVAL_MICRO_BATCHES = 4
 """micro-batches of each evaluation"""
 
 
@@ -57,7 +57,7 @@ def mode(config: Config, run_dir: Path) -> Iterator[None]:
     # only a warning: a recipe that needs an operation without a deterministic form should still be debugged
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        # fp16 overflows on purpose until its loss scale has settled, and some recipes leave such steps out
+        # NaNs are looked for from the first step of the run on: `detect_nan_gradients`
         with torch.autograd.set_detect_anomaly(True, check_nan=False):
             yield
     finally:
@@ -70,18 +70,21 @@ def examine(run: Run, console: Console) -> None:
     """
     steps = STEPS if run.config.debug is True else run.config.debug
     run.stop_at = run.progress.step + steps
-    run.splits.val, run.splits.test = (shortened(split, run) for split in (run.splits.val, run.splits.test))
+    run.splits.val, run.splits.test = (
+        first_micro_batches(split, run) for split in (run.splits.val, run.splits.test)
+    )
     if run.last_step == run.progress.step:
         console.say("  debug     the run is at its end: no step is left to look at")
         return
     console.say(
-        f"  debug     steps {run.progress.step + 1} to {run.last_step}, {EVALUATED} micro-batches of each evaluation; "
+        f"  debug     steps {run.progress.step + 1} to {run.last_step}, {EVAL_MICRO_BATCHES} micro-batches "
+        "of each evaluation; "
         "anomaly detection, deterministic algorithms"
     )
     if run.config.run_dir is None:
         console.say("            the next debug run of this recipe replaces the run directory")
     if run.config.compile:
-        renew(
+        rebuild(
             run, replace(run.config, compile=False)
         )  # compiled blocks hide their parts, and take minutes for one batch
     batch = run.to_device(next(iter(run.train_loader())))
@@ -89,39 +92,34 @@ def examine(run: Run, console: Console) -> None:
         console.say(line)
     for line in overfit(run, batch):
         console.say(line)
-    renew(run, run.config)
-    for name in run.recipe.losses():
-        check_backward(run.strategies[name], run)
+    rebuild(run, run.config)
+    # fp16 overflows on purpose until its loss scale has settled, and some recipes leave such steps out
+    if run.config.precision != "fp16" and not run.recipe.skip_nonfinite:
+        run.before_backward = detect_nan_gradients
 
 
-def shortened(split: Dataset | None, run: Run) -> Dataset | None:
+def first_micro_batches(split: Dataset | None, run: Run) -> Dataset | None:
     """The first few micro-batches of a split."""
     if split is None:
         return None
-    return Subset(split, range(min(len(split), EVALUATED * run.batch_plan.micro_batch_size)))  # type: ignore[arg-type]
+    return Subset(split, range(min(len(split), EVAL_MICRO_BATCHES * run.batch_plan.micro_batch_size)))  # type: ignore[arg-type]
 
 
-def renew(run: Run, config: Config) -> None:
-    """Build the models of `run` anew, under `config`. The old ones go first: there may be no room for both."""
+def rebuild(run: Run, config: Config) -> None:
+    """Build the models of `run` again, under `config`. The old ones go first, to make room."""
     run.strategies, run.statistics = {}, RunningStatistics(())
     run.strategies = build_strategies(config, run.recipe, run.world)
     run.statistics = RunningStatistics(strategy.module for strategy in run.strategies.values())
 
 
-def check_backward(strategy: Strategy, run: Run) -> None:
-    """Let a backward pass name the operation whose gradient is the first NaN, if the loss itself is finite.
+def detect_nan_gradients(loss: Tensor) -> None:
+    """Let the backward pass that follows name the operation whose gradient is the first NaN, if `loss` is
+    finite.
 
     A NaN in the forward pass is left to the loop, which names the module; backward could only blame the loss
     function.
     """
-    backward = strategy.backward
-    forgiving = run.config.precision == "fp16" or run.recipe.skip_nonfinite
-
-    def checked(loss: Tensor) -> None:
-        with torch.autograd.set_detect_anomaly(True, check_nan=not forgiving and bool(loss.isfinite())):
-            backward(loss)
-
-    strategy.backward = checked  # type: ignore[method-assign]
+    torch.autograd.set_detect_anomaly(True, check_nan=bool(loss.isfinite()))
 
 
 # after an exception -----------------------------------------------------------------------------------------
@@ -135,7 +133,7 @@ class Postmortem(pdb.Pdb):
     ) -> tuple[list[tuple[FrameType, int]], int]:
         """As in the base class; the index is that of the innermost frame that is not a library's."""
         stack, index = super().get_stack(f, t)
-        return stack, next((i for i in range(len(stack) - 1, -1, -1) if is_users(stack[i][0])), index)
+        return stack, next((i for i in range(len(stack) - 1, -1, -1) if is_user_frame(stack[i][0])), index)
 
 
 def post_mortem(error: BaseException) -> None:
@@ -143,7 +141,8 @@ def post_mortem(error: BaseException) -> None:
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         return
     print(
-        "rankzero: debug=true: pdb in the innermost frame of your own code; u and d move, p NAME prints, q ends",
+        "rankzero: debug=true: pdb in the innermost frame of your own code; u and d move, p NAME prints, "
+        "q ends",
         flush=True,
     )
     debugger = Postmortem()

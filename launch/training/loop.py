@@ -91,11 +91,13 @@ def train_step(run: Run, batches: list[Batch]) -> tuple[dict[str, Tensor], dict[
                 loss = loss_function(run.models, batch)
                 run.phase.enter("backward")
                 num_items = items.wait()
+                if run.before_backward is not None:
+                    run.before_backward(loss)
                 trained.backward(loss / num_items)
             loss_sum += loss.detach()
         losses[name] = loss_sum / num_items
         if run.sync_every_step and not check_loss(run, name, all_reduce_sum(losses[name]), batches):
-            trained.discard()
+            trained.step(apply=False)
             continue
         run.phase.enter("step")
         norms[name] = trained.step()
@@ -237,7 +239,7 @@ class NumItems:
 
     def wait(self) -> int | Tensor:
         """The number; waits for the all-reduce."""
-        return self.value if isinstance(self.value, int) else self.value.get().clamp(min=1)
+        return self.value if isinstance(self.value, int) else self.value.wait().clamp(min=1)
 
 
 def set_learning_rate(run: Run) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import socket
 import time
@@ -18,9 +17,11 @@ from launch.cli.resolve import Settings
 from launch.runtime.files import write_text_atomically
 from launch.runtime.restarts import restart_count
 from launch.runtime.world import World
+from launch.watchdog.failure_report import FAILURE_FILE, PREVIOUS_FAILURE_FILE, read_failure
+from launch.watchdog.stop import STOP_FILE
 
-REPEATED = 3
-"""lives that may fail in the same way before the run is not started again"""
+MAX_REPEATED = 3
+"""attempts that may fail in the same way before the run is not started again"""
 NOT_KEPT = ("config", "run_dir", "resume")
 """keys that say where and how to start, and would be wrong in the file when it is used as `config=` of
 another run
@@ -44,7 +45,8 @@ def find_run_dir(settings: Settings) -> Path:
         before: dict[str, Any] = yaml.safe_load((path / "config.yaml").read_text()) or {}
         if before.get("recipe") != config.recipe:
             raise ValueError(
-                f"run_dir={path} belongs to recipe={before.get('recipe')}, not {config.recipe}; choose another run_dir"
+                f"run_dir={path} belongs to recipe={before.get('recipe')}, not {config.recipe}; choose "
+                "another run_dir"
             )
         if config.resume == "none" and not restart_count(os.environ):
             raise ValueError(
@@ -58,7 +60,7 @@ def default_run_dir(folder: Path, environment: Mapping[str, str]) -> Path:
     """`TIME-MARK`: the mark is of the process that started the run, so that two started in the same second do
     not meet.
 
-    Under torchrun that is its agent: a rank that it starts again finds the directory of its former life by
+    Under torchrun that is its agent: a rank that it starts again finds the directory of the attempt before by
     the mark. Raises ValueError where it cannot: after a restart on several nodes, rank zero may be on
     another.
     """
@@ -78,17 +80,14 @@ def default_run_dir(folder: Path, environment: Mapping[str, str]) -> Path:
 
 
 def refuse_to_loop(path: Path) -> None:
-    """Raise ValueError if the last lives of the run failed in the same way at the same step: another one
+    """Raise ValueError if the last attempts of the run failed in the same way at the same step: another one
     would too.
     """
-    try:
-        failure: dict[str, Any] = json.loads((path / "failure.json").read_text())
-    except (OSError, ValueError):
-        return
-    if failure.get("repeated", 1) >= REPEATED:
+    failure = read_failure(path / FAILURE_FILE)
+    if failure is not None and (failure.repeated or 1) >= MAX_REPEATED:
         raise ValueError(
-            f"the last {failure['repeated']} lives of run_dir={path} all failed at step {failure['step']} with "
-            f"{failure['error']}: {failure['message']}; mend that, then remove {path / 'failure.json'}"
+            f"the last {failure.repeated} attempts of run_dir={path} all failed at step {failure.step} with "
+            f"{failure.error}: {failure.message}; mend that, then remove {path / FAILURE_FILE}"
         )
 
 
@@ -97,9 +96,9 @@ def start_run_dir(path: Path, settings: Settings, world: World) -> None:
     from launch.runtime.versions import git_revision, versions  # a fifth of the time that `--help` may take
 
     path.mkdir(parents=True, exist_ok=True)
-    (path / "stopped.json").unlink(missing_ok=True)
-    if (path / "failure.json").exists():  # kept, to see whether the next one is the same
-        (path / "failure.json").replace(path / "failure.former.json")
+    (path / STOP_FILE).unlink(missing_ok=True)
+    if (path / FAILURE_FILE).exists():  # kept, to see whether the next one is the same
+        (path / FAILURE_FILE).replace(path / PREVIOUS_FAILURE_FILE)
     keys = {name: value for name, value in nested(settings.config).items() if name not in NOT_KEPT}
     made_with = {
         "versions": versions(),

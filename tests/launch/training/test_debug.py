@@ -187,7 +187,7 @@ def test_what_is_not_called_frozen_or_tied_is_named() -> None:
     )
     model["last"].weight = model["first"].weight
     model["idle"].requires_grad_(False)
-    found = list(rows(tree("model", model, {}), 1))
+    found = list(rows(tree("model", model, {}, {}), 1))
     assert ("  idle", "Linear", "not called", "", "12 frozen") in found
     assert ("  last", "Linear", "not called", "", "4 tied") in found
 

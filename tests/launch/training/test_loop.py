@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from launch.equivalence.whole_model import whole_model
 from launch.runtime.seeding import seed_device
 from launch.training.loop import set_learning_rate
 from tests.launch.jobs import alone, draws, job_of, lines_of, series, trained
@@ -26,7 +27,7 @@ def numbers(world: CpuWorld, folder: Path, recipe: str, words: tuple[str, ...]) 
     weights = {
         f"{name}.{key}": value
         for name, held in run.strategies.items()
-        for key, value in held.export().items()
+        for key, value in whole_model(held, world).items()
     }
     if world.rank > 0:
         return {}

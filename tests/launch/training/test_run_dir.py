@@ -16,13 +16,14 @@ from launch.cli.resolve import resolve
 from launch.runtime.world import World
 from launch.training.run_dir import default_run_dir, find_run_dir, refuse_to_loop, start_run_dir
 from launch.watchdog import failure_report
+from launch.watchdog.failure_report import FailureReport
 from tests.launch.processes import COMMAND_TIMEOUT_S, ROOT, TINY
 
 
 def failed(run_dir: Path, step: int = 5, message: str = "the shelf is empty") -> dict[str, Any]:
     """The end of a life, and the beginning of the next; what the life has left."""
     failure_report.write_once(
-        {"kind": "exception", "step": step, "error": "LookupError", "message": message}, run_dir
+        FailureReport(kind="exception", step=step, error="LookupError", message=message), run_dir
     )
     left: dict[str, Any] = json.loads((run_dir / "failure.json").read_text())
     return left
@@ -36,7 +37,7 @@ def test_a_run_that_fails_in_the_same_way_again_and_again_is_not_started_again(t
         assert failed(tmp_path / "run")["repeated"] == life
     with pytest.raises(
         ValueError,
-        match=r"the last 3 lives of run_dir=.* all failed at step 5 with LookupError: the shelf .* remove",
+        match=r"the last 3 attempts of run_dir=.* all failed at step 5 with LookupError: the shelf .* remove",
     ):
         find_run_dir(settings)
     (tmp_path / "run" / "failure.json").unlink()
@@ -70,7 +71,8 @@ def test_a_rank_that_torchrun_restarts_finds_its_run_again(tmp_path: Path) -> No
 
 
 def test_two_runs_that_start_in_the_same_second_do_not_share_a_directory() -> None:
-    code = "from pathlib import Path; from launch.training.run_dir import default_run_dir; print(default_run_dir(Path('runs'), {}))"
+    code = "from pathlib import Path; from launch.training.run_dir import default_run_dir; "
+    code += "print(default_run_dir(Path('runs'), {}))"
     both = [
         subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
         for _ in range(2)
