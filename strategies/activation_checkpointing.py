@@ -1,98 +1,93 @@
-"""Activation ("gradient") checkpointing: recompute a block in backward instead of keeping its activations."""
+"""Activation checkpointing (gradient checkpointing): recompute a block in backward, keep none of its
+activations.
+
+`full` recomputes all blocks, `every:N` each N-th, `selective` all but their expensive operators.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-# The idea, and most of the list, are torchtitan's (distributed/activation_checkpoint.py), on the ground of
-# https://pytorch.org/blog/activation-checkpointing-techniques/: what is dear to compute is kept, what is
-# cheap is computed again.
-aten = torch.ops.aten
-EXPENSIVE = [
-    aten.mm.default,
-    aten.addmm.default,
-    aten.bmm.default,
-    aten.baddbmm.default,
-    aten.linear.default,
-    aten.convolution.default,
-    aten._scaled_dot_product_flash_attention.default,
-    aten._scaled_dot_product_flash_attention_for_cpu.default,
-    aten._scaled_dot_product_efficient_attention.default,
-    aten._scaled_dot_product_cudnn_attention.default,
-    aten._scaled_dot_product_fused_attention_overrideable.default,
-]
+from strategies.torch_compat import expensive_operators, rebind_forward
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+Contexts = tuple[AbstractContextManager[object], AbstractContextManager[object]]
 
 
 def select_blocks(blocks: list[nn.Module], mode: str) -> list[nn.Module]:
-    """The blocks to recompute under `activation_checkpointing=mode`. Raises ValueError if that has no effect."""
+    """The blocks that `activation_checkpointing=mode` recomputes. Raises ValueError if there are none."""
     if mode == "none":
         return []
     if not blocks:
         raise ValueError(
-            f"activation_checkpointing={mode} has no effect: the recipe names no blocks; return the model's repeated parts "
-            "from blocks(), or drop the key"
+            f"activation_checkpointing={mode} has no effect: the recipe names no blocks; "
+            "return the model's repeated parts from blocks(), or drop the key"
         )
     kind, _, every = mode.partition(":")
     if kind == "every" and int(every) > len(blocks):
         raise ValueError(
-            f"activation_checkpointing={mode} has no effect on {len(blocks)} blocks: give every:N with N up to {len(blocks)}"
+            f"activation_checkpointing={mode} has no effect on {len(blocks)} blocks: "
+            f"give every:N with N up to {len(blocks)}"
         )
     return blocks[int(every) - 1 :: int(every)] if kind == "every" else blocks
 
 
 def checkpoint_blocks(blocks: list[nn.Module], selective: bool) -> None:
-    """Rebind `forward` of each block in place: a wrapper module would leak its prefix into the parameter
-    names.
+    """Let each block recompute itself in backward, in place; `selective`: all but its expensive operators.
+
+    Raises UnsupportedVersionError if torch has other names for those operators.
     """
+    if selective:
+        expensive_operators()
     for block in blocks:
-        norms = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+        norms = [m for m in block.modules() if isinstance(m, BATCH_NORMS) and m.track_running_stats]
         contexts = partial(_contexts, norms, selective)
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
+        rebind_forward(block, partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts))
 
 
 def checkpointed_forward(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """`forward`, to be compiled with its recomputation.
+    """`forward` with selective recomputation, to be compiled as one.
 
-    Running statistics need no protection here: the compiler knows their update for an effect of forward, made
+    Running statistics need no protection here: the compiler treats their update as an effect of forward, made
     once.
     """
-    return checkpoint(forward, *args, use_reentrant=False, context_fn=_selective_contexts, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, context_fn=selective_contexts, **kwargs)
 
 
-_selective_contexts = partial(create_selective_checkpoint_contexts, EXPENSIVE)
-Contexts = tuple[AbstractContextManager[object], AbstractContextManager[object]]
+def selective_contexts() -> Contexts:
+    """Around forward, and around its recomputation: the results of expensive operators are kept."""
+    forward, recomputation = create_selective_checkpoint_contexts(expensive_operators())  # type: ignore[no-untyped-call]
+    return forward, recomputation
 
 
-def _contexts(norms: list[_BatchNorm], selective: bool) -> Contexts:
-    """Around forward, and around its recomputation."""
-    keeping: Contexts = _selective_contexts() if selective else (nullcontext(), nullcontext())
-    return keeping[0], _statistics_kept(norms, keeping[1])
+def _contexts(norms: Sequence[nn.Module], selective: bool) -> Contexts:
+    """Around forward, and around its recomputation, which must not update the running statistics again."""
+    forward, recomputation = selective_contexts() if selective else (nullcontext(), nullcontext())
+    return forward, _restored_statistics(norms, recomputation)
 
 
 @contextmanager
-def _statistics_kept(
-    norms: list[_BatchNorm], recomputation: AbstractContextManager[object]
+def _restored_statistics(
+    norms: Sequence[nn.Module], recomputation: AbstractContextManager[object]
 ) -> Iterator[None]:
-    """The recomputation sees the batch a second time: without this the running statistics would move twice a
-    step.
+    """Let the recomputation update copies of BatchNorm's running statistics: it sees the batch a second time.
 
-    It moves copies. Not tracking at all would save fewer tensors than forward did, which `checkpoint`
-    refuses.
+    Not tracking them at all would save fewer tensors than forward did, which `checkpoint` refuses.
     """
-    kept = [dict(norm._buffers) for norm in norms]
-    for norm in norms:
-        norm._buffers.update({name: None if b is None else b.clone() for name, b in norm._buffers.items()})
+    statistics = [dict(norm.named_buffers(recurse=False)) for norm in norms]
+    for norm, buffers in zip(norms, statistics, strict=True):
+        for name, buffer in buffers.items():
+            setattr(norm, name, buffer.clone())
     try:
         with recomputation:
             yield
     finally:
-        for norm, buffers in zip(norms, kept, strict=True):
-            norm._buffers.update(buffers)
+        for norm, buffers in zip(norms, statistics, strict=True):
+            for name, buffer in buffers.items():
+                setattr(norm, name, buffer)

@@ -1,8 +1,11 @@
-"""`strategy=fsdp`: torch's FSDP2 (`fully_shard`). Each rank holds a dim-0 slice of each parameter, gradient
-and optimizer tensor.
+"""`strategy=fsdp`: torch's FSDP2 (`fully_shard`). Parameters, gradients and optimizer state are sharded by
+dim 0.
 
-Parameters stay fp32 and autocast computes, as under every strategy: no MixedPrecisionPolicy. Gradients are
-summed, not averaged, by the reductions themselves.
+Mixed precision is the loop's autocast, as under every strategy: parameters stay fp32, no
+MixedPrecisionPolicy.
+`fsdp.shard=full` frees the gathered parameters after forward (`reshard_after_forward`), `grad` keeps them
+until the last backward of a step, `hybrid` (HSDP) shards within groups of ranks. Gradients are summed, not
+averaged, by the reductions themselves.
 """
 
 from __future__ import annotations
@@ -17,12 +20,15 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from typing_extensions import override
 
-from strategies.base import Blocks, BuildModel, BuildOptimizer, Strategy, World
+from strategies import torch_compat
+from strategies.base import Blocks, BuildModel, BuildOptimizer, Strategy
 from strategies.grad_norm import squared_norm
 from strategies.options import Options
-from strategies.sharded_state import StateReader, TensorSlice, slice_for_rank, unique_state
+from strategies.sharded_state import Shard, StateReader, TensorSlice
 from strategies.weight_init import build_without_weights, initialize, materialize
+from strategies.world_info import WorldInfo
 
 
 class FSDP(Strategy):
@@ -33,124 +39,116 @@ class FSDP(Strategy):
 
     _cache_casts = False
 
-    def __init__(self, world: World, options: Options) -> None:
+    def __init__(self, world: WorldInfo, options: Options) -> None:
         super().__init__(world, options)
         check_options(world, options)
-        self.hybrid = options.fsdp.shard == "hybrid"
-        self.mesh = build_mesh(world, options)
-        self.units: list[FSDPModule] = []
-        self.scalars: list[nn.Parameter] = []
+        self._hybrid = options.fsdp.shard == "hybrid"
+        self._mesh = build_mesh(world, options)
+        self._units: list[FSDPModule] = []
+        """what was given to `fully_shard`, the root last"""
+        self._scalars: list[nn.Parameter] = []
 
     # setup --------------------------------------------------------------------------------------------------
 
-    def build(self, build_model: BuildModel) -> nn.Module:
-        """The model without weights if it can draw them part by part, after `shard` has made room for a part."""
-        return build_without_weights(build_model) or super().build(build_model)
+    @override
+    def _build(self, build_model: BuildModel) -> nn.Module:
+        """On the meta device if the model can initialize its weights shard by shard (in `_shard`)."""
+        return build_without_weights(build_model) or super()._build(build_model)
 
-    def shard(self, module: nn.Module, blocks: Blocks) -> nn.Module:
-        """Shard block by block, then the rest. Weights still to be drawn are drawn on the host and cut at
-        once.
-        """
-        offload = CPUOffloadPolicy() if self.options.fsdp.cpu_offload else OffloadPolicy()
+    @override
+    def _shard(self, module: nn.Module, blocks: Blocks) -> nn.Module:
+        """Shard block by block, then the rest. Weights on the meta device are initialized just before."""
+        offload = CPUOffloadPolicy() if self._options.fsdp.cpu_offload else OffloadPolicy()
         # None: reshard after forward, but not the root, which backward needs first
-        reshard = False if self.options.fsdp.shard == "grad" else None
+        reshard_after_forward = False if self._options.fsdp.shard == "grad" else None
         for part in [*separate_blocks(module, blocks(module)), module]:
-            if undrawn := materialize(part):
-                initialize(module, self.options.seed, undrawn)
+            if uninitialized := materialize(part):
+                initialize(module, self._options.seed, uninitialized)
             scalars = {parameter for parameter in part.parameters() if parameter.ndim == 0}
             unit = fully_shard(
                 part,
-                mesh=self.mesh,
-                reshard_after_forward=reshard,
+                mesh=self._mesh,
+                reshard_after_forward=reshard_after_forward,
                 offload_policy=offload,
                 ignored_params=scalars,
             )
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)  # else a factor of one goes through NCCL's PreMulSum
-            self.units.append(unit)
+            self._units.append(unit)
+        torch_compat.check_fsdp(self._units[-1], torch.device(self._world.device))
         for parameter in module.parameters():
             if parameter.ndim == 0:
-                parameter.data = parameter.data.to(self.world.device)
-                self.scalars.append(parameter)
+                parameter.data = parameter.data.to(self._world.device)
+                self._scalars.append(parameter)
         return module
 
-    def attach(self, build_optimizer: BuildOptimizer) -> None:
-        """Build the optimizer over the sharded parameters."""
-        super().attach(build_optimizer)
-        if self.scalars:
+    @override
+    def _attach(self, build_optimizer: BuildOptimizer) -> None:
+        super()._attach(build_optimizer)
+        if self._scalars:
             split_scalars(self.optimizer)
 
     # one step -----------------------------------------------------------------------------------------------
 
+    @override
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
-        """Gradients stay whole on this rank until the last micro-batch, unless `fsdp.sync_every_micro_batch`."""
-        self._reduce(last or self.options.fsdp.sync_every_micro_batch)
-        for unit in self.units if self.options.fsdp.shard == "grad" else ():
+        """As in the base class. Under `fsdp.sync_every_micro_batch` gradients are reduced in each."""
+        self._set_gradient_sync(last or self._options.fsdp.sync_every_micro_batch)
+        for unit in self._units if self._options.fsdp.shard == "grad" else ():
             unit.set_reshard_after_backward(last, recurse=False)
         with super().micro_batch(last):
             yield
 
+    @override
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """As in the base class.
 
-        What autograd sees are the gathered parameters, and they take up `requires_grad` when they are
-        gathered. So none may stay gathered across the border: the root does, after a forward pass that no
+        What autograd sees are the gathered parameters, and these take over `requires_grad` when they are
+        gathered. So none may stay gathered on entry or exit: the root does, after a forward pass that no
         backward followed. And a gradient that is being accumulated must not be reduced by another model's
         backward.
         """
-        self.reshard()
-        self._reduce(False)
+        self._reshard()
+        self._set_gradient_sync(False)
         with super().frozen():
             try:
                 yield
             finally:
-                self.reshard()
-                self._forget_calls()
+                self._reshard()
+                torch_compat.clear_fsdp_forward_record(self._units[-1])
 
-    def step(self) -> Tensor:
-        """As in the base class."""
-        if self.scalars:
+    @override
+    def step(self, apply: bool = True) -> Tensor:
+        if apply and self._scalars:
             self._reduce_scalars()
-        return super().step()
+        return super().step(apply)
 
-    def gradients(self) -> list[Tensor]:
-        """The local parts, in place: a list may not mix DTensors and plain tensors."""
-        return [local_part(gradient) for gradient in super().gradients()]
+    @override
+    def _gradients(self) -> list[Tensor]:
+        """The local shards: a list may not mix DTensors and plain tensors."""
+        return [local_part(gradient) for gradient in super()._gradients()]
 
-    def squared_grad_norm(self) -> Tensor:
-        """As in the base class; one reduction of one number. Scalars are held, and counted, whole on each
-        rank.
-        """
-        gradients = super().gradients()
+    @override
+    def _squared_grad_norm(self) -> Tensor:
+        """As in the base class; one reduction of one number. Scalars are held whole, and counted once."""
+        gradients = super()._gradients()
         shards = [local_part(gradient) for gradient in gradients if isinstance(gradient, DTensor)]
         scalars = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
-        square = squared_norm(shards, self.world.device)
-        distributed.all_reduce(square, group=self.mesh.get_group("shard"))
-        return square + squared_norm(scalars, self.world.device)
+        square = squared_norm(shards, self._world.device)
+        distributed.all_reduce(square, group=self._mesh.get_group("shard"))
+        return square + squared_norm(scalars, self._world.device)
 
-    def _reduce(self, enabled: bool) -> None:
-        for unit in self.units:
+    def _set_gradient_sync(self, enabled: bool) -> None:
+        """Whether the next backward pass reduces gradients."""
+        for unit in self._units:
             unit.set_requires_gradient_sync(enabled, recurse=False)
 
-    def _forget_calls(self) -> None:
-        """Only a backward pass through FSDP2 clears its list of calls: for a model without one it would grow
-        for ever.
-
-        Its own `reset_iter_state` is too much: it discards gradients that are being accumulated.
-        """
-        calls: list[object] = getattr(
-            self.units[-1]._get_fsdp_state()._comm_ctx, "post_forward_order", []
-        )  # none before the first
-        calls.clear()
-
     def _reduce_scalars(self) -> None:
-        """Sum the gradients of the scalars over the ranks. A scalar that a rank did not use counts zero
-        there.
-        """
-        trained = [parameter for parameter in self.scalars if parameter.requires_grad]
-        packed = torch.zeros(2, len(trained), device=self.world.device)
+        """Sum the gradients of the scalars over the ranks; where one was not used it counts as zero."""
+        trained = [parameter for parameter in self._scalars if parameter.requires_grad]
+        packed = torch.zeros(2, len(trained), device=self._world.device)
         for index, parameter in enumerate(trained):
             if parameter.grad is not None:
                 packed[0, index], packed[1, index] = parameter.grad, 1.0
@@ -160,71 +158,36 @@ class FSDP(Strategy):
 
     # state --------------------------------------------------------------------------------------------------
 
-    def reshard(self) -> None:
+    def _reshard(self) -> None:
         """Free what is gathered, so that the module's parameters are the shards. No communication."""
-        for unit in self.units:
+        for unit in self._units:
             unit.reshard()
 
+    @override
     def state(self) -> dict[str, TensorSlice]:
-        """As in the base class."""
-        self.reshard()
+        self._reshard()
         return super().state()
 
-    def load_weights(self, saved: StateReader) -> None:
-        """As in the base class."""
-        self.reshard()  # else the next forward pass would still use the old values of what is gathered
-        super().load_weights(saved)
+    @override
+    def load_state(self, reader: StateReader, weights_only: bool = False) -> None:
+        self._reshard()  # else the next forward pass would still use the old values of what is gathered
+        super().load_state(reader, weights_only)
 
-    def local(self, tensor: Tensor) -> tuple[Tensor, int]:
-        """A shard is a contiguous range of the flattened tensor: whole rows."""
+    @override
+    def _shard_of(self, tensor: Tensor) -> Shard:
+        """A DTensor's shard is a contiguous range of the flattened tensor: whole rows. Hybrid copies it."""
         if not isinstance(tensor, DTensor):
-            return super().local(tensor)
-        shards, index = self.mesh["shard"].size(), self.mesh.get_local_rank("shard")
+            return super()._shard_of(tensor)
+        index, shards = self._mesh.get_local_rank("shard"), self._mesh["shard"].size()
         rows, width = tensor.shape[0], tensor.shape[1:].numel()
-        return local_part(tensor), min(-(-rows // shards) * index, rows) * width
-
-    def written(self, tensor: Tensor) -> TensorSlice | None:
-        """Copies of a shard (under hybrid) share the writing."""
-        if not isinstance(tensor, DTensor):
-            return super().written(tensor)
-        part, offset = self.local(tensor)
-        copies, copy = (
-            (self.mesh["replicate"].size(), self.mesh.get_local_rank("replicate")) if self.hybrid else (1, 0)
-        )
-        start, stop = slice_for_rank(part.numel(), copy, copies)
-        return (
-            TensorSlice(part.reshape(-1)[start:stop], offset + start, tuple(tensor.shape))
-            if stop > start
-            else None
-        )
-
-    def export(self) -> dict[str, Tensor]:
-        """As in the base class; gathers one tensor at a time."""
-        self.reshard()
-        exported: dict[str, Tensor] = {}
-        for name, tensor in unique_state(self.module):
-            full = self.gathered(tensor)
-            if self.world.rank == 0:
-                exported[name] = self.whole(full)
-        return exported
-
-    def gathered(self, tensor: Tensor) -> Tensor:
-        """The full tensor, on every rank."""
-        if not isinstance(tensor, DTensor):
-            return tensor
-        shard, _ = self.local(tensor)
-        # an offloaded shard has to be where the network is
-        moved = DTensor.from_local(
-            shard.to(self.world.device),
-            tensor.device_mesh,
-            tensor.placements,
-            shape=tensor.shape,
-            stride=tensor.stride(),
-        )
-        return moved.full_tensor()
+        start = min(-(-rows // shards) * index, rows) * width
+        copy, copies = 0, 1
+        if self._hybrid:
+            copy, copies = self._mesh.get_local_rank("replicate"), self._mesh["replicate"].size()
+        return Shard(local_part(tensor), start, tuple(tensor.shape), copy, copies)
 
 
-def check_options(world: World, options: Options) -> None:
+def check_options(world: WorldInfo, options: Options) -> None:
     """Raise ValueError for options that contradict each other or have no effect."""
     chosen = options.fsdp
     if chosen.cpu_offload and torch.device(world.device).type == "cpu":
@@ -240,20 +203,20 @@ def check_options(world: World, options: Options) -> None:
         return
     size = hybrid_size(world, options)
     if size < 1 or world.world_size % size:
-        possible = [n for n in range(1, world.world_size + 1) if world.world_size % n == 0]
+        divisors = [n for n in range(1, world.world_size + 1) if world.world_size % n == 0]
         given = "the ranks of one node" if chosen.shard_size is None else "fsdp.shard_size"
         raise ValueError(
             f"fsdp.shard=hybrid in groups of {size} ({given}) does not divide {world.world_size} ranks: "
-            f"set fsdp.shard_size to one of {', '.join(map(str, possible))}"
+            f"set fsdp.shard_size to one of {', '.join(map(str, divisors))}"
         )
 
 
-def hybrid_size(world: World, options: Options) -> int:
-    """Ranks that share one copy of the model under `fsdp.shard=hybrid`."""
+def hybrid_size(world: WorldInfo, options: Options) -> int:
+    """Ranks in a group that holds one copy of the model under `fsdp.shard=hybrid` (HSDP)."""
     return world.local_world_size if options.fsdp.shard_size is None else options.fsdp.shard_size
 
 
-def build_mesh(world: World, options: Options) -> DeviceMesh:
+def build_mesh(world: WorldInfo, options: Options) -> DeviceMesh:
     """All ranks in a row, or under hybrid (copies, ranks that share one)."""
     kind = torch.device(world.device).type
     if options.fsdp.shard != "hybrid":
@@ -263,8 +226,7 @@ def build_mesh(world: World, options: Options) -> DeviceMesh:
 
 
 def separate_blocks(module: nn.Module, blocks: Iterable[nn.Module]) -> list[nn.Module]:
-    """The blocks that are sharded by themselves, inner ones first; the parameters of the others belong to the
-    root.
+    """The blocks that are sharded by themselves, inner ones first; the root shards what the others hold.
 
     A parameter can be in one group only. So a block that shares one with anything outside it (a tie, a
     submodule used by two blocks) is left to the root, which is gathered as long as any of its users run.
@@ -285,9 +247,7 @@ def separate_blocks(module: nn.Module, blocks: Iterable[nn.Module]) -> list[nn.M
 
 
 def split_scalars(optimizer: Optimizer) -> None:
-    """Give plain parameters groups of their own: the fused and foreach updates refuse a list mixed with
-    DTensors.
-    """
+    """Move plain parameters to groups of their own: fused updates refuse a mix with DTensors."""
     for group in list(optimizer.param_groups):
         plain = [p for p in group["params"] if not isinstance(p, DTensor)]
         if 0 < len(plain) < len(group["params"]):

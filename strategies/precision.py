@@ -1,4 +1,4 @@
-"""The precision contract: one meaning of `precision=` for every strategy.
+"""Mixed precision: one contract, one meaning of `precision=` (fp32, tf32, bf16, fp16) for every strategy.
 
 Parameters, gradient reductions, optimizer state and buffers are fp32 everywhere (DeepSpeed keeps fp32 masters
 anyway; under FSDP2 bf16 parameters break BatchNorm). Compute runs under autocast in bf16 or fp16, or in fp32
@@ -16,21 +16,17 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(precision: str, device: str, cache: bool = True) -> AbstractContextManager[object]:
-    """The autocast context of `precision` on `device`, with or without torch's cache of cast weights; none
-    for fp32 and tf32.
-    """
+    """Mixed precision on `device`: autocast, with or without its cache of cast weights; none for fp32."""
     if precision not in AUTOCAST:
         return nullcontext()
     return torch.autocast(torch.device(device).type, dtype=AUTOCAST[precision], cache_enabled=cache)
 
 
 def autocast_off(precision: str, device: str) -> AbstractContextManager[object]:
-    """For a backward pass inside `autocast`: it runs in the dtypes that forward chose, and must not be cast
-    again.
-    """
-    return (
-        torch.autocast(torch.device(device).type, enabled=False) if precision in AUTOCAST else nullcontext()
-    )
+    """For a backward pass inside `autocast`: it runs in the dtypes that forward chose."""
+    if precision not in AUTOCAST:
+        return nullcontext()
+    return torch.autocast(torch.device(device).type, enabled=False)
 
 
 def set_matmul_precision(precision: str) -> None:
@@ -40,9 +36,7 @@ def set_matmul_precision(precision: str) -> None:
 
 
 def contract(precision: str, compress: str = "none") -> str:
-    """The contract in one line, for the banner and under the table of `parity`; `compress` as in
-    `ddp.compress`.
-    """
+    """The contract in one line, for the banner and the table of `parity`; `compress` as in `ddp.compress`."""
     compute = {
         "fp32": "fp32",
         "tf32": "tf32",
@@ -57,9 +51,9 @@ class LossScale:
     """Dynamic loss scaling for fp16 (Micikevicius et al., 2018), with the constants of
     `torch.amp.GradScaler`.
 
-    Ours, because one must serve DDP, FSDP2 and ZeRO alike: the verdict is taken from the *global* gradient
-    norm, so that all ranks skip the same steps without a collective of their own. The scale is a power of
-    two: unscaling is exact.
+    Not GradScaler itself, because one must serve DDP, FSDP2 and ZeRO alike: the *global* gradient norm
+    decides, so that all ranks skip the same steps without a further collective. The scale is a power of two:
+    unscaling is exact.
     """
 
     INITIAL, GROWTH_INTERVAL = 2.0**16, 2000
@@ -70,9 +64,7 @@ class LossScale:
         self.good_steps = 0
 
     def accept(self, grad_norm: Tensor) -> bool:
-        """Whether to make this step, and the scale of the next one. Synchronises with the device under fp16
-        only.
-        """
+        """Whether to apply this step; adapts the scale of the next. Waits for the device under fp16 only."""
         if not self.enabled:
             return True
         if not bool(torch.isfinite(grad_norm)):
@@ -84,7 +76,7 @@ class LossScale:
         return True
 
     def restore(self, saved: Tensor) -> None:
-        """Take up a saved `[value, good_steps]`; a run that was saved in another precision starts afresh."""
+        """Load a saved `[value, good_steps]`; what was saved in another precision is ignored."""
         value, good_steps = saved.tolist()
         if self.enabled and value > 1.0:
             self.value, self.good_steps = value, int(good_steps)

@@ -13,6 +13,7 @@ from launch.checkpoint.reader import Checkpoint
 from launch.cli.config import flatten, nested
 from launch.runtime.text import shape_text
 from launch.state.run import Run
+from strategies import OPTIONS_GROUPS
 
 MAY_CHANGE = {
     # where and how it runs
@@ -33,9 +34,7 @@ MAY_CHANGE = {
     "micro_batch_size",
     "activation_checkpointing",
     "compile",
-    "ddp",
-    "fsdp",
-    "zero",
+    *OPTIONS_GROUPS,
     # how far it goes, and what is recorded on the way
     "steps",
     "epochs",
@@ -91,12 +90,14 @@ def changed_models(checkpoint: Checkpoint, run: Run) -> Iterator[str]:
         saved = {
             name: shape for name, shape in checkpoint.of(model).shapes.items() if name.startswith("model/")
         }
-        built = {name: shape for name, shape in strategy.shapes().items() if 0 not in shape}
+        built = {name: shape for name, shape in strategy.layout.shapes.items() if 0 not in shape}
         for name in sorted(saved.keys() | built.keys()):
             if saved.get(name) != built.get(name):
                 before, now = shape_or_missing(saved.get(name)), shape_or_missing(built.get(name))
                 yield f"{model} {name.removeprefix('model/')}: {before}, now {now}"
-        yield from changed_groups(model, checkpoint.manifest.optimizers.get(model, []), strategy.groups)
+        yield from changed_groups(
+            model, checkpoint.manifest.optimizers.get(model, []), strategy.layout.parameter_groups
+        )
 
 
 def changed_groups(model: str, saved: list[dict[str, Any]], built: list[dict[str, Any]]) -> Iterator[str]:

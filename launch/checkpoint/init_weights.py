@@ -19,7 +19,6 @@ from launch.checkpoint.weight_sources import SourceTensor, locate, open_source
 from launch.runtime.collectives import broadcast_object, first_error
 from launch.runtime.text import join_names, shape_text
 from launch.state.run import Run
-from strategies.sharded_state import tied_names
 
 
 class Target(NamedTuple):
@@ -65,7 +64,7 @@ def load_initial_weights(run: Run, path: str) -> str:
             raise ValueError(error or any_error)
         assert plan is not None
         for model, strategy in run.strategies.items():
-            strategy.load_weights(plan.weights_for(model))
+            strategy.load_state(plan.weights_for(model), weights_only=True)
     return f"weights from {where} ({'; '.join([plan.summary, *plan.differences])})"
 
 
@@ -78,9 +77,9 @@ def targets_of(run: Run) -> dict[str, Target]:
         prefix = f"{model}." if len(run.strategies) > 1 else ""
         of_model = {
             name.removeprefix("model/"): Target(model, name, shape)
-            for name, shape in strategy.shapes().items()
+            for name, shape in strategy.layout.shapes.items()
         }
-        of_model |= {alias: of_model[name] for alias, name in tied_names(strategy.module).items()}
+        of_model |= {alias: of_model[name] for alias, name in strategy.layout.tied.items()}
         targets |= {prefix + name: target for name, target in of_model.items()}
     return targets
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from launch.checkpoint.manifest import Manifest
 from launch.cli.config import nested
-from strategies.sharded_state import TensorSlice, tied_names
+from strategies.sharded_state import TensorSlice
 
 if TYPE_CHECKING:
     from launch.state.run import Run
@@ -32,8 +32,8 @@ def manifest_of(run: Run, versions: Mapping[str, str]) -> Manifest:
         progress=run.progress.state(),
         config=nested(run.config) | nested(run.recipe),
         train_samples=len(run.splits.train),
-        optimizers={name: strategy.groups for name, strategy in run.strategies.items()},
-        tied={name: tied_names(strategy.module) for name, strategy in run.strategies.items()},
+        optimizers={name: strategy.layout.parameter_groups for name, strategy in run.strategies.items()},
+        tied={name: strategy.layout.tied for name, strategy in run.strategies.items()},
         versions=dict(versions),
         writer={
             "strategy": run.config.strategy,

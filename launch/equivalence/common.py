@@ -4,12 +4,25 @@ is too far.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from strategies import OPTIONS_GROUPS, STRATEGIES, missing_package
+
+TOLERANCE = {
+    "fp32": (1e-5, 1e-5, 1e-4, 1e-6),
+    "tf32": (2e-3, 2e-3, 2e-3, 1e-6),
+    "bf16": (2e-2,) * 4,
+    "fp16": (2e-2,) * 4,
+}
+"""allowed relative deviation of loss, gradient norm and final weights from the single process, and of loss
+and gradient norm among the strategies; bf16 and fp16 differ where a micro-batch's rounding does, so theirs is
+that of the format
+"""
+ROUNDING = 6e-8
+"""half a unit in the last place of fp32"""
 PLACES = {
     *(
         "RANK",
@@ -23,7 +36,7 @@ PLACES = {
     ),
     *("ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
 }
-"""variables by which a launcher places a process: one around the command must not place its runs"""
+"""variables by which a launcher places a process: one around the proof must not place what the proof starts"""
 
 
 def whole_number(name: str, text: str, what: str, least: int) -> int:
@@ -41,14 +54,15 @@ def choose_strategies(line: Mapping[str, str], allowed: Sequence[str], default: 
     for name in chosen:
         if name not in allowed:
             raise ValueError(f"strategies={line['strategies']}: {name!r} is none of {', '.join(allowed)}")
-    if importlib.util.find_spec("deepspeed") is None and any(name.startswith("zero") for name in chosen):
-        chosen = [name for name in chosen if not name.startswith("zero")]
+    missing = {name: package for name in chosen if (package := missing_package(name))}
+    if missing:
+        chosen = [name for name in chosen if name not in missing]
+        packages = " and ".join(sorted(set(missing.values())))
         if not chosen:
             raise ValueError(
-                f"strategies={line['strategies']} needs deepspeed, which is not installed: pip "
-                "install deepspeed"
+                f"strategies={line['strategies']} needs {packages}, which is not installed: pip install {packages}"
             )
-        print("zero1, zero2 and zero3 are left out: deepspeed is not installed", file=sys.stderr)
+        print(f"left out: {', '.join(missing)}; {packages} is not installed", file=sys.stderr)
     return chosen
 
 
@@ -59,7 +73,7 @@ def without(words: Sequence[str], names: Iterable[str]) -> list[str]:
 
 def for_strategy(words: Sequence[str], strategy: str) -> list[str]:
     """The words without the options of other strategies, which would be refused."""
-    groups = [group for group in ("ddp", "fsdp", "zero") if not strategy.startswith(group)]
+    groups = set(OPTIONS_GROUPS) - {STRATEGIES[strategy].options_group}
     return [word for word in words if word.removeprefix("--").split(".")[0] not in groups]
 
 
@@ -85,3 +99,17 @@ def command(program: str, ranks: int) -> list[str]:
         ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     )
     return [sys.executable, *torchrun, str(Path(__file__).parents[1] / program)]
+
+
+def growth(curve: Sequence[float], bad: int, compare: int) -> str:
+    """Whether it is the run itself that blows rounding up: deviations that start as rounding and grow step by
+    step.
+
+    `curve` holds the deviation of each step, `bad` is the index of the first that is too large, `compare` the
+    value of that key with which it would not be reached.
+    """
+    start = max(curve[0], ROUNDING)
+    if bad < 2 or start > 10 * ROUNDING:
+        return ""
+    fold = (curve[bad] / start) ** (1 / bad)
+    return f" (rounding at first, growing {fold:.0f}-fold a step: this run is that sensitive, compare={compare} tells more)"

@@ -1,33 +1,35 @@
-"""The real command in processes of its own: started as a user starts it, watched, and killed at the right
-moment. Imports no torch.
+"""Lives of a run: `run.py` started as a user starts it, watched, and killed at the right moment. Imports no
+torch.
 """
 
 from __future__ import annotations
 
+import json
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import psutil
 
+from launch.checkpoint.directory import checkpoints_dir, list_checkpoints, step_of
 from launch.equivalence.common import command
 
-HANG_TIMEOUT_S = 900.0
-"""without a new line of metrics.jsonl, after which a run counts as hung: longer than any step or evaluation"""
-POLL_S = 0.001
-"""between two looks at a run: a small checkpoint is written in ten times that"""
-SCAN_S = 0.5
-"""between two scans of the processes that a run has started, which cost as much as ten looks each"""
-MAX_ERROR_LINES = 30
+PATIENCE = 900.0
+"""seconds without a new line of metrics.jsonl after which a life is taken for hung: beyond any step, start or
+evaluation
+"""
+TICK = 0.001
+"""seconds between two looks at a life: a small checkpoint is written in ten times that"""
+CENSUS = 0.5
+"""seconds between two counts of its processes, which cost ten looks each"""
 
-EndReason = Literal["exited", "killed", "hung"]
 
-
-class RankLayout(NamedTuple):
+class Layout(NamedTuple):
     """A strategy on a number of ranks."""
 
     strategy: str
@@ -38,124 +40,154 @@ class RankLayout(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProcessResult:
-    """A run that has ended."""
+class Ended:
+    """How a life ended."""
 
-    reason: EndReason
-    exit_code: int
-    """that of a killed run says nothing"""
-    started: float
+    how: Literal["by itself", "killed", "hung"]
+    code: int
+    """the exit code; that of a kill says nothing"""
+    began: float
     """seconds since the epoch"""
     seconds: float
     log: Path
-    """its stdout and stderr"""
+    """all that it said"""
 
     @property
-    def problem(self) -> str:
-        """What is wrong with how it ended; empty if nothing is."""
-        if self.reason == "hung":
-            return f"no step for {HANG_TIMEOUT_S:g} s, so it was killed"
-        return f"exit code {self.exit_code}" if self.reason == "exited" and self.exit_code else ""
+    def trouble(self) -> str:
+        """What is wrong with how it ended, in words; empty if nothing is."""
+        if self.how == "hung":
+            return f"no step for {PATIENCE:g} s, so it was killed"
+        return f"exit code {self.code}" if self.how == "by itself" and self.code else ""
 
-    def error_lines(self, limit: int = MAX_ERROR_LINES) -> list[str]:
-        """The end of its output: from rankzero's own failure report on, if there is one."""
+    def last_words(self, most: int = 30) -> list[str]:
+        """What it said last: from our own verdict on, if there is one."""
         lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-        reports = [index for index, line in enumerate(lines) if line.startswith("rankzero: ")]
-        first = reports[0] if reports else max(len(lines) - limit, 0)
-        return lines[first:][:limit]
+        verdict = next(
+            (index for index, line in enumerate(lines) if line.startswith("rankzero: ")), len(lines) - most
+        )
+        return lines[max(verdict, 0) :][:most]
 
 
 def run_process(
-    argv: Sequence[str],
-    layout: RankLayout,
+    words: Sequence[str],
+    layout: Layout,
     *,
     run_dir: Path,
     environment: Mapping[str, str],
     kill_when: Callable[[], bool] = lambda: False,
-) -> ProcessResult:
-    """Run `argv` in `run_dir`, to its end or until `kill_when()`, which is called a thousand times a second.
+) -> Ended:
+    """Run `words` in `run_dir`, to its end or until `kill_when`, which is asked a thousand times a second.
 
-    Its output goes to a file beside `run_dir`. None of its processes is left, however this function ends.
+    What it says goes to a file beside `run_dir`. None of its processes is left, however this function ends.
     """
-    log = run_dir.with_name(run_dir.name + ".log")
+    metrics, log = run_dir / "metrics.jsonl", run_dir.with_name(run_dir.name + ".log")
     run_dir.parent.mkdir(parents=True, exist_ok=True)
-    started, start = time.time(), time.monotonic()
+    began, start = time.time(), time.monotonic()
     with log.open("w") as file:
         process = psutil.Popen(
-            [*command("run.py", layout.ranks), *argv, f"strategy={layout.strategy}", f"run_dir={run_dir}"],
+            [*command("run.py", layout.ranks), *words, f"strategy={layout.strategy}", f"run_dir={run_dir}"],
             env=dict(environment),
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C reaches this process alone, which then kills the run
+            start_new_session=True,  # Ctrl-C is ours to hear, and theirs to feel through us
         )
-    reason = watch(process, run_dir / "metrics.jsonl", kill_when)
-    return ProcessResult(
-        reason=reason,
-        exit_code=process.returncode,
-        started=started,
-        seconds=time.monotonic() - start,
-        log=log,
-    )
-
-
-def watch(process: psutil.Popen, metrics: Path, kill_when: Callable[[], bool]) -> EndReason:
-    """Wait until the process exits, `kill_when()` or no line of `metrics` comes; then none of its children is
-    left.
-    """
-    descendants: list[psutil.Process] = []
-    scanned, size, progressed = 0.0, 0, time.monotonic()
+    how: Literal["by itself", "killed", "hung"] = "by itself"
+    family: list[psutil.Process] = []
+    counted, size, moved = 0.0, 0, start
     try:
         while process.poll() is None:
             if kill_when():
-                return "killed"
-            if (now := time.monotonic()) - scanned > SCAN_S:
-                descendants, scanned = descendants_of(process), now
-                if (new_size := file_size(metrics)) != size:
-                    size, progressed = new_size, now
-                if now - progressed > HANG_TIMEOUT_S:
-                    return "hung"
-            time.sleep(POLL_S)
-        return "exited"
+                how = "killed"
+                break
+            if (now := time.monotonic()) - counted > CENSUS:
+                family, counted = children(process), now
+                if (grown := size_of(metrics)) != size:
+                    size, moved = grown, now
+                if now - moved > PATIENCE:
+                    how = "hung"
+                    break
+            time.sleep(TICK)
     finally:
-        kill_tree(process, descendants)
+        kill(process, family)
+    return Ended(how=how, code=process.returncode, began=began, seconds=time.monotonic() - start, log=log)
 
 
-def kill_tree(process: psutil.Popen, known: Sequence[psutil.Process] = ()) -> None:
+def kill(process: psutil.Popen, family: Sequence[psutil.Process] = ()) -> None:
     """`kill -9` for a process and all that it has started, torchrun's workers with their own sessions among
     them.
 
-    The `known` descendants go first, without the time that a new scan takes. The process that started them is
-    suspended meanwhile, so that it starts no others and reports nothing.
+    `family` is who was known last: they go first, without the time that a new count takes. The one that
+    started them is stopped meanwhile, to start no others and tell nobody off.
     """
     with suppress(psutil.NoSuchProcess):
         process.suspend()
-    kill_each(known)
-    descendants = [*known, *descendants_of(process)]
-    kill_each([*descendants, process])
-    process.wait()
-    psutil.wait_procs(descendants, timeout=60)
-
-
-def kill_each(processes: Sequence[psutil.Process | psutil.Popen]) -> None:
-    """`kill -9` for those of the processes that still run."""
-    for process in processes:
+    for member in family:
         with suppress(psutil.NoSuchProcess):
-            process.kill()
+            member.kill()
+    found = [*family, *children(process)]
+    for member in [*found, process]:
+        with suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.wait()
+    psutil.wait_procs(found, timeout=60)
 
 
-def descendants_of(process: psutil.Popen) -> list[psutil.Process]:
-    """The running processes that a process has started, directly or not."""
+def children(process: psutil.Popen) -> list[psutil.Process]:
+    """All that a process has started, directly or not, and that still is."""
     try:
-        descendants: list[psutil.Process] = process.children(recursive=True)
+        found: list[psutil.Process] = process.children(recursive=True)
     except psutil.NoSuchProcess:
         return []
-    return descendants
+    return found
 
 
-def file_size(path: Path) -> int:
-    """In bytes; 0 if there is no such file."""
+def size_of(path: Path) -> int:
+    """Bytes of a file; 0 if there is none."""
     try:
         return path.stat().st_size
     except FileNotFoundError:
         return 0
+
+
+# what a run directory tells ---------------------------------------------------------------------------------
+
+
+def lines_of(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, without one that was cut off."""
+    found = []
+    with suppress(FileNotFoundError):
+        for line in (run_dir / "metrics.jsonl").read_text().splitlines():
+            with suppress(json.JSONDecodeError):
+                found.append(json.loads(line))
+    return found
+
+
+def last_step(run_dir: Path) -> int:
+    """The newest step that metrics.jsonl knows of."""
+    return next((int(line["step"]) for line in lines_of(run_dir)[::-1]), 0)
+
+
+def step_seconds(run_dir: Path) -> float:
+    """Seconds that a step takes: the shortest of the newest few, as there may be a resumption between two; 0
+    if unknown.
+    """
+    times = [line["time"] for line in lines_of(run_dir) if "time" in line][-4:]
+    return max(min((after - before for before, after in pairwise(times)), default=0.0), 0.0)
+
+
+def saved_step(run_dir: Path) -> int:
+    """The step of the newest committed checkpoint; 0 without one."""
+    return max(map(step_of, list_checkpoints(run_dir)), default=0)
+
+
+def is_saving(run_dir: Path) -> bool:
+    """Whether a checkpoint has been begun and not committed."""
+    return any(checkpoints_dir(run_dir).glob(".step-*.partial"))
+
+
+def resumed_at(run_dir: Path, life: Ended) -> int:
+    """The step that a life went on from, by its own lines: those that are newer than itself."""
+    return (
+        min((line["step"] for line in lines_of(run_dir) if line.get("time", 0) >= life.began), default=1) - 1
+    )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from launch.cli.resolve import resolve
+from launch.equivalence.whole_model import fingerprints, whole_model
 from launch.runtime.rendezvous import process_group
 from launch.runtime.world import World, find_world
 from launch.state.build import prepare
@@ -63,8 +64,9 @@ def follow(words: list[str], steps: int, world: World) -> dict[str, Tensor]:
             losses.setdefault(name, []).append(loss.cpu())
             norms.setdefault(name, []).append(step_norms[name].detach().double().cpu())
         run.statistics.synchronize(world)
-        for name, tensor in weights(run).items():
-            prints.setdefault(name, []).append(fingerprint(tensor))
+        for model, strategy in run.strategies.items():
+            for name, value in fingerprints(strategy, world).items():
+                prints.setdefault(f"{model}.{name}", []).append(value)
     trace = {f"loss/{name}": torch.stack(values) for name, values in losses.items()}
     trace |= {f"norm/{name}": torch.stack(values) for name, values in norms.items()}
     trace |= {f"print/{name}": torch.stack(values) for name, values in prints.items()}
@@ -82,15 +84,9 @@ def weights(run: Run) -> dict[str, Tensor]:
     return {
         f"{model}.{name}": tensor
         for model, strategy in run.strategies.items()
-        for name, tensor in strategy.export().items()
+        for name, tensor in whole_model(strategy, run.world).items()
         if tensor.is_floating_point()
     }
-
-
-def fingerprint(tensor: Tensor) -> Tensor:
-    """One number that moves when any element moves; enough to tell where two runs part."""
-    flat = tensor.flatten().double()
-    return torch.dot(flat, torch.arange(1, len(flat) + 1, dtype=torch.float64).cos())
 
 
 def watch_gradients(run: Run) -> dict[str, Tensor]:

@@ -88,7 +88,7 @@ class Console:
             "batch": f"{batch_plan.batch_size} = {batch_plan.micro_batch_size} micro x {batch_plan.accumulation_steps} accumulation "
             f"x {batch_plan.world_size} rank(s)",
             "model": ", ".join(
-                f"{'' if len(run.strategies) == 1 else name + ' '}{strategy.parameter_count():,} parameters"
+                f"{'' if len(run.strategies) == 1 else name + ' '}{strategy.layout.num_parameters:,} parameters"
                 for name, strategy in run.strategies.items()
             ),
             "data": f"{sizes} samples, {way_of(run)}",

@@ -133,7 +133,7 @@ class Metrics:
             return
         steps, numbers = self.asked.steps, self.asked.numbers
         self.asked = None
-        rows = numbers.get().view(-1, 2, len(steps), len(steps[0].losses))
+        rows = numbers.wait().view(-1, 2, len(steps), len(steps[0].losses))
         mine = rows[self.run.world.rank if len(rows) > 1 else 0]
         # summed up here, rank by rank: what a reduction of several numbers adds first depends on how many
         # there are
@@ -155,7 +155,7 @@ class Metrics:
         counted = steps - self.uncounted
         seconds, self.clock, self.uncounted = now - self.clock, now, 0
         self.slowest_step = max(self.slowest_step, seconds / max(counted, 1))
-        self.stop.measured(self.slowest_step, self.slowest_save)
+        self.stop.update_margin(self.slowest_step, self.slowest_save)
         if counted:
             self.throughput.logged(seconds, counted)
             self.speed = counted * self.run.batch_plan.batch_size / seconds
@@ -196,7 +196,7 @@ class Metrics:
         stop), all hear.
         """
         rank_zero = self.run.world.rank == 0
-        requests = {"stop"} if self.stop.wished(rank_zero) else set()
+        requests = {"stop"} if self.stop.requested(rank_zero) else set()
         if rank_zero and self.checkpoint_writer.overdue:
             requests.add("save")
         self.wanted |= self.consensus.exchange(requests, seldom)

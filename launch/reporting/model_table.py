@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -63,7 +64,7 @@ def tables(run: Run, batch: Batch) -> Iterator[str]:
             handle.remove()
     for name, strategy in run.strategies.items():
         yield ""
-        yield from draw(name, tree(name, strategy.module, seen))
+        yield from draw(name, tree(name, strategy.module, seen, strategy.layout.shapes))
         yield f"  {totals(strategy)}"
 
 
@@ -82,8 +83,11 @@ def noting(seen: dict[nn.Module, Seen]) -> Callable[[nn.Module, Any, Any], None]
     return note
 
 
-def tree(name: str, root: nn.Module, seen: Mapping[nn.Module, Seen]) -> Node:
-    """The modules of `root` as nodes, in the order in which they were registered."""
+def tree(
+    name: str, root: nn.Module, seen: Mapping[nn.Module, Seen], shapes: Mapping[str, tuple[int, ...]]
+) -> Node:
+    """The modules of `root` as nodes, in the order in which they were registered; `shapes` as in `Layout`."""
+    sizes = parameter_sizes(root, shapes)
     owners = {
         id(parameter): owner for owner, parameter in root.named_parameters()
     }  # of a tied one, the first
@@ -93,7 +97,9 @@ def tree(name: str, root: nn.Module, seen: Mapping[nn.Module, Seen]) -> Node:
         tied = path != "" and held and not any(owners[id(p)].startswith(f"{path}.") for p in held)
         frozen = held and not any(p.requires_grad for p in held)
         count = (
-            f"{sum(map(size, held)):,}{' tied' if tied else ''}{' frozen' if frozen else ''}" if held else ""
+            f"{sum(sizes[id(p)] for p in held):,}{' tied' if tied else ''}{' frozen' if frozen else ''}"
+            if held
+            else ""
         )
         note = seen.get(module)
         calls = note.calls if note else usual  # told where it is not that of the whole
@@ -114,9 +120,12 @@ def tree(name: str, root: nn.Module, seen: Mapping[nn.Module, Seen]) -> Node:
     return node(name, "", root, 1)
 
 
-def size(parameter: nn.Parameter) -> int:
-    """Elements of the whole parameter; DeepSpeed keeps them beside one that it has partitioned."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
+def parameter_sizes(root: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[int, int]:
+    """Elements of each whole parameter by its id, however much of it this rank holds."""
+    return {
+        id(parameter): math.prod(shapes.get(f"model/{name}", tuple(parameter.shape)))
+        for name, parameter in root.named_parameters()
+    }
 
 
 def fold(siblings: list[Node]) -> Iterator[Node]:
@@ -173,8 +182,9 @@ def draw(name: str, root: Node) -> list[str]:
 def totals(strategy: Strategy) -> str:
     """The last line of a table."""
     parameters = list(strategy.module.parameters())
-    trainable = sum(size(p) for p in parameters if p.requires_grad)
+    sizes = parameter_sizes(strategy.module, strategy.layout.shapes)
+    trainable = sum(sizes[id(p)] for p in parameters if p.requires_grad)
     dtypes = dict.fromkeys(str(p.dtype).removeprefix("torch.") for p in parameters)
-    total = strategy.parameter_count()
+    total = strategy.layout.num_parameters
     share = "all trainable" if trainable == total else f"{trainable:,} trainable"
     return f"{total:,} parameters ({', '.join(dtypes)}), {share}"

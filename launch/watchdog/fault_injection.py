@@ -1,8 +1,8 @@
-"""`chaos=KIND:rank=R,step=S`: a fault that really happens, to see the verdict and the recovery before a
-cluster shows them.
+"""Fault injection: `chaos=KIND:rank=R,step=S` makes a fault really happen, to see the report and the recovery
+before a cluster shows them.
 
-It strikes in the forward pass of step S on rank R, and in the first life of a run only: what comes after is
-the recovery.
+It is injected in the forward pass of step S on rank R, and in the first attempt of a run only: what comes
+after is the recovery.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,29 +21,26 @@ from launch.runtime.restarts import restart_count
 if TYPE_CHECKING:
     from launch.state.run import Run
 
-SLOW = 0.5
+SLOW_S = 0.5
 """seconds that each forward pass of a slow rank takes longer"""
-Strike = Callable[["Run", Path], object]
+Inject = Callable[["Run", Path], object]
 
 
-def prepare(run: Run, run_dir: Path) -> None:
-    """Let the fault that `chaos` asks for happen, if this is its rank and the first life of the run."""
+def install(run: Run, run_dir: Path) -> None:
+    """Inject the fault that `chaos=` asks for when its step comes, on its rank, in the first attempt."""
     if run.config.chaos is None or run.progress.step > 0 or restart_count(os.environ):
         return
-    chaos = parse_fault(run.config.chaos)
-    if chaos.rank != run.world.rank:
+    fault = parse_fault(run.config.chaos)
+    if fault.rank != run.world.rank:
         return
-    losses = run.recipe.losses()
-    inject = FAULTS[chaos.kind]
+    inject, lasts = FAULTS[fault.kind], fault.kind == "slow"
 
-    def struck(loss: Callable[..., Any], *arguments: Any) -> Any:
-        now = run.progress.step + 1
-        if now == chaos.step or (now > chaos.step and chaos.kind == "slow"):
+    def on_enter(phase: str) -> None:
+        step = run.phase.step
+        if phase == "forward" and (step == fault.step or (lasts and step > fault.step)):
             inject(run, run_dir)
-        return loss(*arguments)
 
-    wrapped: Mapping[str, Callable[..., Any]] = {name: partial(struck, loss) for name, loss in losses.items()}
-    run.recipe.losses = lambda: wrapped  # type: ignore[method-assign]
+    run.phase.on_enter = on_enter
 
 
 # the kinds --------------------------------------------------------------------------------------------------
@@ -63,7 +59,7 @@ def stall(run: Run, run_dir: Path) -> None:  # noqa: ARG001
 
 def slow(run: Run, run_dir: Path) -> None:  # noqa: ARG001
     """As a GPU that runs hot."""
-    time.sleep(SLOW)
+    time.sleep(SLOW_S)
 
 
 def nan(run: Run, run_dir: Path) -> None:  # noqa: ARG001
@@ -76,12 +72,9 @@ def nan(run: Run, run_dir: Path) -> None:  # noqa: ARG001
         spoilt = isinstance(output, torch.Tensor) and output.is_floating_point() and run.progress.step == step
         return output * float("nan") if spoilt else output
 
-    leaves = [
-        module
-        for module in next(iter(run.strategies.values())).module.modules()
-        if not list(module.children())
-    ]
-    leaves[0].register_forward_hook(spoil)
+    modules = next(iter(run.strategies.values())).module.modules()
+    leaf = next(module for module in modules if not list(module.children()))
+    leaf.register_forward_hook(spoil)
 
 
 def sigterm(run: Run, run_dir: Path) -> None:  # noqa: ARG001
@@ -106,7 +99,7 @@ def oom(run: Run, run_dir: Path) -> None:  # noqa: ARG001
     torch.empty(2**50, dtype=torch.uint8, device=run.world.device)
 
 
-FAULTS: dict[str, Strike] = {
+FAULTS: dict[str, Inject] = {
     "kill": kill,
     "stall": stall,
     "slow": slow,
@@ -115,3 +108,4 @@ FAULTS: dict[str, Strike] = {
     "torn_checkpoint": torn_checkpoint,
     "oom": oom,
 }
+"""by the kinds of `launch.cli.faults`"""

@@ -17,6 +17,7 @@ from launch.runtime.seeding import seed_device
 if TYPE_CHECKING:
     from launch.state.run import Run
     from recipes.parts.data import Batch
+    from strategies.base import Strategy
 
 
 class NonFinite(RuntimeError):
@@ -43,7 +44,7 @@ def check_gradients(run: Run, name: str, norm: Tensor) -> None:
     lowered.
     """
     if run.config.precision != "fp16" and not math.isfinite(norm):
-        bad = first_bad_parameter(run.strategies[name].module)
+        bad = first_nonfinite_parameter(run.strategies[name])
         bad = bad and f"{name}.{bad}"
         raise NonFinite(
             f"the gradient norm is {float(norm)} at step {run.progress.step + 1}, the loss being finite; "
@@ -70,7 +71,9 @@ def find_culprit(run: Run, name: str, batches: list[Batch]) -> str:
             loss = run.recipe.losses()[name](run.models, batch)
         if found is None and not bool(loss.isfinite()):
             inputs = None if all_finite(batch) else "its input batch"
-            parameters = [f"{n}.{p}" for n, m in modules.items() if (p := first_bad_parameter(m))]
+            parameters = [
+                f"{n}.{p}" for n, s in run.strategies.items() if (p := first_nonfinite_parameter(s))
+            ]
             blame = inputs or (
                 f"parameter {parameters[0]}" if parameters else seen[0] if seen else "the recipe's loss"
             )
@@ -78,15 +81,12 @@ def find_culprit(run: Run, name: str, batches: list[Batch]) -> str:
     return first_error(found or "") or "not seen again when the step was repeated"
 
 
-def first_bad_parameter(module: nn.Module) -> str | None:
-    """The first parameter (as far as it lives on this rank) that holds a value that is not finite."""
-    for name, parameter in module.named_parameters():
-        part = (
-            parameter.to_local()
-            if hasattr(parameter, "to_local")
-            else getattr(parameter, "ds_tensor", parameter)
-        )
-        if not bool(part.detach().isfinite().all()):
+def first_nonfinite_parameter(strategy: Strategy) -> str | None:
+    """The first parameter that holds a value that is not finite, as far as this rank writes it. Not collective."""
+    state = strategy.state()
+    for name, _ in strategy.module.named_parameters():
+        part = state.get(f"model/{name}")
+        if part is not None and not bool(part.values.isfinite().all()):
             return name
     return None
 
@@ -122,7 +122,7 @@ def all_finite(value: Any) -> bool:
 def check_late(run: Run, step: int, loss: float) -> None:
     """Raise NonFinite for a loss that was read an interval after its step, when its batches are gone."""
     if not run.sync_every_step and not math.isfinite(loss):
-        bad = [f"{n}.{p}" for n, s in run.strategies.items() if (p := first_bad_parameter(s.module))]
+        bad = [f"{n}.{p}" for n, s in run.strategies.items() if (p := first_nonfinite_parameter(s))]
         raise NonFinite(
             f"the loss is {loss} at step {step}; first bad parameter by step {run.progress.step}: "
             f"{first_error(bad[0] if bad else '') or 'none'}. debug=true, or log.every=1, shows the module"

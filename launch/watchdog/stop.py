@@ -1,12 +1,14 @@
-"""Stopping on purpose: a signal or the clock asks, the ranks agree at a step boundary, the run is saved and
-can go on.
+"""Preemption: a signal (SIGTERM, SIGUSR1) or the time limit requests a stop; the run is saved, and requeued
+it resumes.
 
-Nothing is done inside a signal handler but to take note: a save is collective, and a signal comes at any
-moment.
+A signal handler only notes the request: a save is collective, and a signal comes at any moment. The ranks
+agree between two steps (`consensus.py`), save, and end with exit code 75, which asks a scheduler to requeue
+the job. The time limit is `max_time=` or SLURM's own, less a margin for one more step and save.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -18,52 +20,47 @@ from types import FrameType
 from typing import Any
 
 from launch.cli.durations import parse_duration
+from launch.cli.exits import ExitCode
 from launch.runtime.files import write_text_atomically
 
-EXIT_CODE = 75
-"""EX_TEMPFAIL of sysexits.h: stopped on purpose, start it again to go on"""
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""schedulers send them before they end a job; Ctrl-C asks for the same while a run trains"""
-FILE = "stopped.json"
-UNKNOWN_SAVE = 30.0
+PREEMPTION_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""schedulers send them before they end a job; Ctrl-C requests the same while a run trains"""
+STOP_FILE = "stopped.json"
+FIRST_SAVE_S = 30.0
 """seconds that a first save may take, for the margin before it has been measured"""
-MARGIN = 10.0
+MARGIN_S = 10.0
 """seconds to spare, beyond what is measured"""
 
 
-class Stopped(Exception):
-    """The run has stopped on purpose, and all of it is saved; the message says why."""
-
-
 class StopRequest:
-    """Whether this rank wishes the run to stop, and why."""
+    """Whether this rank requests that the run stops, and why."""
 
     def __init__(self, deadline: float | None = None) -> None:
         self.deadline = deadline
         self.reason = ""
         self.owner = os.getpid()
-        self.margin = UNKNOWN_SAVE + MARGIN
+        self.margin = FIRST_SAVE_S + MARGIN_S
 
     def listen(self, *signals: signal.Signals) -> None:
-        """Take note of `signals` from now on, instead of ending."""
+        """From now on, `signals` request a stop instead of ending the process."""
         if threading.current_thread() is threading.main_thread():
             for number in signals:
-                signal.signal(number, self.heard)
+                signal.signal(number, self.on_signal)
 
-    def give_up(self) -> None:
-        """There is nothing to save: let signals end this process, as the launcher means it that ends all
+    def restore_default_handlers(self) -> None:
+        """There is nothing to save: let signals end this process, as the launcher intends that ends all
         ranks.
         """
-        for number in SIGNALS:
+        for number in PREEMPTION_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
 
-    def heard(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        """A signal handler. A process that was forked off has inherited it, and ends as it would have."""
+    def on_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        """The signal handler. A forked process has inherited it, and ends as it would have without."""
         if os.getpid() != self.owner:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         elif number == signal.SIGINT and self.reason:
-            os._exit(130)
+            os._exit(ExitCode.INTERRUPTED)
         else:
             self.reason = signal.Signals(number).name
             if number == signal.SIGINT:
@@ -71,43 +68,36 @@ class StopRequest:
                     sys.stderr.fileno(), b"\nrankzero: stopping soon, and saving; Ctrl-C again ends at once\n"
                 )
 
-    def wished(self, by_clock: bool) -> bool:
+    def requested(self, by_clock: bool) -> bool:
         """Whether to stop now: a signal came or, `by_clock`, there is just time left to finish a step and to
         save.
         """
-        if (
-            by_clock
-            and not self.reason
-            and self.deadline is not None
-            and time.time() + self.margin > self.deadline
-        ):
+        timed_out = self.deadline is not None and time.time() + self.margin > self.deadline
+        if by_clock and not self.reason and timed_out:
             self.reason = "its time is up"
         return bool(self.reason)
 
-    def measured(self, step: float, save: float | None) -> None:
-        """How long a step and a save (if there was one yet) take at most: the margin before the deadline
-        follows them.
-        """
-        self.margin = MARGIN + 2 * step + (UNKNOWN_SAVE if save is None else 2 * save)
+    def update_margin(self, step_s: float, save_s: float | None) -> None:
+        """Follow the seconds that a step and a save (None: there was none yet) take at most."""
+        self.margin = MARGIN_S + 2 * step_s + (FIRST_SAVE_S if save_s is None else 2 * save_s)
 
 
 def deadline(max_time: str | None, environment: Mapping[str, str]) -> float | None:
-    """When the run has to have ended, in seconds since the epoch: by `max_time` from its start, or by SLURM's
+    """When the run has to have ended, in seconds since the epoch: `max_time` after its start, or at SLURM's
     time limit.
     """
     import psutil
 
-    # from the start of the process: it stays the same one if the run begins again by itself
+    # from the start of the process: a run that re-executes itself stays the same one
     ends = [psutil.Process().create_time() + parse_duration(max_time)] if max_time is not None else []
     if environment.get("SLURM_JOB_END_TIME", "").isdecimal():
         ends.append(float(environment["SLURM_JOB_END_TIME"]))
     return min(ends, default=None)
 
 
-def leave_note(run_dir: Path, note: dict[str, Any]) -> None:
-    """Tell whoever started the run that it wants to be started again. On rank zero, after the last save is
+def write_stop_file(run_dir: Path, content: dict[str, Any]) -> None:
+    """Tell whoever started the run that it wants to be requeued. On rank zero, after the last checkpoint is
     committed.
     """
-    import json
-
-    write_text_atomically(run_dir / FILE, json.dumps({**note, "time": round(time.time(), 3)}) + "\n")
+    text = json.dumps({**content, "time": round(time.time(), 3)}) + "\n"
+    write_text_atomically(run_dir / STOP_FILE, text)

@@ -1,358 +1,271 @@
-"""A thread of each rank that tells the others that it lives, and that notices when they do not.
+"""The watchdog: a thread of each rank that shows the others that it lives, and that notices when they do not.
 
 The training itself cannot: when one rank dies or hangs, the others wait for it in a collective, for as long
 as that takes. So each rank leaves a heartbeat (alive, where in its run) with the store every second or so, on
-a connection of its own. Rank zero looks at them. The first verdict wins: who posts it has failed first, all
-others end when they read it, rank zero tells it.
+a connection of its own; rank zero reads them all. The diagram is in the docstring of this package.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import threading
 import time
-import traceback
-from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]  # its stubs forget it
 
-from launch.runtime.rendezvous import RendezvousError, meet
+from launch.runtime.rendezvous import RendezvousError, heartbeat_key, meet
 from launch.runtime.restarts import reexec
-from launch.runtime.store import is_open, rendezvous_endpoint, spans, wait_for
-from launch.watchdog import auto_micro_batch, failure_report
-from launch.watchdog.failure_report import FailureReport
-from launch.watchdog.heartbeats import Heartbeats
+from launch.runtime.store import is_open, rendezvous_endpoint, wait_for
+from launch.watchdog import auto_micro_batch, rank_reports
+from launch.watchdog.failure_report import FailureReport, render, write_once, write_torchelastic_error
+from launch.watchdog.heartbeats import FINISHED, Heartbeats, write_heartbeat
 
 if TYPE_CHECKING:
     from launch.runtime.phase import Phase
     from launch.runtime.world import World
 
-RANKS_A_SECOND = 256
-"""heartbeats a second that the store gets at most: a larger run has a slower pulse"""
+HEARTBEATS_PER_SECOND = 256
+"""that the store gets at most: in a larger run the interval between two of a rank is longer"""
 LOST = 30
-"""heartbeats that a rank may miss: a garbage collection, a swapped-out host"""
-GONE = 4
-"""heartbeats that a rank may miss when the others have already lost their connection to it"""
-OPENING = 120.0
-"""seconds for its own connection to the store: a busy start is no failure"""
-GATHERING = 3.0
-"""seconds for all ranks to say where they hang"""
-TELLING = 3.0
-"""seconds for rank zero to tell what another rank has posted"""
-ENDED = "0 0 0 end"
-"""the last heartbeat of a rank that has come to a good end"""
-WARM_UP = 3
-"""the first step may take so many times as long: it compiles; an evaluation too, whose metrics are imported
-and computed
+"""intervals without a heartbeat after which a rank is lost: not after a garbage collection, on a swapping
+host
 """
+LOST_CONNECTION = 4
+"""intervals without a heartbeat after which it is lost, when the others have lost their connection to it"""
+CONNECT_TIMEOUT_S = 120.0
+"""seconds for the watchdog's own connection to the store: a busy start is no failure"""
+STACKS = 3.0
+"""intervals for all ranks to write their stacks"""
+REPORT_TIMEOUT_S = 3.0
+"""seconds for rank zero to report what another rank has published"""
+SLOW_PHASES = 3
+"""the first step may take so many times `hang_timeout`: it compiles; an evaluation too, whose metrics are
+imported and computed
+"""
+REPORT, REPORTED = "failure_report", "reported"
+STORE_ERRORS = (dist.DistError, RuntimeError)
+"""the store is gone: the host that serves it, or the launcher"""
 
 
 class Watchdog:
-    """The watch of one rank, from the roll-call to the end of the run."""
+    """The watchdog of one rank, from the rendezvous to the end of the run."""
 
     def __init__(self, world: World, phase: Phase, hang_timeout: float) -> None:
         self.world, self.phase, self.hang_timeout = world, phase, hang_timeout
         self.run_dir: Path | None = None
-        self.before_end: Callable[[], object] = lambda: None
-        """called before this process ends for the failure of another rank: a save in flight may still become
-        whole
-        """
-        self.interval = max(1.0, world.world_size / RANKS_A_SECOND)
-        self.main = threading.main_thread().ident
-        self.over = threading.Event()
-        self.ending = threading.Lock()
-        """held by the one thread that ends this process"""
-        self.connected, self.answered, self.closed = False, threading.Event(), threading.Event()
-        self.thread = threading.Thread(target=self.run, name="watch", daemon=True)
-        self.thread.start()
-        self.store_guard = threading.Thread(target=self.guard, name="guard", daemon=True)
-        self.store_guard.start()
+        """where failure.json is written, once this run has it"""
+        self.before_shut_down: Callable[[], object] = lambda: None
+        """called before this process ends for a failure: a save in flight may still be completed"""
+        self.interval = max(1.0, world.world_size / HEARTBEATS_PER_SECOND)
+        self.finished, self.closed = threading.Event(), threading.Event()
+        self.shutting_down = threading.Lock()
+        """held by the thread that ends this process"""
+        self.published = False
+        """whether the report that ends all ranks is this rank's"""
+        self.connected, self.store_answered = False, threading.Event()
+        self.threads = [
+            threading.Thread(target=self.watch, name="watchdog", daemon=True),
+            threading.Thread(target=self.guard_store, name="store guard", daemon=True),
+        ]
+        for thread in self.threads:
+            thread.start()
 
     def close(self) -> None:
-        """The run has come to a good end: nobody is to miss this rank."""
-        self.over.set()
+        """The run has succeeded: this rank is not lost when it beats no more."""
+        self.finished.set()
         self.closed.set()
-        self.thread.join()
-        self.store_guard.join()
-        with suppress(dist.DistError, RuntimeError):
-            self.world.store.set(f"beat/{self.world.rank}", ENDED)
+        for thread in self.threads:
+            thread.join()
+        with suppress(*STORE_ERRORS):
+            self.world.store.set(heartbeat_key(self.world.rank), FINISHED)
 
-    def guard(self) -> None:
-        """In a thread of its own: end, if the store has not answered for LOST beats.
+    # the threads --------------------------------------------------------------------------------------------
 
-        Whoever asks it waits for ever: a cable that was cut ends no connection. Beats are counted, not
-        seconds: a host that slept has missed none.
+    def watch(self) -> None:
+        """Until the end: beat, obey a report, show where this rank is; on rank zero: detect."""
+        alone = self.world.world_size == 1
+        try:
+            store = self.world.store if alone else meet(self.world, CONNECT_TIMEOUT_S, again=True)
+            self.connected = True
+            self.beat(store)
+        except (*STORE_ERRORS, RendezvousError):
+            # the others have not succeeded, if this process is still there after a while
+            if not self.finished.wait(LOST_CONNECTION * self.interval):
+                self.shut_down(rank_reports.disconnected(self.world, self.phase), None)
+
+    def beat(self, store: Store) -> None:
+        """One heartbeat each interval, and what goes with it."""
+        heartbeats, rank = Heartbeats(self.world.world_size), self.world.rank
+        count, last = 0, time.monotonic()
+        while not self.finished.wait(self.interval):
+            count += 1
+            write_heartbeat(store, rank, count, self.phase)
+            if store.check([REPORT]):
+                self.shut_down(FailureReport.from_json(store.get(REPORT)), store)
+            if store.check([rank_reports.STACKS_WANTED]):
+                rank_reports.write_stack(store, rank, self.phase)
+            if rank == 0:
+                heartbeats.read(store)
+                if time.monotonic() - last > 5 * self.interval:
+                    heartbeats.reset_after_suspend()
+                if (report := self.detect(store, heartbeats)) is not None:
+                    self.shut_down(self.publish(report, store), store)
+            last = time.monotonic()
+            self.store_answered.set()
+
+    def guard_store(self) -> None:
+        """End this process if the store has not answered for LOST intervals.
+
+        Whoever asks it waits for ever: a cable that was cut ends no connection. Intervals are counted, not
+        seconds: a host that was suspended has missed none.
         """
         silent = 0
         while not self.closed.wait(self.interval):
-            silent = 0 if self.answered.is_set() or not self.connected else silent + 1
-            self.answered.clear()
+            silent = 0 if self.store_answered.is_set() or not self.connected else silent + 1
+            self.store_answered.clear()
             if silent > LOST:
-                self.forsaken()
+                self.shut_down(rank_reports.disconnected(self.world, self.phase), None)
 
-    # in the thread ------------------------------------------------------------------------------------------
+    # 1. detect ----------------------------------------------------------------------------------------------
 
-    def run(self) -> None:
-        """Until the end: beat, read, look around."""
-        others = Heartbeats(self.world.world_size)
-        try:
-            store = self.world.store if self.world.world_size == 1 else meet(self.world, OPENING, again=True)
-            self.connected = True
-            count, woke = 0, time.monotonic()
-            while not self.over.wait(self.interval):
-                count += 1
-                store.set(
-                    f"beat/{self.world.rank}",
-                    f"{count} {self.phase.ticks} {self.phase.step} {self.phase.name}",
-                )
-                if store.check(["verdict"]):
-                    self.obey(store)
-                if store.check(["where"]):
-                    store.set(f"stack/{self.world.rank}", self.stack())
-                if self.world.rank == 0:
-                    others.look(store)
-                    if time.monotonic() - woke > 5 * self.interval:
-                        others.reset_after_suspend()
-                    self.judge(store, others)
-                woke = time.monotonic()
-                self.answered.set()
-        except (dist.DistError, RuntimeError, RendezvousError):
-            # the store is gone, and with it the host of rank zero, or the launcher
-            if not self.over.wait(
-                GONE * self.interval
-            ):  # they have not ended well, else this process would too
-                self.forsaken()
+    def detect(self, store: Store, heartbeats: Heartbeats) -> FailureReport | None:
+        """On rank zero: the report on ranks that are lost, or on a hang of all; None if all is well."""
+        if lost := heartbeats.silent_ranks(LOST * self.interval):
+            return rank_reports.lost_ranks(lost, store, heartbeats, self.world, self.phase)
+        slow = self.phase.step <= 1 or self.phase.name == "evaluate"
+        timeout = self.hang_timeout * (SLOW_PHASES if slow else 1)
+        if heartbeats.seconds_without_progress() <= timeout:
+            return None
+        patience = STACKS * self.interval
+        report = rank_reports.hang(store, self.world, self.phase, timeout, self.hang_timeout, patience)
+        heartbeats.read(store)
+        if heartbeats.seconds_without_progress() > timeout:
+            return report
+        store.delete_key(rank_reports.STACKS_WANTED)  # there was progress after all
+        return None
 
-    def judge(self, store: Store, others: Heartbeats) -> None:
-        """On rank zero: has a rank stopped living, or have all of them stopped moving?"""
-        if lost := others.silent_for(LOST * self.interval):
-            self.publish(store, self.about_lost(lost, store, others))
-        warming_up = self.phase.step <= 1 or self.phase.name == "evaluate"
-        patience = self.hang_timeout * (WARM_UP if warming_up else 1)
-        if others.still_for() > patience:
-            verdict = self.about_hang(store, patience)
-            others.look(store)
-            if others.still_for() > patience:
-                self.publish(store, verdict)
-            store.delete_key("where")  # it has moved after all
-
-    # ends ---------------------------------------------------------------------------------------------------
-
-    def failed(self, verdict: FailureReport, lost_a_peer: bool) -> NoReturn:
-        """In the main thread: end with `verdict`; if it is only that another rank is gone, with the reason
-        for that.
+    def fail(self, report: FailureReport, lost_peer: bool = False) -> NoReturn:
+        """In the main thread: end all ranks with `report`. With `lost_peer` it says only that another rank is
+        gone, and the report on the cause takes its place.
         """
-        self.over.set()
+        self.finished.set()
+        store = self.world.store
         try:
-            if lost_a_peer:
-                verdict = self.cause() or verdict
-            self.publish(self.world.store, verdict)
-        except (dist.DistError, RuntimeError):
-            self.forsaken(None if lost_a_peer else verdict)
+            if lost_peer:
+                report = self.cause(store) or report
+            report = self.publish(report, store)
+        except STORE_ERRORS:
+            report = rank_reports.disconnected(self.world, self.phase) if lost_peer else report
+            self.shut_down(report, None)
+        self.shut_down(report, store)
 
-    def cause(self) -> FailureReport | None:
-        """Why connections broke: the verdict of another rank (then this process ends), or ranks that do not
-        live any more.
+    def cause(self, store: Store) -> FailureReport | None:
+        """Why connections broke: the report of another rank, or a new one on ranks that are lost."""
+        heartbeats = Heartbeats(self.world.world_size)
+        heartbeats.read(store)
+        if wait_for(lambda: store.check([REPORT]), (LOST_CONNECTION + 1) * self.interval):
+            return FailureReport.from_json(store.get(REPORT))
+        heartbeats.read(store)
+        silent = heartbeats.silent_ranks(LOST_CONNECTION * self.interval)
+        lost = [rank for rank in silent if rank != self.world.rank]
+        return rank_reports.lost_ranks(lost, store, heartbeats, self.world, self.phase) if lost else None
+
+    # 2. publish ---------------------------------------------------------------------------------------------
+
+    def publish(self, report: FailureReport, store: Store) -> FailureReport:
+        """Publish a report to all ranks; returns the one that ends them: the first that was published."""
+        there_already = store.check([REPORT])
+        text = report.to_json()
+        first = store.compare_set(REPORT, "", text).decode()
+        self.published = first == text and not there_already
+        if self.published and not report.restarts:
+            write_torchelastic_error(report)
+        return FailureReport.from_json(first)
+
+    # 3. shut down -------------------------------------------------------------------------------------------
+
+    def shut_down(self, report: FailureReport, store: Store | None) -> NoReturn:
+        """End this process, or restart it if the report wants that; rank zero prints the report for all.
+
+        Any thread may call it; the first one ends the process. Without a `store` the others cannot be
+        reached: each rank prints, unless failure.json says that another has.
         """
-        store, others = self.world.store, Heartbeats(self.world.world_size)
-        others.look(store)
-        if wait_for(lambda: store.check(["verdict"]), (GONE + 1) * self.interval):
-            self.obey(store)
-        others.look(store)
-        lost = [rank for rank in others.silent_for(GONE * self.interval) if rank != self.world.rank]
-        return self.about_lost(lost, store, others) if lost else None
-
-    def publish(self, store: Store, verdict: FailureReport) -> NoReturn:
-        """Post a verdict, see that it is told, and end. If another rank was first, its verdict stands."""
-        text = json.dumps(verdict)
-        if store.compare_set("verdict", "", text).decode() != text:
-            self.obey(store)
-        last = verdict["kind"] != auto_micro_batch.KIND
-        if last:
-            failure_report.for_torchrun(verdict)
-        if self.world.rank == 0:
-            self.obey(store)
-        # before the next life rank zero waits for a save in flight
-        if wait_for(lambda: store.check(["told"]), TELLING if last else LOST * self.interval):
-            self.leave(verdict, store)
-        self.tell(verdict)
-
-    def obey(self, store: Store) -> NoReturn:
-        """End or begin again, as a verdict wants it; rank zero tells it."""
-        self.before_end()
-        verdict = json.loads(store.get("verdict"))
-        if self.world.rank > 0:
-            self.leave(verdict, store)
-        self.ending.acquire()
-        tell(verdict, self.run_dir)
-        store.set("told", "")
-        # the others read it, before the store goes with this process
-        if verdict["kind"] == auto_micro_batch.KIND:
-            heard = [f"heard/{rank}" for rank in range(1, self.world.world_size)]
-            wait_for(lambda: not heard or store.check(heard), LOST * self.interval)
+        with suppress(Exception):  # nothing may keep this process alive
+            self.before_shut_down()
+        # a thread that holds it may wait for a store that does not answer
+        self.shutting_down.acquire(timeout=LOST * self.interval)
+        restart = False
+        with suppress(Exception):  # the store may go at any moment, and with a pipe the screen
+            if store is None:
+                self.announce(report)
+            elif self.world.rank == 0:
+                restart = self.lead(report, store)
+            else:
+                restart = self.follow(report, store)
+        if restart:
             reexec(self.run_dir)
-        if self.world.world_size > 1:
-            time.sleep(2 * self.interval)
-        end()
+        exit_failed()
 
-    def leave(self, verdict: FailureReport, store: Store) -> NoReturn:
-        """Of a rank other than zero: end or begin again."""
-        self.ending.acquire()
-        if verdict["kind"] != auto_micro_batch.KIND:
-            end()
-        with suppress(dist.DistError, RuntimeError):
-            store.set(f"heard/{self.world.rank}", "")
-        point = rendezvous_endpoint(self.world, os.environ)
-        if point and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    def lead(self, report: FailureReport, store: Store) -> bool:
+        """On rank zero: print the report and wait until the others have read it, before the store goes with
+        this process. Returns whether to restart.
+        """
+        self.announce(report)
+        store.set(REPORTED, "")
+        if report.restarts:
+            others = [restarting_key(rank) for rank in range(1, self.world.world_size)]
+            wait_for(lambda: not others or store.check(others), LOST * self.interval)
+        elif self.world.world_size > 1:
+            time.sleep(2 * self.interval)
+        return report.restarts
+
+    def follow(self, report: FailureReport, store: Store) -> bool:
+        """On another rank: see that the own report is printed, and let rank zero restart first. Returns
+        whether to restart.
+        """
+        # before a restart rank zero completes a save in flight
+        patience = LOST * self.interval if report.restarts else REPORT_TIMEOUT_S
+        if self.published and not wait_for(lambda: store.check([REPORTED]), patience):
+            self.announce(report)
+            return False
+        if not report.restarts:
+            return False
+        with suppress(*STORE_ERRORS):
+            store.set(restarting_key(self.world.rank), "")
+        endpoint = rendezvous_endpoint(self.world, os.environ)
+        if endpoint and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             # rank zero serves the store, and will again: the old one must be gone before this rank looks for
             # the new one
-            wait_for(lambda: not is_open(*point), LOST * self.interval)
-        reexec(self.run_dir)
+            wait_for(lambda: not is_open(*endpoint), LOST * self.interval)
+        return True
 
-    def forsaken(self, verdict: FailureReport | None = None) -> NoReturn:
-        """End without a store, and so without the others: what they tell is not known here."""
-        message = f"rank {self.world.rank} lost the connection to the host of rank zero: it is down, or its launcher has ended"
-        self.tell(
-            verdict or {"kind": "lost", **failure_report.origin(self.world, self.phase), "message": message}
-        )
-
-    def tell(self, verdict: FailureReport) -> NoReturn:
-        """Tell a verdict that rank zero could not tell, unless another rank has."""
-        self.ending.acquire()
-        if self.run_dir is None or failure_report.write_once(verdict, self.run_dir):
-            print(failure_report.render(verdict, self.run_dir), file=sys.stderr, flush=True)
-        end()
-
-    # verdicts -----------------------------------------------------------------------------------------------
-
-    def about_lost(self, ranks: list[int], store: Store, others: Heartbeats) -> FailureReport:
-        """The verdict on ranks that have ended without a word."""
-        told = []
-        for rank in ranks[:8]:
-            report = json.loads(store.get(f"here/{rank}")) if store.check([f"here/{rank}"]) else {"host": "?"}
-            seen = others.seen[rank]
-            told.append(f"rank {rank} on {report['host']}, last seen in step {seen.step}, {seen.phase}")
-        message = (
-            f"{'; '.join(told)}{f' and {len(ranks) - 8} more' if len(ranks) > 8 else ''}: ended without a word; "
-            f"rank {self.world.rank} is in step {self.phase.step}, {self.phase.name}. "
-            "Killed (out of memory? `dmesg` of that host tells), or the host or its network is down"
-        )
-        return {
-            "kind": "lost",
-            **failure_report.origin(self.world, self.phase),
-            "lost": ranks,
-            "message": message,
-        }
-
-    def about_hang(self, store: Store, patience: float) -> FailureReport:
-        """The verdict on a run in which nothing moves: who is in which call, and who is not there."""
-        store.set("where", "")
-        store.set(f"stack/{self.world.rank}", self.stack())
-        keys = [f"stack/{rank}" for rank in range(self.world.world_size)]
-        wait_for(lambda: store.check(keys), GATHERING * self.interval)
-        groups: dict[tuple[str, str], list[int]] = defaultdict(list)
-        stacks: dict[str, str] = {}
-        for rank, key in enumerate(keys):
-            if store.check([key]):
-                found = json.loads(store.get(key))
-                where = f"step {found['step']}, {found['phase']}", found["line"]
-                groups[where].append(rank)
-                stacks.setdefault(found["line"], found["stack"])
-            else:
-                host = json.loads(store.get(f"here/{rank}"))["host"] if store.check([f"here/{rank}"]) else "?"
-                groups[f"not heard from on {host}: stuck outside Python, or gone", ""].append(rank)
-        # the few are the cause, as a rule: the many wait for them
-        order = sorted(groups.items(), key=lambda item: len(item[1]))
-        lines = [
-            f"rank {spans(ranks)}: {where}{f', {line}' if line else ''}" for (where, line), ranks in order
-        ]
-        message = f"no rank has made progress for {patience:g} s (hang_timeout={self.hang_timeout:g}); " + (
-            "they are not in the same place" if len(groups) > 1 else "all are in the same place"
-        )
-        flight = flight_recorder(self.world)
-        return {
-            "kind": "hang",
-            **failure_report.origin(self.world, self.phase),
-            "message": message,
-            "ranks": lines,
-            "groups": {where: ranks for (where, _), ranks in order},
-            "stacks": stacks,
-            **({"flight_recorder": flight} if flight else {}),
-        }
-
-    def stack(self) -> str:
-        """Where the main thread is: step, phase, the innermost line of the user's or our own code, and the
-        whole stack.
-        """
-        frame = sys._current_frames().get(self.main or 0)
-        return json.dumps(
-            {
-                "step": self.phase.step,
-                "phase": self.phase.name,
-                "line": innermost(frame),
-                "stack": "".join(traceback.format_stack(frame)),
-            }
-        )
+    def announce(self, report: FailureReport) -> None:
+        """Print a report and write failure.json, unless another rank has; remember the size of a restart."""
+        if report.restarts and self.run_dir is not None:
+            try:
+                auto_micro_batch.remember(report, self.run_dir)
+            except OSError as error:  # the restarted run would begin with the size that did not fit
+                problem = f"{report.message}; but {self.run_dir} cannot be written to: {error}"
+                print(f"rankzero: {problem}", file=sys.stderr, flush=True)
+                exit_failed()
+            print(render(report, None), file=sys.stderr, flush=True)
+        elif self.run_dir is None or write_once(report, self.run_dir):
+            print(render(report, self.run_dir), file=sys.stderr, flush=True)
 
 
-def innermost(frame: FrameType | None) -> str:
-    """`file:line in function`, of the innermost frame that is not a library's."""
-    library = tuple(
-        prefix
-        for prefix in failure_report.LIBRARIES
-        if not prefix.startswith(str(failure_report.HERE.parent))
-    )
-    while frame is not None and frame.f_code.co_filename.startswith(library):
-        frame = frame.f_back
-    if frame is None:
-        return ""
-    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}"
+def restarting_key(rank: int) -> str:
+    """Where a rank says that it restarts."""
+    return f"restarting/{rank}"
 
 
-def flight_recorder(world: World) -> Any:
-    """NCCL's record of collectives that have not ended, on a GPU."""
-    if not world.device.startswith("cuda"):
-        return None
-    try:
-        from torch._C import _distributed_c10d
-
-        dump: Any = _distributed_c10d._dump_nccl_trace_json  # type: ignore[attr-defined]  # only where torch has NCCL
-        return json.loads(dump(includeCollectives=True, onlyActive=True))
-    except (ImportError, AttributeError, RuntimeError, ValueError):
-        return None
-
-
-def tell(verdict: FailureReport, run_dir: Path | None) -> None:
-    """Put a verdict on the screen and into failure.json."""
-    if verdict["kind"] == auto_micro_batch.KIND and run_dir is not None:
-        try:
-            auto_micro_batch.remember(verdict, run_dir)
-        except OSError as error:  # the next life would begin with the size that did not fit
-            print(
-                f"rankzero: {verdict['message']}; but {run_dir} cannot be written to: {error}",
-                file=sys.stderr,
-                flush=True,
-            )
-            end()
-        run_dir = None  # no failure of which more could be read there
-    elif run_dir is not None:
-        failure_report.write_once(verdict, run_dir)
-    print(failure_report.render(verdict, run_dir), file=sys.stderr, flush=True)
-
-
-def end(lock: threading.Lock | None = None) -> NoReturn:
-    """End this process with exit code 1, without waiting for any other rank; the first thread that holds
-    `lock` may.
-    """
-    if lock is not None:
-        lock.acquire()
-    sys.stdout.flush()
-    os._exit(1)  # a clean exit would wait for collectives that can never end
+def exit_failed() -> NoReturn:
+    """End this process with exit code 1, at once: a clean exit would wait for collectives that never end."""
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+    os._exit(1)

@@ -76,9 +76,10 @@ def decay_groups(model: nn.Module) -> list[dict[str, Any]]:
     Told apart by module, not by `ndim`: sharded parameters may be flat when the optimizer is built.
     """
     from torch import nn
-    from torch.nn.modules.batchnorm import _NormBase
 
-    norms = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
+    batch_norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    instance_norms = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+    norms = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, *batch_norms, *instance_norms)
     decayed: dict[nn.Parameter, None] = {}
     others: dict[nn.Parameter, None] = {}
     for module in model.modules():

@@ -17,7 +17,7 @@ from launch.runtime.world import World
 from launch.state.build import prepare
 from launch.state.run import Run
 from launch.training.loop import train
-from launch.watchdog.consensus import PERIOD
+from launch.watchdog.consensus import PERIOD_S
 from tests import ranks
 from tests.ranks import run_ranks
 
@@ -46,7 +46,7 @@ def world_of(phase: ranks.CpuWorld) -> World:
     )
 
 
-def trained(run: Run, folder: Path, period: float = PERIOD) -> Run:
+def trained(run: Run, folder: Path, period: float = PERIOD_S) -> Run:
     """The job after `launch.training.loop.train`, its record in `folder`. `period`: as the ranks agree,
     between steps, in seconds.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,12 @@ from torch.nn import functional
 from torch.optim import SGD, AdamW, Optimizer
 
 Batch = tuple[Tensor, Tensor]
+
+
+def as_tensor(output: Any) -> Tensor:
+    """What a module returns, which torch leaves untyped."""
+    assert isinstance(output, Tensor)
+    return output
 
 
 class Residual(nn.Module):
@@ -27,12 +34,13 @@ class MLP(nn.Module):
     def __init__(self, frozen: bool = False, scalar: bool = False) -> None:
         super().__init__()
         self.stem = nn.Linear(6, 13)
-        self.blocks = nn.ModuleList(Residual(13) for _ in range(2))
+        residuals = [Residual(13) for _ in range(2)]
+        self.blocks = nn.ModuleList(residuals)
         self.head = nn.Linear(13, 3)
         self.scale = nn.Parameter(torch.tensor(1.5)) if scalar else None
         if frozen:
             self.stem.requires_grad_(False)
-            self.blocks[1].inner.bias.requires_grad_(False)
+            residuals[1].inner.bias.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
@@ -65,7 +73,7 @@ class CNN(nn.Module):
         x = self.stem(x)
         for block in self.blocks:
             x = block(x)
-        return self.head(x.mean((2, 3)))
+        return as_tensor(self.head(x.mean((2, 3))))
 
 
 class Attention(nn.Module):
@@ -77,7 +85,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
-        return x + self.out(functional.scaled_dot_product_attention(q, k, v, is_causal=True))
+        return x + as_tensor(self.out(functional.scaled_dot_product_attention(q, k, v, is_causal=True)))
 
 
 class GPT(nn.Module):
@@ -86,20 +94,21 @@ class GPT(nn.Module):
     def __init__(self, tie_blocks: bool = False) -> None:
         super().__init__()
         self.embedding = nn.Embedding(17, 10)
-        self.blocks = nn.ModuleList(nn.Sequential(Attention(10), Residual(10)) for _ in range(3))
+        parts = [(Attention(10), Residual(10)) for _ in range(3)]
+        self.blocks = nn.ModuleList(nn.Sequential(*pair) for pair in parts)
         self.norm = nn.LayerNorm(10)
         self.head = nn.Linear(10, 17, bias=False)
         nn.init.normal_(self.embedding.weight, std=0.3)
         self.head.weight = self.embedding.weight
         self.register_buffer("shift", torch.linspace(-0.5, 0.5, 10), persistent=False)
         if tie_blocks:
-            self.blocks[2][1].inner.weight = self.blocks[0][1].inner.weight
+            parts[2][1].inner.weight = parts[0][1].inner.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens) + self.shift
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x))
+        return as_tensor(self.head(self.norm(x)))
 
 
 class DrawnGPT(GPT):
@@ -133,7 +142,7 @@ def build(name: str, seed: int = 0) -> nn.Module:
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    return list(model.blocks)
+    return list(model.get_submodule("blocks").children())
 
 
 def optimizer(name: str, model: nn.Module) -> Optimizer:

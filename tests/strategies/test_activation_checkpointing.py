@@ -64,9 +64,9 @@ def compare(outcomes: dict[str, Outcome]) -> None:
             assert torch.equal(outcome.weights[name], tensor), (mode, name)
 
 
-class Counted(TorchDispatchMode):
+class OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -79,9 +79,9 @@ def operations(world: CpuWorld, model: str) -> dict[str, Counter[str]]:
     found = {}
     for mode in ("none", *MODES):
         strategy = set_up(world, "single", Case(model=model, options=(("activation_checkpointing", mode),)))
-        with Counted() as counted, strategy.micro_batch(last=True):
+        with OperationCounter() as counter, strategy.micro_batch(last=True):
             strategy.backward(models.loss_sum(strategy.model, models.batch(model, 0, 0)))
-        found[mode] = counted.calls
+        found[mode] = counter.calls
     return found
 
 
@@ -131,7 +131,13 @@ def test_a_malformed_mode_is_refused(word: str) -> None:
 
 
 def test_true_and_false_are_read_as_before() -> None:
-    said = {True: "full", False: "none", "true": "full", "False": "none", "every:2": "every:2"}
-    assert [Options(activation_checkpointing=word).activation_checkpointing for word in said] == list(
-        said.values()
+    values: dict[str | bool, str] = {
+        True: "full",
+        False: "none",
+        "true": "full",
+        "False": "none",
+        "every:2": "every:2",
+    }
+    assert [Options(activation_checkpointing=word).activation_checkpointing for word in values] == list(
+        values.values()
     )

@@ -13,7 +13,7 @@ from strategies.ddp import DDP
 from strategies.options import DDPOptions, Options
 from tests.ranks import CpuWorld, RanksFailed, run_ranks
 from tests.strategies import models
-from tests.strategies.training import Case, Outcome, raw, set_up, train, train_step
+from tests.strategies.training import Case, Outcome, raw_pytorch, set_up, train, train_step
 
 
 class Branches(nn.Module):
@@ -25,7 +25,7 @@ class Branches(nn.Module):
 
     def forward(self, x: Tensor, ways: str) -> Tensor:
         x = self.stem(x)
-        return sum(getattr(self, way)(x).sum() for way in ways.split("+"))
+        return torch.stack([getattr(self, way)(x).sum() for way in ways.split("+")]).sum()
 
 
 def build() -> Branches:
@@ -33,15 +33,15 @@ def build() -> Branches:
     return Branches()
 
 
-def go(world: CpuWorld, ways: list[list[str]], options: DDPOptions) -> tuple[str, list[Tensor]]:
-    """Two steps, with `ways[rank]` the way of each micro-batch. Returns the error, and the weights after it."""
+def two_steps(world: CpuWorld, ways: list[list[str]], options: DDPOptions) -> tuple[str, list[Tensor]]:
+    """Two steps; `ways[rank]` is the way of each micro-batch. Returns the error, and the weights after it."""
     strategy = DDP(world, Options(strategy="ddp", ddp=options))
     strategy.setup(build, lambda model: SGD(model.parameters(), lr=0.1), lambda _: ())
     try:
         for step in range(2):
-            mine = ways[world.rank]
-            for index, way in enumerate(mine):
-                with strategy.micro_batch(last=index == len(mine) - 1):
+            local = ways[world.rank]
+            for index, way in enumerate(local):
+                with strategy.micro_batch(last=index == len(local) - 1):
                     strategy.backward(strategy.model(torch.full((1, 3), 1.0 + step), way))
             strategy.step()
     except RuntimeError as error:
@@ -49,7 +49,7 @@ def go(world: CpuWorld, ways: list[list[str]], options: DDPOptions) -> tuple[str
     return "", [p.detach() for p in strategy.module.parameters()]
 
 
-def by_hand(ways: list[list[str]]) -> list[Tensor]:
+def reference(ways: list[list[str]]) -> list[Tensor]:
     model = build()
     optimizer = SGD(model.parameters(), lr=0.1)
     for step in range(2):
@@ -62,11 +62,11 @@ def by_hand(ways: list[list[str]]) -> list[Tensor]:
 
 @pytest.mark.parametrize("ways", [[["left"], ["left"]], [["left+right", "left"], ["left", "left+right"]]])
 def test_unused_parameters_are_named(ways: list[list[str]]) -> None:
-    answers = run_ranks(2, go, ways, DDPOptions())
+    answers = run_ranks(2, two_steps, ways, DDPOptions())
     if "right" in ways[0][0]:  # used by an earlier micro-batch: its gradient counts
         assert [error for error, _ in answers] == ["", ""]
         for _, weights in answers:
-            torch.testing.assert_close(weights, by_hand(ways))
+            torch.testing.assert_close(weights, reference(ways))
         return
     for error, weights in answers:
         assert "no gradient for right.weight, right.bias: not used" in error
@@ -75,7 +75,7 @@ def test_unused_parameters_are_named(ways: list[list[str]]) -> None:
 
 
 def test_a_parameter_that_one_rank_misses_is_named_there_and_nobody_hangs() -> None:
-    (fine, weights), (error, untouched) = run_ranks(2, go_once)
+    (fine, weights), (error, untouched) = run_ranks(2, one_step)
     assert "no gradient for right.weight, right.bias" in error
     assert fine == ""
     assert all(map(torch.equal, untouched, build().parameters()))
@@ -84,10 +84,29 @@ def test_a_parameter_that_one_rank_misses_is_named_there_and_nobody_hangs() -> N
     for way in ("left+right", "left"):
         model(torch.ones(1, 3), way).backward()
     for weight, parameter in zip(weights, model.parameters(), strict=True):
+        assert parameter.grad is not None
         torch.testing.assert_close(weight, parameter - 0.1 * parameter.grad)
 
 
-def go_once(world: CpuWorld) -> tuple[str, list[Tensor]]:
+def after_dropped_gradients(world: CpuWorld) -> str:
+    """A step without some gradient is dropped, the next one is whole."""
+    strategy = DDP(world, Options(strategy="ddp"))
+    strategy.setup(build, lambda model: SGD(model.parameters(), lr=0.1), lambda _: ())
+    for ways in ("left", "left+right"):
+        with strategy.micro_batch(last=True):
+            strategy.backward(strategy.model(torch.ones(1, 3), ways))
+        try:
+            strategy.step(apply=ways != "left")
+        except RuntimeError as error:
+            return str(error)
+    return ""
+
+
+def test_dropped_gradients_are_not_complained_about_in_the_next_step() -> None:
+    assert run_ranks(2, after_dropped_gradients, timeout=20) == ["", ""]
+
+
+def one_step(world: CpuWorld) -> tuple[str, list[Tensor]]:
     strategy = DDP(world, Options(strategy="ddp"))
     strategy.setup(build, lambda model: SGD(model.parameters(), lr=0.1), lambda _: ())
     with strategy.micro_batch(last=True):
@@ -103,9 +122,9 @@ def go_once(world: CpuWorld) -> tuple[str, list[Tensor]]:
     "ways", [[["left"], ["left"]], [["left"], ["right"]], [["left", "right"], ["left", "left"]]]
 )
 def test_find_unused_parameters_lets_them_go_without_gradient(ways: list[list[str]]) -> None:
-    for error, weights in run_ranks(2, go, ways, DDPOptions(find_unused_parameters=True)):
+    for error, weights in run_ranks(2, two_steps, ways, DDPOptions(find_unused_parameters=True)):
         assert error == ""
-        torch.testing.assert_close(weights, by_hand(ways))
+        torch.testing.assert_close(weights, reference(ways))
 
 
 def static(world: CpuWorld, case: Case) -> list[float]:
@@ -115,7 +134,7 @@ def static(world: CpuWorld, case: Case) -> list[float]:
 
 def test_a_static_graph_trains_alike_but_refuses_to_accumulate() -> None:
     case = Case(model="gpt", options=(("ddp", DDPOptions(static_graph=True)),))
-    outcome = raw(Case(model="gpt"))
+    outcome = raw_pytorch(Case(model="gpt"))
     torch.testing.assert_close(run_ranks(2, static, case)[0], outcome.losses, rtol=1e-5, atol=0)
     many = Case(model="gpt", micro_batches=4, options=(("ddp", DDPOptions(static_graph=True)),))
     with pytest.raises(RanksFailed, match="does not go with gradient accumulation"):
@@ -144,7 +163,7 @@ def test_compressed_gradients_are_rounded_and_alike_on_all_ranks(
     )
     assert ranks[0].losses == ranks[1].losses
     assert ranks[0].norms == ranks[1].norms
-    expected = raw(case)
+    expected = raw_pytorch(case)
     assert ranks[0].losses[0] == pytest.approx(expected.losses[0], rel=1e-6)  # what is computed is fp32
     torch.testing.assert_close(ranks[0].losses, expected.losses, rtol=2e-3, atol=0)
     torch.testing.assert_close(ranks[0].norms, expected.norms, rtol=1e-2, atol=0)
@@ -160,12 +179,12 @@ def bucketed(world: CpuWorld) -> tuple[int, bool]:
     """Storages that hold the gradients of a step, and whether the next step finds none of them."""
     strategy = set_up(world, "ddp", Case())
     for step in range(2):  # buckets are built again after the first
-        assert not strategy.gradients()
+        assert not strategy._gradients()
         with strategy.micro_batch(last=True):
             strategy.backward(models.loss_sum(strategy.model, models.batch("mlp", step, world.rank)))
-        storages = {gradient.untyped_storage().data_ptr() for gradient in strategy.gradients()}
-        strategy.discard()
-    return len(storages), not strategy.gradients()
+        storages = {gradient.untyped_storage().data_ptr() for gradient in strategy._gradients()}
+        strategy.step(apply=False)
+    return len(storages), not strategy._gradients()
 
 
 def test_options_that_contradict_are_refused() -> None:

@@ -1,11 +1,10 @@
-"""What only FSDP does: which blocks are units, drawing weights part by part, how much is communicated,
-refused options.
-"""
+"""What only FSDP does: which blocks are units, meta-device initialization, collectives, refused options."""
 
 from __future__ import annotations
 
 from collections import Counter
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor.debug import CommDebugMode
 
+from launch.equivalence.whole_model import whole_model
 from strategies.base import Strategy
 from strategies.fsdp import FSDP, check_options, separate_blocks
 from strategies.options import FSDPOptions, Options
@@ -25,18 +25,21 @@ from tests.strategies.training import Case, assert_equal, set_up, train, train_s
 
 def test_blocks_that_share_a_parameter_belong_to_the_root() -> None:
     tied = models.build("tied-blocks")
-    assert separate_blocks(tied, models.blocks(tied)) == [tied.blocks[1]]
+    assert separate_blocks(tied, models.blocks(tied)) == [models.blocks(tied)[1]]
     free = models.build("gpt")
     assert separate_blocks(free, [*models.blocks(free), free]) == models.blocks(free)[::-1]
     shared = models.build("gpt")
-    shared.blocks[0][0] = shared.blocks[2][0]
-    assert separate_blocks(shared, models.blocks(shared)) == [shared.blocks[1]]
+    first, _, last = models.blocks(shared)
+    first.register_module("0", last.get_submodule("0"))
+    assert separate_blocks(shared, models.blocks(shared)) == [models.blocks(shared)[1]]
 
 
 def shapes(world: CpuWorld) -> tuple[int, list[tuple[str, int]]]:
     strategy = set_up(world, "fsdp", Case(model="scalar"))
     units = sum(isinstance(module, FSDPModule) for module in strategy.module.modules())
-    return units, [(name, strategy.local(p)[0].numel()) for name, p in strategy.module.named_parameters()]
+    return units, [
+        (name, strategy._shard_of(p).values.numel()) for name, p in strategy.module.named_parameters()
+    ]
 
 
 def test_each_rank_holds_its_rows_only() -> None:
@@ -50,7 +53,11 @@ def test_each_rank_holds_its_rows_only() -> None:
 
 def initial(world: CpuWorld, strategy: str) -> tuple[dict[str, Tensor], int, Tensor]:
     made = set_up(world, strategy, Case(model="drawn", options=(("seed", 3),)))
-    return made.export(), sum(p.is_meta for p in made.module.parameters()), made.module.shift
+    return (
+        whole_model(made, world),
+        sum(p.is_meta for p in made.module.parameters()),
+        made.module.get_buffer("shift"),
+    )
 
 
 def test_drawn_weights_are_the_same_bit_by_bit() -> None:
@@ -79,7 +86,8 @@ def test_weights_depend_on_the_seed_and_leave_the_generator_alone() -> None:
     assert torch.equal(before, torch.get_rng_state())
     assert torch.equal(first.embedding.weight, second.embedding.weight)
     assert not torch.equal(first.embedding.weight, other.embedding.weight)
-    assert not torch.equal(first.blocks[0][0].out.weight, first.blocks[1][0].out.weight)
+    out = [first.get_parameter(f"blocks.{index}.0.out.weight") for index in range(2)]
+    assert not torch.equal(*out)
 
 
 def test_a_model_on_meta_keeps_its_buffers_and_ties() -> None:
@@ -87,25 +95,25 @@ def test_a_model_on_meta_keeps_its_buffers_and_ties() -> None:
     empty = build_without_weights(models.DrawnGPT)
     assert empty is not None
     assert all(parameter.is_meta for parameter in empty.parameters())
-    assert torch.equal(empty.shift, models.GPT().shift)
+    assert torch.equal(empty.get_buffer("shift"), models.GPT().get_buffer("shift"))
     assert nn.Linear(2, 2).weight.device.type == "cpu"  # torch is as it was
     initialize(empty, 0, materialize(empty))
-    assert empty.head.weight is empty.embedding.weight
+    assert empty.get_parameter("head.weight") is empty.get_parameter("embedding.weight")
     whole = models.DrawnGPT()
     initialize(whole, 0)
     assert all(map(torch.equal, empty.parameters(), whole.parameters()))
 
 
-def communicated(world: CpuWorld, strategy: str) -> tuple[dict[str, int], dict[str, int]]:
+def collectives_of_a_step(world: CpuWorld, strategy: str) -> tuple[dict[str, int], dict[str, int]]:
     """The collectives of a micro-batch that is not the last, and of the last with its step."""
     case = Case(model="mlp", micro_batches=2 * world.world_size)
     made = set_up(world, strategy, case)
     train_step(world, made, case, 0)
-    return counted(made, case, False), counted(made, case, True)
+    return count_collectives(made, case, False), count_collectives(made, case, True)
 
 
-def counted(strategy: Strategy, case: Case, last: bool) -> dict[str, int]:
-    with CommDebugMode() as collectives:
+def count_collectives(strategy: Strategy, case: Case, last: bool) -> dict[str, int]:
+    with CommDebugMode() as collectives:  # type: ignore[no-untyped-call]
         with strategy.micro_batch(last=last):
             strategy.backward(models.loss_sum(strategy.model, models.batch(case.model, 0, 0)))
         if last:
@@ -117,7 +125,7 @@ def counted(strategy: Strategy, case: Case, last: bool) -> dict[str, int]:
 
 def test_accumulating_reduces_nothing() -> None:
     for strategy in ("fsdp", "fsdp-grad"):
-        accumulating, last = run_ranks(2, communicated, strategy)[0]
+        accumulating, last = run_ranks(2, collectives_of_a_step, strategy)[0]
         assert not [name for name in accumulating if "reduce" in name], (strategy, accumulating)
         assert sum(count for name, count in last.items() if "reduce_scatter" in name) == 3, (strategy, last)
         # under grad the weights are gathered once a step, and only then
@@ -132,7 +140,7 @@ def after_evaluation(world: CpuWorld) -> list[float]:
     """An evaluation leaves the root gathered: what is loaded or trained next must not see the old weights."""
     case = Case(model="mlp", steps=2)
     made = set_up(world, "fsdp", case)
-    saved = Whole(made.state())
+    saved = OwnSlices(made.state())
     first = [train_step(world, made, case, step)[0] for step in range(2)]
     with torch.no_grad():
         made.model(models.batch("mlp", 0, 0)[0])
@@ -140,7 +148,7 @@ def after_evaluation(world: CpuWorld) -> list[float]:
     return first + [train_step(world, made, case, step)[0] for step in range(2)]
 
 
-class Whole:
+class OwnSlices:
     """A reader over this rank's own ranges."""
 
     def __init__(self, saved: dict[str, TensorSlice]) -> None:
@@ -168,8 +176,9 @@ def fixed(world: CpuWorld) -> tuple[bool, list[int]]:
         with strategy.frozen():
             strategy.model(x).sum().backward()
             strategy.model(x.detach())
-        records.append(len(strategy.module._get_fsdp_state()._comm_ctx.post_forward_order))
-    return x.grad is not None and not strategy.gradients(), records
+        context: Any = strategy._units[-1]._get_fsdp_state()._comm_ctx
+        records.append(len(context.post_forward_order))
+    return x.grad is not None and not strategy._gradients(), records
 
 
 def test_a_fixed_model_is_sharded_passes_gradients_on_and_keeps_no_record_of_calls() -> None:

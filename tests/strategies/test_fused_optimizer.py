@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from strategies.fused_optimizer import fuse
+from strategies.fused_optimizer import use_fused_update
 
 
 def model() -> nn.Module:
@@ -38,7 +38,7 @@ def steps(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Ten
 def test_it_gives_the_numbers_of_the_update_one_by_one(kind: Any, settings: dict[str, Any]) -> None:
     ours, theirs = model(), model()
     optimizer = kind(ours.parameters(), **settings)
-    assert fuse(optimizer, ours)
+    assert use_fused_update(optimizer, ours)
     assert all(group["fused"] for group in optimizer.param_groups)
     for one, other in zip(
         steps(ours, optimizer), steps(theirs, kind(theirs.parameters(), **settings)), strict=True
@@ -47,22 +47,23 @@ def test_it_gives_the_numbers_of_the_update_one_by_one(kind: Any, settings: dict
 
 
 @pytest.mark.parametrize(
-    "said", [{"foreach": True}, {"foreach": False}, {"fused": False}, {"differentiable": True}]
+    "chosen", [{"foreach": True}, {"foreach": False}, {"fused": False}, {"differentiable": True}]
 )
-def test_a_recipe_that_chooses_has_the_last_word(said: dict[str, bool]) -> None:
+def test_a_recipe_that_chooses_has_the_last_word(chosen: dict[str, bool]) -> None:
     module = model()
-    optimizer = torch.optim.AdamW(module.parameters(), **said)
-    assert not fuse(optimizer, module)
+    settings: Any = chosen
+    optimizer = torch.optim.AdamW(module.parameters(), **settings)
+    assert not use_fused_update(optimizer, module)
     assert not optimizer.param_groups[0]["fused"]
 
 
 def test_what_no_fused_update_can_do_is_left_to_torch() -> None:
     sparse = nn.Embedding(5, 3, sparse=True)
-    assert not fuse(torch.optim.SGD(sparse.parameters(), lr=0.1), sparse)
+    assert not use_fused_update(torch.optim.SGD(sparse.parameters(), lr=0.1), sparse)
 
     class Mine(torch.optim.AdamW):
         """May override whatever the fused update would pass over."""
 
     module = model()
-    assert not fuse(Mine(module.parameters()), module)
-    assert not fuse(torch.optim.RMSprop(module.parameters()), module)
+    assert not use_fused_update(Mine(module.parameters()), module)
+    assert not use_fused_update(torch.optim.RMSprop(module.parameters()), module)

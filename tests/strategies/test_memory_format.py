@@ -28,7 +28,9 @@ def trained(world: CpuWorld, name: str, last: bool) -> tuple[list[float], dict[s
     """Losses, what is saved, and whether the activations had their channels last."""
     options = Options(**STRATEGIES[name], clip_norm=0.1)
     strategy = strategy_class(options.strategy)(world, options)
-    strategy.setup(build, lambda m: SGD(m.parameters(), lr=0.1, momentum=0.9), lambda m: list(m)[:2])
+    strategy.setup(
+        build, lambda m: SGD(m.parameters(), lr=0.1, momentum=0.9), lambda m: list(m.children())[:2]
+    )
     losses, followed = [], True
     for step in range(3):
         generator = torch.Generator().manual_seed(10 * step + world.rank)

@@ -8,7 +8,7 @@ import pytest
 from _pytest.mark import ParameterSet
 
 from tests.ranks import run_ranks
-from tests.strategies.training import STRATEGIES, Case, Outcome, assert_equal, each, raw, train
+from tests.strategies.training import STRATEGIES, Case, Outcome, assert_equal, each, raw_pytorch, train
 
 TWO_RANKS = [name for name in STRATEGIES if name != "fsdp-hybrid"]
 
@@ -51,7 +51,7 @@ def trained(strategy: str, case: Case) -> list[Outcome]:
 @pytest.mark.parametrize(("strategy", "case"), pairs())
 def test_two_ranks_equal_raw_pytorch(strategy: str, case: Case) -> None:
     outcomes = trained(strategy, case)
-    assert_equal(outcomes[0], raw(case))
+    assert_equal(outcomes[0], raw_pytorch(case))
     assert all(
         outcome.losses == outcomes[0].losses and outcome.norms == outcomes[0].norms for outcome in outcomes
     )
@@ -60,13 +60,13 @@ def test_two_ranks_equal_raw_pytorch(strategy: str, case: Case) -> None:
 @pytest.mark.parametrize("strategy", each([n for n in STRATEGIES if n != "single"], ("ddp", "fsdp-hybrid")))
 def test_four_ranks_equal_raw_pytorch(strategy: str) -> None:
     case = Case(model="gpt", micro_batches=8, options=(("clip_norm", 0.5),))
-    assert_equal(run_ranks(4, train, strategy, case)[0], raw(case))
+    assert_equal(run_ranks(4, train, strategy, case)[0], raw_pytorch(case))
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "fsdp-hybrid"])
 def test_scalars_and_short_parameters_on_four_ranks(strategy: str) -> None:
     case = Case(model="scalar", micro_batches=8, options=(("clip_norm", 0.5),))
-    assert_equal(run_ranks(4, train, strategy, case)[0], raw(case))
+    assert_equal(run_ranks(4, train, strategy, case)[0], raw_pytorch(case))
 
 
 def test_strategies_agree_among_each_other() -> None:

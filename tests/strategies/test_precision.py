@@ -7,7 +7,7 @@ import torch
 
 from tests.ranks import CpuWorld, run_ranks
 from tests.strategies import models
-from tests.strategies.training import Case, each, raw, set_up, train, train_step
+from tests.strategies.training import Case, each, raw_pytorch, set_up, train, train_step
 
 RANKS = {"single": 1, "fsdp-hybrid": 4}
 
@@ -18,7 +18,7 @@ def test_half_precision_stays_near_fp32(strategy: str, precision: str) -> None:
     case = Case(model="gpt", optimizer="sgd", micro_batches=4, options=(("precision", precision),))
     ours, full = (
         run_ranks(RANKS.get(strategy, 2), train, strategy, case)[0],
-        raw(Case(**{**vars(case), "options": ()})),
+        raw_pytorch(Case(**{**vars(case), "options": ()})),
     )
     torch.testing.assert_close(ours.losses, full.losses, rtol=2e-2, atol=0)
     torch.testing.assert_close(ours.norms, full.norms, rtol=2e-2, atol=0)
@@ -37,11 +37,10 @@ def overflowing(world: CpuWorld, strategy: str) -> tuple[list[float], list[float
                 loss = models.loss_sum(made.model, models.batch("mlp", step, world.rank))
                 made.backward(loss * (1e30 if world.rank == 0 else 1.0))
             norms.append(made.step().item())
-            after = made.state().get("model/head.bias")
-            unchanged = before is None or torch.equal(before, after.values)
+            unchanged = before is None or torch.equal(before, made.state()["model/head.bias"].values)
         else:
             norms.append(train_step(world, made, case, step)[1])
-        scales.append(made.loss_scale.value)
+        scales.append(made._loss_scale.value)
     return scales, norms, unchanged
 
 

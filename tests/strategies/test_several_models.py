@@ -1,10 +1,8 @@
-"""Several models, trained in turns: each is called while it rests, and must then be exactly right in its own
-turn.
-"""
+"""Several models, trained in turns: each is called while it is frozen, and must be right in its own turn."""
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -13,11 +11,12 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional
 from torch.optim import AdamW
 
+from launch.equivalence.whole_model import whole_model
 from strategies import strategy_class
 from strategies.base import Strategy
 from strategies.options import Options
 from tests.ranks import CpuWorld, run_ranks
-from tests.strategies.models import MLP, blocks
+from tests.strategies.models import MLP, as_tensor, blocks
 from tests.strategies.training import STRATEGIES, each
 
 STEPS = 6
@@ -35,30 +34,35 @@ def build(name: str) -> nn.Module:
     return Generator() if name == "generator" else MLP()
 
 
+def adamw(model: nn.Module) -> AdamW:
+    return AdamW(model.parameters(), lr=0.01)
+
+
 def noise(step: int, index: int) -> tuple[Tensor, Tensor]:
     torch.manual_seed(100 * step + index)
     return torch.randn(4, 6), torch.randn(4, 6)
 
 
 def discriminate(models: Models, step: int, index: int) -> Tensor:
-    """The generator and the teacher rest, and no gradient reaches them."""
+    """The generator and the teacher are frozen, and no gradient reaches them."""
     z, real = noise(step, index)
     fake = models["generator"](z)
     wanted = models["teacher"](real).softmax(-1)
-    return functional.cross_entropy(models["critic"](real), wanted) + models["critic"](fake).square().mean()
+    loss = functional.cross_entropy(models["critic"](real), wanted)
+    return loss + as_tensor(models["critic"](fake)).square().mean()
 
 
 def generate(models: Models, step: int, index: int) -> Tensor:
-    """The critic rests; gradients flow through it."""
+    """The critic is frozen; gradients flow through it."""
     z, _ = noise(step, index)
-    return (models["critic"](models["generator"](z)) - 1).square().mean()
+    return (as_tensor(models["critic"](models["generator"](z))) - 1).square().mean()
 
 
 LOSSES = {"critic": discriminate, "generator": generate}
 
 
 @cache
-def by_hand(micro_batches: int) -> tuple[list[float], dict[str, list[Tensor]]]:
+def reference(micro_batches: int) -> tuple[list[float], dict[str, list[Tensor]]]:
     models = {name: build(name) for name in ("critic", "generator", "teacher")}
     optimizers = {name: AdamW(models[name].parameters(), lr=0.01) for name in LOSSES}
     losses = []
@@ -66,7 +70,7 @@ def by_hand(micro_batches: int) -> tuple[list[float], dict[str, list[Tensor]]]:
         for name, loss in LOSSES.items():
             for index in range(micro_batches):
                 value = loss(models, step, index) / micro_batches
-                value.backward()
+                torch.autograd.backward(value)
                 losses.append(value.item())
             optimizers[name].step()
             for model in models.values():
@@ -79,17 +83,16 @@ def in_turns(world: CpuWorld, name: str, micro_batches: int) -> tuple[list[float
     strategies: dict[str, Strategy] = {}
     for model in ("critic", "generator", "teacher"):
         strategies[model] = strategy_class(options.strategy)(world, options)
-        adamw = None if model == "teacher" else lambda module: AdamW(module.parameters(), lr=0.01)
-        strategies[model].setup(lambda model=model: build(model), adamw, blocks)
+        strategies[model].setup(partial(build, model), None if model == "teacher" else adamw, blocks)
     models = {model: strategy.model for model, strategy in strategies.items()}
     losses = []
     for step in range(STEPS):
         for turn, loss in LOSSES.items():
             frozen = [strategy for model, strategy in strategies.items() if model != turn]
             values = torch.zeros(micro_batches)
-            mine = range(world.rank, micro_batches, world.world_size)
-            for index in mine:
-                last = index == mine[-1]
+            local = range(world.rank, micro_batches, world.world_size)
+            for index in local:
+                last = index == local[-1]
                 with frozen[0].frozen(), frozen[1].frozen(), strategies[turn].micro_batch(last=last):
                     value = loss(models, step, index) / micro_batches
                     strategies[turn].backward(value)
@@ -98,7 +101,7 @@ def in_turns(world: CpuWorld, name: str, micro_batches: int) -> tuple[list[float
             distributed.all_reduce(values)
             losses += values.tolist()
     # exporting gathers: all ranks, all models
-    weights = {model: strategy.export() for model, strategy in strategies.items()}
+    weights = {model: whole_model(strategy, world) for model, strategy in strategies.items()}
     return losses, {model: list(tensors.values()) for model, tensors in weights.items()}
 
 
@@ -109,7 +112,7 @@ def in_turns(world: CpuWorld, name: str, micro_batches: int) -> tuple[list[float
 def test_a_gan_with_a_teacher_equals_raw_pytorch(strategy: str, accumulation_steps: int) -> None:
     ranks = 1 if strategy == "single" else 2
     losses, weights = run_ranks(ranks, in_turns, strategy, ranks * accumulation_steps)[0]
-    expected_losses, expected = by_hand(ranks * accumulation_steps)
+    expected_losses, expected = reference(ranks * accumulation_steps)
     torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(weights, expected, rtol=1e-4, atol=1e-5)
 
@@ -120,9 +123,7 @@ def interleaved(world: CpuWorld, name: str) -> tuple[list[float], dict[str, list
     strategies: dict[str, Strategy] = {}
     for model in ("critic", "generator", "teacher"):
         strategies[model] = strategy_class(options.strategy)(world, options)
-        strategies[model].setup(
-            lambda model=model: build(model), lambda m: AdamW(m.parameters(), lr=0.01), blocks
-        )
+        strategies[model].setup(partial(build, model), adamw, blocks)
     models = {model: strategy.model for model, strategy in strategies.items()}
     for step in range(STEPS):
         for index in (world.rank, world.rank + world.world_size):
@@ -133,16 +134,16 @@ def interleaved(world: CpuWorld, name: str) -> tuple[list[float], dict[str, list
                     strategies[turn].backward(loss(models, step, index) / 4)
         for turn in LOSSES:
             strategies[turn].step()
-    return [], {model: list(strategy.export().values()) for model, strategy in strategies.items()}
+    return [], {model: list(whole_model(strategy, world).values()) for model, strategy in strategies.items()}
 
 
-def interleaved_by_hand() -> dict[str, list[Tensor]]:
+def interleaved_reference() -> dict[str, list[Tensor]]:
     models = {name: build(name) for name in ("critic", "generator", "teacher")}
     optimizers = {name: AdamW(models[name].parameters(), lr=0.01) for name in LOSSES}
     for step in range(STEPS):
         gradients: dict[str, list[Tensor]] = {}
         for name, loss in LOSSES.items():
-            total = sum(loss(models, step, index) / 4 for index in range(4))
+            total = torch.stack([loss(models, step, index) / 4 for index in range(4)]).sum()
             gradients[name] = list(torch.autograd.grad(total, list(models[name].parameters())))
         for name, found in gradients.items():
             for parameter, gradient in zip(models[name].parameters(), found, strict=True):
@@ -154,4 +155,4 @@ def interleaved_by_hand() -> dict[str, list[Tensor]]:
 @pytest.mark.parametrize("strategy", each(["ddp", "fsdp", "fsdp-grad"]))
 def test_turns_may_interleave_while_accumulating(strategy: str) -> None:
     _, weights = run_ranks(2, interleaved, strategy)[0]
-    torch.testing.assert_close(weights, interleaved_by_hand(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(weights, interleaved_reference(), rtol=1e-4, atol=1e-5)

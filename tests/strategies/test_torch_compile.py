@@ -13,12 +13,13 @@ import torch._dynamo
 from torch import Tensor, nn
 from torch.optim import SGD
 
+from launch.equivalence.whole_model import whole_model
 from strategies.base import Strategy
 from strategies.options import Options
 from strategies.zero import Zero
 from tests.ranks import CpuWorld, run_ranks
 from tests.strategies import models
-from tests.strategies.training import Case, Outcome, assert_equal, raw, train
+from tests.strategies.training import Case, Outcome, assert_equal, raw_pytorch, train
 
 RANKS = {"single": 1, "fsdp-hybrid": 4}
 
@@ -48,11 +49,11 @@ def graphs(world: CpuWorld, alike: bool, checkpointing: str) -> tuple[list[int],
     compile, torch.compile = torch.compile, partial(torch.compile, backend="aot_eager")
     try:
         strategy = Strategy(world, Options(compile=True, activation_checkpointing=checkpointing))
-        strategy.setup(lambda: Deep(alike), lambda m: SGD(m.parameters(), lr=0.1), lambda m: m.blocks)
+        strategy.setup(lambda: Deep(alike), lambda m: SGD(m.parameters(), lr=0.1), models.blocks)
     finally:
         torch.compile = compile
     plain = Deep(alike)
-    plain.load_state_dict(strategy.export())
+    plain.load_state_dict(whole_model(strategy, world))
     counts, right = [], True
     for training, rows in ((True, 4), (True, 4), (False, 4), (False, 3), (True, 4)):
         x = torch.randn(rows, 12)
@@ -65,10 +66,10 @@ def graphs(world: CpuWorld, alike: bool, checkpointing: str) -> tuple[list[int],
             plain.zero_grad()
             plain(x).backward()
             right &= all(
-                torch.allclose(p.grad, q.grad)
-                for p, q in zip(strategy.trainable, plain.parameters(), strict=True)
+                p.grad is not None and q.grad is not None and torch.allclose(p.grad, q.grad)
+                for p, q in zip(strategy._trainable, plain.parameters(), strict=True)
             )
-            strategy.discard()
+            strategy.step(apply=False)
         counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     return counts, right
 
@@ -112,10 +113,10 @@ def test_compiled_blocks_train_alike(strategy: str, checkpointing: str) -> None:
         ours, graphs, breaks = run_ranks(
             RANKS.get(strategy, 2), compiled, strategy, replace(case, options=options)
         )[0]
-        assert_equal(ours, raw(case))
+        assert_equal(ours, raw_pytorch(case))
         assert (graphs, breaks) == (1, 0)
         if strategy == "single" and model == "batchnorm":
-            for name, tensor in raw(case).weights.items():  # running statistics among them
+            for name, tensor in raw_pytorch(case).weights.items():  # running statistics among them
                 torch.testing.assert_close(ours.weights[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
 
@@ -128,19 +129,26 @@ def test_compiled_blocks_train_alike_under_zero(strategy: str, checkpointing: st
     options = (("compile", True), ("activation_checkpointing", checkpointing))
     case = Case(model="mlp", optimizer="sgd", micro_batches=4, steps=4)
     if strategy == "zero3" and checkpointing == "selective":
+        refused = Options(compile=True, activation_checkpointing=checkpointing, strategy="zero3")
         with pytest.raises(ValueError, match="use activation_checkpointing=full, or strategy=fsdp"):
-            Zero(CpuWorld(0, 0, 2, 2), Options(**dict(options), strategy="zero3"))
+            Zero(CpuWorld(0, 0, 2, 2), refused)
         return
     ours, graphs, breaks = run_ranks(2, compiled, strategy, replace(case, options=options))[0]
-    assert_equal(ours, raw(case))
+    assert_equal(ours, raw_pytorch(case))
     assert graphs >= 1
     assert strategy == "zero3" or (graphs, breaks) == (1, 0)
 
 
-def asked(world: CpuWorld, mode: Any) -> list[dict[str, Any]]:
-    """What torch.compile is asked for."""
+def compile_calls(world: CpuWorld, mode: Any) -> list[dict[str, Any]]:
+    """What torch.compile is compile_calls for."""
     calls: list[dict[str, Any]] = []
-    compile, torch.compile = torch.compile, lambda forward, **settings: calls.append(settings) or forward
+
+    def record(forward: Any, **settings: Any) -> Any:
+        calls.append(settings)
+        return forward
+
+    compile = torch.compile
+    torch.compile = record  # type: ignore[assignment]
     try:
         strategy = Strategy(world, Options(compile=mode))
         strategy.setup(partial(models.build, "mlp"), None, models.blocks)
@@ -151,12 +159,12 @@ def asked(world: CpuWorld, mode: Any) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("mode", "said"), [(True, None), ("default", "default"), ("max-autotune", "max-autotune")]
+    ("mode", "torch_mode"), [(True, None), ("default", "default"), ("max-autotune", "max-autotune")]
 )
-def test_the_mode_is_torchs_own(mode: Any, said: str | None) -> None:
-    settings = {"mode": said, "dynamic": None}
-    assert run_ranks(1, asked, mode)[0] == [settings] * 3  # two blocks, then a whole model
-    assert run_ranks(1, asked, False)[0] == []
+def test_the_mode_is_torchs_own(mode: Any, torch_mode: str | None) -> None:
+    settings = {"mode": torch_mode, "dynamic": None}
+    assert run_ranks(1, compile_calls, mode)[0] == [settings] * 3  # two blocks, then a whole model
+    assert run_ranks(1, compile_calls, False)[0] == []
 
 
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])

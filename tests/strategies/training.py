@@ -12,6 +12,7 @@ import torch
 from _pytest.mark import ParameterSet
 from torch import Tensor, distributed, nn
 
+from launch.equivalence.whole_model import whole_model
 from strategies import strategy_class
 from strategies.base import Strategy
 from strategies.options import DDPOptions, FSDPOptions, Options
@@ -37,7 +38,7 @@ QUICK = ("single", "ddp", "fsdp", "zero3")
 
 
 def each(names: Iterable[str] = STRATEGIES, quick: Collection[str] = QUICK) -> list[ParameterSet]:
-    """Strategies to parametrise a test with."""
+    """Strategies to parametrize a test with."""
     return [pytest.param(name, id=name, marks=[] if name in quick else [pytest.mark.slow]) for name in names]
 
 
@@ -67,7 +68,7 @@ class Outcome:
     state: dict[str, TensorSlice] = field(default_factory=dict)
 
 
-class Saved:
+class InMemoryCheckpoint:
     """A checkpoint in memory, put together from the ranges of all ranks. Fails if they leave a gap or
     overlap.
     """
@@ -93,7 +94,7 @@ class Saved:
 
 
 @cache
-def raw(case: Case) -> Outcome:
+def raw_pytorch(case: Case) -> Outcome:
     """The textbook, with nothing of ours."""
     model = models.build(case.model)
     optimizer = models.optimizer(case.optimizer, model)
@@ -105,7 +106,7 @@ def raw(case: Case) -> Outcome:
         for index, batch in enumerate(batches):
             torch.manual_seed(7000 + 100 * step + index)
             loss = models.loss_sum(model, batch) / count
-            loss.backward()
+            torch.autograd.backward(loss)
             total += loss.item()
         trained = [p for p in model.parameters() if p.requires_grad]
         norm = nn.utils.clip_grad_norm_(trained, case.option("clip_norm") or float("inf"))
@@ -126,7 +127,7 @@ def set_up(world: CpuWorld, strategy: str, case: Case) -> Strategy:
     return made
 
 
-def train(world: CpuWorld, strategy: str, case: Case, saved: Saved | None = None) -> Outcome:
+def train(world: CpuWorld, strategy: str, case: Case, saved: InMemoryCheckpoint | None = None) -> Outcome:
     """The same training under a strategy, from `saved` on."""
     made = set_up(world, strategy, case)
     if saved is not None:
@@ -139,18 +140,18 @@ def train(world: CpuWorld, strategy: str, case: Case, saved: Saved | None = None
     outcome.state = {
         name: TensorSlice(p.values.cpu().clone(), p.start, p.shape) for name, p in made.state().items()
     }
-    outcome.weights = made.export()
+    outcome.weights = whole_model(made, world)
     return outcome
 
 
 def train_step(world: CpuWorld, strategy: Strategy, case: Case, step: int) -> tuple[float, float]:
     """One optimizer step: this rank's share of its micro-batches."""
     count = sum(models.batch(case.model, step, index)[1].numel() for index in range(case.micro_batches))
-    mine = range(world.rank, case.micro_batches, world.world_size)
+    local = range(world.rank, case.micro_batches, world.world_size)
     total = torch.zeros((), dtype=torch.float64)
-    for index in mine:
+    for index in local:
         torch.manual_seed(7000 + 100 * step + index)
-        with strategy.micro_batch(last=index == mine[-1]):
+        with strategy.micro_batch(last=index == local[-1]):
             loss = models.loss_sum(strategy.model, models.batch(case.model, step, index)) / count
             strategy.backward(loss)
         total += loss.detach()

@@ -14,6 +14,7 @@ from torch import Tensor
 from launch.checkpoint.resume import resume
 from launch.cli.resolve import resolve
 from launch.data.prefetch import group_micro_batches
+from launch.equivalence.whole_model import whole_model
 from launch.reporting.console import Console
 from launch.reporting.metrics import Metrics
 from launch.runtime.world import World
@@ -85,7 +86,9 @@ def weights(run: Run) -> dict[str, dict[str, Tensor]]:
     found = {}
     for model, strategy in run.strategies.items():
         parameters = {name for name, _ in strategy.module.named_parameters()}
-        found[model] = {name: tensor for name, tensor in strategy.export().items() if name in parameters}
+        found[model] = {
+            name: tensor for name, tensor in whole_model(strategy, run.world).items() if name in parameters
+        }
     return found
 
 

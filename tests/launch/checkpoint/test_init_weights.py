@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from launch.checkpoint.init_weights import load_initial_weights
+from launch.equivalence.whole_model import whole_model
 from launch.state.run import Run
 from recipes.parts.data import Splits
 from tests.launch.jobs import alone, job_of, trained
@@ -110,7 +111,7 @@ def weights_of(run: Run) -> Tensors:
     return {
         f"{model}.{name}" if many else name: tensor
         for model, strategy in run.strategies.items()
-        for name, tensor in strategy.export().items()
+        for name, tensor in whole_model(strategy, run.world).items()
     }
 
 

@@ -1,4 +1,6 @@
-"""A recipe that raises on one rank, where leaving the process group waits for all ranks, as NCCL does: on a CPU."""
+"""A recipe that raises on one rank, where leaving the process group waits for all ranks, as NCCL does: on a
+CPU.
+"""
 
 from __future__ import annotations
 

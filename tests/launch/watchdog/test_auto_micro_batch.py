@@ -1,4 +1,4 @@
-"""`micro_batch_size=auto`: memory that runs out on one rank makes all ranks begin again with smaller
+"""`micro_batch_size=auto`: memory that runs out on one rank makes all ranks restart with smaller
 micro-batches.
 """
 
@@ -57,15 +57,17 @@ def test_a_size_that_was_found_is_begun_with(tmp_path: Path, found: Any, ranks: 
 def test_what_is_no_lack_of_memory_or_not_helped_by_a_smaller_batch_stays_a_failure() -> None:
     config, full = Config(batch_size=8, micro_batch_size=8), torch.OutOfMemoryError("CUDA out of memory.")
     here = Phase(step=3, name="backward")
-    found = auto_micro_batch.verdict_on(full, config, World(), here)
+    found = auto_micro_batch.restart_report(full, config, World(), here)
     assert found is not None
-    assert found["micro_batch_size"] == 4
-    assert auto_micro_batch.verdict_on(RuntimeError("shapes differ"), config, World(), here) is None
-    assert auto_micro_batch.verdict_on(full, config, World(), Phase(step=3, name="save")) is None
-    assert auto_micro_batch.verdict_on(full, config, World(), Phase()) is None, (
+    assert found.micro_batch_size == 4
+    assert auto_micro_batch.restart_report(RuntimeError("shapes differ"), config, World(), here) is None
+    assert auto_micro_batch.restart_report(full, config, World(), Phase(step=3, name="save")) is None
+    assert auto_micro_batch.restart_report(full, config, World(), Phase()) is None, (
         "the model itself is too large"
     )
-    assert auto_micro_batch.verdict_on(full, Config(batch_size=8, micro_batch_size=1), World(), here) is None
+    assert (
+        auto_micro_batch.restart_report(full, Config(batch_size=8, micro_batch_size=1), World(), here) is None
+    )
 
 
 def test_lives_are_told_apart_and_counted() -> None:
@@ -89,8 +91,8 @@ def gone_on(cwd: Path, ended: CommandResult, rank: int, was: int, now: int) -> N
     """The run has come to its end with the smaller size, and says so once."""
     assert ended.returncode == 0, ended.stderr
     assert len(ended.messages) == 1, ended.stderr
-    told = rf"rank {rank} on \S+ ran out of memory in step 5, forward, with micro_batch_size={was}; all ranks begin again with {now}"
-    assert re.search(told, ended.messages[0])
+    reason = rf"rank {rank} on \S+ ran out of memory in step 5, forward, with micro_batch_size={was}"
+    assert re.search(f"{reason}; all ranks restart with {now}", ended.messages[0])
     assert "(continues run/checkpoints/step-00000003 at step 3)" in ended.stdout
     assert yaml.safe_load((cwd / "run" / "config.yaml").read_text())["micro_batch_size"] == now
     assert not (cwd / "run" / "failure.json").exists()
@@ -172,5 +174,5 @@ def test_what_does_not_fit_one_by_one_is_a_failure(tmp_path: Path) -> None:
         cwd=tmp_path,
     )
     assert ended.returncode == 1
-    assert "all ranks begin again with 1" in ended.messages[0]
+    assert "all ranks restart with 1" in ended.messages[0]
     assert re.search("step 1, forward: RuntimeError: .*can't allocate memory", ended.messages[1])

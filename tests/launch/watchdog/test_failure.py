@@ -100,7 +100,9 @@ def fails_as_with_nccl(cwd: Path, fail: str, *words: str) -> CommandResult:
 def test_an_exception_is_told_where_leaving_the_group_waits_for_all(
     tmp_path: Path, fail: str, words: tuple[str, ...]
 ) -> None:
-    """Else the rank that failed would wait for the others, which wait for it in a collective: told as a hang."""
+    """Else the rank that failed would wait for the others, which wait for it in a collective: told as a
+    hang.
+    """
     ended = fails_as_with_nccl(tmp_path, fail, *words)
     assert ended.returncode == 1
     assert len(ended.messages) == 1, ended.stderr
@@ -117,7 +119,7 @@ def test_numbers_are_written_after_a_failure_without_asking_the_others(tmp_path:
 @pytest.mark.slow
 def test_ranks_restart_where_leaving_the_group_waits_for_all(tmp_path: Path) -> None:
     ended = fails_as_with_nccl(tmp_path, "memory", "micro_batch_size=auto")
-    assert "all ranks begin again with 2" in ended.messages[0], ended.stderr
+    assert "all ranks restart with 2" in ended.messages[0], ended.stderr
 
 
 @pytest.mark.slow

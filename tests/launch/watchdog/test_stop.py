@@ -46,7 +46,7 @@ class AfterSo(StopRequest):
         super().__init__()
         self.left = many
 
-    def wished(self, by_clock: bool) -> bool:
+    def requested(self, by_clock: bool) -> bool:
         del by_clock
         self.left -= 1
         if self.left <= 0:
@@ -171,11 +171,11 @@ def test_the_nearer_of_two_limits_counts() -> None:
 
 def test_the_margin_before_the_limit_follows_what_a_save_takes() -> None:
     request = StopRequest(deadline=time.time() + 100)
-    request.measured(step=1.0, save=20.0)
-    assert not request.wished(by_clock=True)
-    request.measured(step=1.0, save=50.0)
-    assert not request.wished(by_clock=False), "the clock is that of rank zero"
-    assert request.wished(by_clock=True)
+    request.update_margin(step_s=1.0, save_s=20.0)
+    assert not request.requested(by_clock=True)
+    request.update_margin(step_s=1.0, save_s=50.0)
+    assert not request.requested(by_clock=False), "the clock is that of rank zero"
+    assert request.requested(by_clock=True)
     assert request.reason == "its time is up"
 
 
@@ -287,8 +287,8 @@ def test_the_clock_stops_it_in_time(tmp_path: Path) -> None:
 def test_a_data_worker_does_not_inherit_the_patience() -> None:
     """Forked off with our handlers, it must still end when it is told to."""
     request = StopRequest()
-    before = {number: signal.getsignal(number) for number in stops.SIGNALS}
-    request.listen(*stops.SIGNALS)
+    before = {number: signal.getsignal(number) for number in stops.PREEMPTION_SIGNALS}
+    request.listen(*stops.PREEMPTION_SIGNALS)
     try:
         reads, writes = os.pipe()
         child = os.fork()

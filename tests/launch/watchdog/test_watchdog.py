@@ -13,10 +13,12 @@ import torch
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from launch.runtime.phase import Phase
+from launch.runtime.rendezvous import heartbeat_key
 from launch.runtime.world import World
 from launch.watchdog import failure_report
-from launch.watchdog import watchdog as watches
-from launch.watchdog.heartbeats import Heartbeats
+from launch.watchdog.exception_report import from_exception
+from launch.watchdog.failure_report import FailureReport
+from launch.watchdog.heartbeats import FINISHED, Heartbeats
 from tests.launch.jobs import series, undisturbed
 from tests.launch.processes import (
     TINY,
@@ -129,23 +131,23 @@ def test_a_rank_is_missed_when_its_heart_stops() -> None:
     store = HashStore()
     others = Heartbeats(2)
     for count in range(1, 4):
-        store.set("beat/0", f"{count} 7 5 forward")
-        store.set("beat/1", "1 1 4 data")
-        others.look(store)
+        store.set(heartbeat_key(0), f"{count} 7 5 forward")
+        store.set(heartbeat_key(1), "1 1 4 data")
+        others.read(store)
         time.sleep(1.0)  # rank 1 was last heard 3 s ago, rank 0 one second ago
-    assert others.silent_for(2.5) == [1]
-    assert others.silent_for(600) == []
-    assert others.still_for() > 2.5, "no rank has moved: the heart of rank 0 beats, its step does not change"
-    assert (others.seen[1].step, others.seen[1].phase) == ("4", "data")
-    store.set("beat/1", watches.ENDED)
-    others.look(store)
-    assert others.silent_for(0.05) == [0], "who has come to a good end is not missed"
+    assert others.silent_ranks(2.5) == [1]
+    assert others.silent_ranks(600) == []
+    assert others.seconds_without_progress() > 2.5, (
+        "no rank has moved: the heart of rank 0 beats, its step does not change"
+    )
+    assert (others.statuses[1].step, others.statuses[1].phase) == ("4", "data")
+    store.set(heartbeat_key(1), FINISHED)
+    others.read(store)
+    assert others.silent_ranks(0.05) == [0], "who has come to a good end is not missed"
 
 
 def of(error: Exception, **phase: Any) -> str:
-    return failure_report.render(
-        failure_report.from_exception(error, World(rank=3), Phase(**phase)), Path("runs/a")
-    )
+    return failure_report.render(from_exception(error, World(rank=3), Phase(**phase)), Path("runs/a"))
 
 
 def raised(error: Exception) -> Exception:
@@ -171,7 +173,7 @@ def test_the_block_names_rank_host_step_phase_line_and_batch() -> None:
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "micro_batch_size=auto"),
         (OSError(28, "No space left on device"), "make room"),
-        (RuntimeError("NCCL error in: ProcessGroupNCCL.cpp"), "launch/commands/doctor.py"),
+        (RuntimeError("NCCL error in: ProcessGroupNCCL.cpp"), "rankzero doctor"),
         (RuntimeError("CUDA error: device-side assert triggered"), "CUDA_LAUNCH_BLOCKING=1"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error"), "/dev/shm"),
         (OSError(24, "Too many open files"), "ulimit -n"),
@@ -183,10 +185,21 @@ def test_what_often_helps_is_said(error: Exception, hint: str) -> None:
 
 
 def test_the_first_verdict_is_kept(tmp_path: Path) -> None:
-    first, second = ({"kind": "hang", "message": word} for word in ("first", "second"))
+    first, second = (FailureReport(kind="hang", message=text) for text in ("first", "second"))
     assert failure_report.write_once(first, tmp_path)
     assert not failure_report.write_once(second, tmp_path)
     assert json.loads((tmp_path / "failure.json").read_text())["message"] == "first"
     assert failure_report.write_once(second, tmp_path / "no such folder"), (
         "a disk that cannot be written to hides nothing"
     )
+
+
+def test_a_report_travels_and_an_older_one_is_read() -> None:
+    report = from_exception(raised(KeyError("a")), World(rank=3), Phase(step=7, name="forward"))
+    assert FailureReport.from_json(report.to_json()) == report
+    keys = {"kind", "rank", "host", "device", "step", "phase", "time", "message"}
+    assert keys == set(FailureReport(kind="lost", message="").to_dict())
+    keys |= {"error", "frames", "traceback", "batch", "memory", "hint"}
+    assert keys == set(report.to_dict()), "failure.json has the keys that it always had"
+    older = FailureReport.from_dict({"kind": "hang", "message": "no progress", "unknown": 1})
+    assert (older.kind, older.message, older.repeated) == ("hang", "no progress", None)
