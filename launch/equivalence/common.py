@@ -11,18 +11,6 @@ from pathlib import Path
 
 from strategies import OPTIONS_GROUPS, STRATEGIES, missing_package
 
-TOLERANCE = {
-    "fp32": (1e-5, 1e-5, 1e-4, 1e-6),
-    "tf32": (2e-3, 2e-3, 2e-3, 1e-6),
-    "bf16": (2e-2,) * 4,
-    "fp16": (2e-2,) * 4,
-}
-"""allowed relative deviation of loss, gradient norm and final weights from the single process, and of loss
-and gradient norm among the strategies; bf16 and fp16 differ where a micro-batch's rounding does, so theirs is
-that of the format
-"""
-ROUNDING = 6e-8
-"""half a unit in the last place of fp32"""
 PLACES = {
     *(
         "RANK",
@@ -36,7 +24,7 @@ PLACES = {
     ),
     *("ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
 }
-"""variables by which a launcher places a process: one around the proof must not place what the proof starts"""
+"""variables by which a launcher places a process: one around the command must not place its runs"""
 
 
 def whole_number(name: str, text: str, what: str, least: int) -> int:
@@ -60,7 +48,8 @@ def choose_strategies(line: Mapping[str, str], allowed: Sequence[str], default: 
         packages = " and ".join(sorted(set(missing.values())))
         if not chosen:
             raise ValueError(
-                f"strategies={line['strategies']} needs {packages}, which is not installed: pip install {packages}"
+                f"strategies={line['strategies']} needs {packages}, which is not installed: "
+                f"pip install {packages}"
             )
         print(f"left out: {', '.join(missing)}; {packages} is not installed", file=sys.stderr)
     return chosen
@@ -99,17 +88,3 @@ def command(program: str, ranks: int) -> list[str]:
         ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     )
     return [sys.executable, *torchrun, str(Path(__file__).parents[1] / program)]
-
-
-def growth(curve: Sequence[float], bad: int, compare: int) -> str:
-    """Whether it is the run itself that blows rounding up: deviations that start as rounding and grow step by
-    step.
-
-    `curve` holds the deviation of each step, `bad` is the index of the first that is too large, `compare` the
-    value of that key with which it would not be reached.
-    """
-    start = max(curve[0], ROUNDING)
-    if bad < 2 or start > 10 * ROUNDING:
-        return ""
-    fold = (curve[bad] / start) ** (1 / bad)
-    return f" (rounding at first, growing {fold:.0f}-fold a step: this run is that sensitive, compare={compare} tells more)"

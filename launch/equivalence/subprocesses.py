@@ -1,35 +1,33 @@
-"""Lives of a run: `run.py` started as a user starts it, watched, and killed at the right moment. Imports no
-torch.
+"""The real command in processes of its own: started as a user starts it, watched, and killed at the right
+moment. Imports no torch.
 """
 
 from __future__ import annotations
 
-import json
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import psutil
 
-from launch.checkpoint.directory import checkpoints_dir, list_checkpoints, step_of
 from launch.equivalence.common import command
 
-PATIENCE = 900.0
-"""seconds without a new line of metrics.jsonl after which a life is taken for hung: beyond any step, start or
-evaluation
-"""
-TICK = 0.001
-"""seconds between two looks at a life: a small checkpoint is written in ten times that"""
-CENSUS = 0.5
-"""seconds between two counts of its processes, which cost ten looks each"""
+HANG_TIMEOUT_S = 900.0
+"""without a new line of metrics.jsonl, after which a run counts as hung: longer than any step or evaluation"""
+POLL_S = 0.001
+"""between two looks at a run: a small checkpoint is written in ten times that"""
+SCAN_S = 0.5
+"""between two scans of the processes that a run has started, which cost as much as ten looks each"""
+MAX_ERROR_LINES = 30
+
+EndReason = Literal["exited", "killed", "hung"]
 
 
-class Layout(NamedTuple):
+class RankLayout(NamedTuple):
     """A strategy on a number of ranks."""
 
     strategy: str
@@ -40,154 +38,124 @@ class Layout(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ended:
-    """How a life ended."""
+class ProcessResult:
+    """A run that has ended."""
 
-    how: Literal["by itself", "killed", "hung"]
-    code: int
-    """the exit code; that of a kill says nothing"""
-    began: float
+    reason: EndReason
+    exit_code: int
+    """that of a killed run says nothing"""
+    started: float
     """seconds since the epoch"""
     seconds: float
     log: Path
-    """all that it said"""
+    """its stdout and stderr"""
 
     @property
-    def trouble(self) -> str:
-        """What is wrong with how it ended, in words; empty if nothing is."""
-        if self.how == "hung":
-            return f"no step for {PATIENCE:g} s, so it was killed"
-        return f"exit code {self.code}" if self.how == "by itself" and self.code else ""
+    def problem(self) -> str:
+        """What is wrong with how it ended; empty if nothing is."""
+        if self.reason == "hung":
+            return f"no step for {HANG_TIMEOUT_S:g} s, so it was killed"
+        return f"exit code {self.exit_code}" if self.reason == "exited" and self.exit_code else ""
 
-    def last_words(self, most: int = 30) -> list[str]:
-        """What it said last: from our own verdict on, if there is one."""
+    def error_lines(self, limit: int = MAX_ERROR_LINES) -> list[str]:
+        """The end of its output: from rankzero's own failure report on, if there is one."""
         lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-        verdict = next(
-            (index for index, line in enumerate(lines) if line.startswith("rankzero: ")), len(lines) - most
-        )
-        return lines[max(verdict, 0) :][:most]
+        reports = [index for index, line in enumerate(lines) if line.startswith("rankzero: ")]
+        first = reports[0] if reports else max(len(lines) - limit, 0)
+        return lines[first:][:limit]
 
 
 def run_process(
-    words: Sequence[str],
-    layout: Layout,
+    argv: Sequence[str],
+    layout: RankLayout,
     *,
     run_dir: Path,
     environment: Mapping[str, str],
     kill_when: Callable[[], bool] = lambda: False,
-) -> Ended:
-    """Run `words` in `run_dir`, to its end or until `kill_when`, which is asked a thousand times a second.
+) -> ProcessResult:
+    """Run `argv` in `run_dir`, to its end or until `kill_when()`, which is called a thousand times a second.
 
-    What it says goes to a file beside `run_dir`. None of its processes is left, however this function ends.
+    Its output goes to a file beside `run_dir`. None of its processes is left, however this function ends.
     """
-    metrics, log = run_dir / "metrics.jsonl", run_dir.with_name(run_dir.name + ".log")
+    log = run_dir.with_name(run_dir.name + ".log")
     run_dir.parent.mkdir(parents=True, exist_ok=True)
-    began, start = time.time(), time.monotonic()
+    started, start = time.time(), time.monotonic()
     with log.open("w") as file:
         process = psutil.Popen(
-            [*command("run.py", layout.ranks), *words, f"strategy={layout.strategy}", f"run_dir={run_dir}"],
+            [*command("run.py", layout.ranks), *argv, f"strategy={layout.strategy}", f"run_dir={run_dir}"],
             env=dict(environment),
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C is ours to hear, and theirs to feel through us
+            start_new_session=True,  # Ctrl-C reaches this process alone, which then kills the run
         )
-    how: Literal["by itself", "killed", "hung"] = "by itself"
-    family: list[psutil.Process] = []
-    counted, size, moved = 0.0, 0, start
+    reason = watch(process, run_dir / "metrics.jsonl", kill_when)
+    return ProcessResult(
+        reason=reason,
+        exit_code=process.returncode,
+        started=started,
+        seconds=time.monotonic() - start,
+        log=log,
+    )
+
+
+def watch(process: psutil.Popen, metrics: Path, kill_when: Callable[[], bool]) -> EndReason:
+    """Wait until the process exits, `kill_when()` or no line of `metrics` comes; then none of its children is
+    left.
+    """
+    descendants: list[psutil.Process] = []
+    scanned, size, progressed = 0.0, 0, time.monotonic()
     try:
         while process.poll() is None:
             if kill_when():
-                how = "killed"
-                break
-            if (now := time.monotonic()) - counted > CENSUS:
-                family, counted = children(process), now
-                if (grown := size_of(metrics)) != size:
-                    size, moved = grown, now
-                if now - moved > PATIENCE:
-                    how = "hung"
-                    break
-            time.sleep(TICK)
+                return "killed"
+            if (now := time.monotonic()) - scanned > SCAN_S:
+                descendants, scanned = descendants_of(process), now
+                if (new_size := file_size(metrics)) != size:
+                    size, progressed = new_size, now
+                if now - progressed > HANG_TIMEOUT_S:
+                    return "hung"
+            time.sleep(POLL_S)
+        return "exited"
     finally:
-        kill(process, family)
-    return Ended(how=how, code=process.returncode, began=began, seconds=time.monotonic() - start, log=log)
+        kill_tree(process, descendants)
 
 
-def kill(process: psutil.Popen, family: Sequence[psutil.Process] = ()) -> None:
+def kill_tree(process: psutil.Popen, known: Sequence[psutil.Process] = ()) -> None:
     """`kill -9` for a process and all that it has started, torchrun's workers with their own sessions among
     them.
 
-    `family` is who was known last: they go first, without the time that a new count takes. The one that
-    started them is stopped meanwhile, to start no others and tell nobody off.
+    The `known` descendants go first, without the time that a new scan takes. The process that started them is
+    suspended meanwhile, so that it starts no others and reports nothing.
     """
     with suppress(psutil.NoSuchProcess):
         process.suspend()
-    for member in family:
-        with suppress(psutil.NoSuchProcess):
-            member.kill()
-    found = [*family, *children(process)]
-    for member in [*found, process]:
-        with suppress(psutil.NoSuchProcess):
-            member.kill()
+    kill_each(known)
+    descendants = [*known, *descendants_of(process)]
+    kill_each([*descendants, process])
     process.wait()
-    psutil.wait_procs(found, timeout=60)
+    psutil.wait_procs(descendants, timeout=60)
 
 
-def children(process: psutil.Popen) -> list[psutil.Process]:
-    """All that a process has started, directly or not, and that still is."""
+def kill_each(processes: Sequence[psutil.Process | psutil.Popen]) -> None:
+    """`kill -9` for those of the processes that still run."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def descendants_of(process: psutil.Popen) -> list[psutil.Process]:
+    """The running processes that a process has started, directly or not."""
     try:
-        found: list[psutil.Process] = process.children(recursive=True)
+        descendants: list[psutil.Process] = process.children(recursive=True)
     except psutil.NoSuchProcess:
         return []
-    return found
+    return descendants
 
 
-def size_of(path: Path) -> int:
-    """Bytes of a file; 0 if there is none."""
+def file_size(path: Path) -> int:
+    """In bytes; 0 if there is no such file."""
     try:
         return path.stat().st_size
     except FileNotFoundError:
         return 0
-
-
-# what a run directory tells ---------------------------------------------------------------------------------
-
-
-def lines_of(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, without one that was cut off."""
-    found = []
-    with suppress(FileNotFoundError):
-        for line in (run_dir / "metrics.jsonl").read_text().splitlines():
-            with suppress(json.JSONDecodeError):
-                found.append(json.loads(line))
-    return found
-
-
-def last_step(run_dir: Path) -> int:
-    """The newest step that metrics.jsonl knows of."""
-    return next((int(line["step"]) for line in lines_of(run_dir)[::-1]), 0)
-
-
-def step_seconds(run_dir: Path) -> float:
-    """Seconds that a step takes: the shortest of the newest few, as there may be a resumption between two; 0
-    if unknown.
-    """
-    times = [line["time"] for line in lines_of(run_dir) if "time" in line][-4:]
-    return max(min((after - before for before, after in pairwise(times)), default=0.0), 0.0)
-
-
-def saved_step(run_dir: Path) -> int:
-    """The step of the newest committed checkpoint; 0 without one."""
-    return max(map(step_of, list_checkpoints(run_dir)), default=0)
-
-
-def is_saving(run_dir: Path) -> bool:
-    """Whether a checkpoint has been begun and not committed."""
-    return any(checkpoints_dir(run_dir).glob(".step-*.partial"))
-
-
-def resumed_at(run_dir: Path, life: Ended) -> int:
-    """The step that a life went on from, by its own lines: those that are newer than itself."""
-    return (
-        min((line["step"] for line in lines_of(run_dir) if line.get("time", 0) >= life.began), default=1) - 1
-    )

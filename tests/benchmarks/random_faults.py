@@ -34,16 +34,15 @@ from launch.checkpoint.directory import checkpoints_dir, list_checkpoints
 from launch.cli.config import read_line
 from launch.cli.faults import FAULT_KINDS
 from launch.equivalence.common import environment
-from launch.equivalence.compare_metrics import compared, only_one_knows, same_files, steps_of, wrong_steps
-from launch.equivalence.subprocesses import (
-    Ended,
-    Layout,
-    is_saving,
-    lines_of,
-    resumed_at,
-    run_process,
-    saved_step,
+from launch.equivalence.compare_metrics import (
+    describe_unpaired,
+    describe_wrong_steps,
+    pair_numbers,
+    same_weights,
+    training_steps,
 )
+from launch.equivalence.observed_run import is_saving, last_saved_step, read_metrics, resumed_from
+from launch.equivalence.subprocesses import ProcessResult, RankLayout, run_process
 
 STEPS, EVERY, HANG = 30, 4, 8
 RECIPE = Path(__file__).parents[1] / "launch" / "tiny.py"
@@ -81,7 +80,7 @@ class Fault:
     kind: str
     rank: int
     step: int
-    layout: Layout
+    layout: RankLayout
 
     @property
     def chaos(self) -> str:
@@ -123,7 +122,7 @@ def main(words: list[str]) -> int:
         folder = Path(name).resolve()
         whole = {strategy: folder / f"whole-{strategy}" for strategy in strategies}
         for strategy, run_dir in whole.items():
-            if trouble := life(run_dir, Layout(strategy, ranks)).trouble:
+            if trouble := life(run_dir, RankLayout(strategy, ranks)).problem:
                 print(f"{strategy} without a fault: {trouble}")
                 return 1
         faults = [
@@ -150,7 +149,8 @@ def main(words: list[str]) -> int:
     for kind in kinds:
         if times := [outcome.seconds for outcome in outcomes if outcome.fault.kind == kind]:
             print(
-                f"{kind:<16}{len(times):>4} runs, from fault to end {median(times):.1f} s, at most {max(times):.1f} s"
+                f"{kind:<16}{len(times):>4} runs, from fault to end {median(times):.1f} s, at most "
+                f"{max(times):.1f} s"
             )
     wrong = [outcome for outcome in outcomes if outcome.problems]
     print(f"{len(outcomes)} runs in {time.monotonic() - start:.0f} s, {len(wrong)} of them wrong")
@@ -160,16 +160,21 @@ def main(words: list[str]) -> int:
 def row(outcome: Outcome) -> str:
     """A line of the table."""
     fault = outcome.fault
-    return f"{fault.number:>4}  {fault.layout.strategy:<8}  {fault.chaos:<30}{outcome.seconds:>10.1f}  {outcome.said[:120]}"
+    return (
+        f"{fault.number:>4}  {fault.layout.strategy:<8}  {fault.chaos:<30}{outcome.seconds:>10.1f}  "
+        f"{outcome.said[:120]}"
+    )
 
 
 def drawn(number: int, draw: random.Random, kinds: list[str], strategies: list[str], ranks: int) -> Fault:
     """The fault of run `number`."""
-    layout = Layout(draw.choice(strategies), ranks)
+    layout = RankLayout(draw.choice(strategies), ranks)
     return Fault(number, draw.choice(kinds), draw.randrange(ranks), draw.randint(1, STEPS), layout)
 
 
-def life(run_dir: Path, layout: Layout, *words: str, kill_when: Callable[[], bool] = lambda: False) -> Ended:
+def life(
+    run_dir: Path, layout: RankLayout, *words: str, kill_when: Callable[[], bool] = lambda: False
+) -> ProcessResult:
     """A life of a run, whose processes can be told from all others, and have a folder of their own for
     temporary files.
     """
@@ -184,13 +189,15 @@ def tried(fault: Fault, folder: Path, whole: Path) -> Outcome:
     run_dir, outcome = folder / f"run-{fault.number}", Outcome(fault)
     before, began = shared_memory(), time.time()
     ended = life(run_dir, fault.layout, f"chaos={fault.chaos}", kill_when=partial(hangs, run_dir, began))
-    outcome.seconds = ended.began + ended.seconds - struck_at(run_dir, fault, began)
+    outcome.seconds = ended.started + ended.seconds - struck_at(run_dir, fault, began)
     left = [*remains(run_dir), *sorted(shared_memory() - before)]
     text = ended.log.read_text(errors="replace")
     told = [line for line in text.splitlines() if line.startswith("rankzero: ")]
     outcome.said = " | ".join(told)
-    outcome.problems += [f"hangs, so it was killed: {ended.last_words(8)}"] if ended.how == "killed" else []
-    outcome.problems += JUDGES.get(fault.kind, failed)(fault, run_dir, ended.code, told, codes_of(text))
+    outcome.problems += (
+        [f"hangs, so it was killed: {ended.error_lines(8)}"] if ended.reason == "killed" else []
+    )
+    outcome.problems += JUDGES.get(fault.kind, failed)(fault, run_dir, ended.exit_code, told, codes_of(text))
     if outcome.seconds > WITHIN + (2 * STEPS if fault.kind == "slow" else 0):
         outcome.problems.append(f"{outcome.seconds:.0f} s from the fault to the end")
     outcome.problems += next_life(fault, run_dir, whole)
@@ -207,13 +214,13 @@ def hangs(run_dir: Path, began: float) -> bool:
     """
     if OVER.is_set():
         return True
-    last = max((float(line["time"]) for line in lines_of(run_dir)[-3:] if "time" in line), default=0.0)
+    last = max((float(line["time"]) for line in read_metrics(run_dir)[-3:] if "time" in line), default=0.0)
     return time.time() > max(began + START, last + 60)
 
 
 def struck_at(run_dir: Path, fault: Fault, began: float) -> float:
     """When it struck: about when the step before it was written, or for a first step the configuration."""
-    times = {line["step"]: float(line["time"]) for line in lines_of(run_dir) if "time" in line}
+    times = {line["step"]: float(line["time"]) for line in read_metrics(run_dir) if "time" in line}
     with suppress(FileNotFoundError):
         began = (run_dir / "config.yaml").stat().st_mtime
     return times.get(fault.step - 1, began)
@@ -275,8 +282,8 @@ def stopped(fault: Fault, run_dir: Path, code: int, told: list[str], codes: set[
         if (run_dir / "stopped.json").exists()
         else {"step": 0}
     )
-    if not fault.step <= note["step"] == saved_step(run_dir) <= fault.step + 2:
-        yield f"struck in step {fault.step}, stopped: {note}, saved: step {saved_step(run_dir)}"
+    if not fault.step <= note["step"] == last_saved_step(run_dir) <= fault.step + 2:
+        yield f"struck in step {fault.step}, stopped: {note}, saved: step {last_saved_step(run_dir)}"
     if (
         code == 0
         or len(told) != 1
@@ -324,30 +331,39 @@ def shared_memory() -> set[str]:
 
 def next_life(fault: Fault, run_dir: Path, whole: Path) -> Iterator[str]:
     """What is wrong with the life after, in words."""
-    before, saved = saved_step(run_dir), len(list_checkpoints(run_dir))
+    before, saved = last_saved_step(run_dir), len(list_checkpoints(run_dir))
     ended = life(run_dir, fault.layout, kill_when=partial(hangs, run_dir, time.time()))
     if (
         fault.kind == "torn_checkpoint"
         and saved == 1
-        and "no intact checkpoint is left" in " ".join(ended.last_words())
+        and "no intact checkpoint is left" in " ".join(ended.error_lines())
     ):
         return  # the only one was torn, and nothing is begun anew in redirect_output
-    if ended.how == "killed" or ended.code:
-        yield f"the next life: {ended.trouble or 'hangs'}: {ended.last_words(8)}"
+    if ended.reason == "killed" or ended.exit_code:
+        yield f"the next life: {ended.problem or 'hangs'}: {ended.error_lines(8)}"
         return
-    found, torn = resumed_at(run_dir, ended), fault.kind == "torn_checkpoint" and before > 0
+    found, torn = resumed_from(run_dir, ended), fault.kind == "torn_checkpoint" and before > 0
     # a save that was in flight may have come to its end after the torn one: then that is the newest, and
     # whole
     if before < STEPS and (found != before if not torn else found > before):
         yield f"the next life goes on from step {found}, saved was {before}"
     if torn and found < before and not list(checkpoints_dir(run_dir).glob("*.damaged")):
-        yield f"no checkpoint was set aside as damaged: {[path.name for path in checkpoints_dir(run_dir).iterdir()]}"
+        yield (
+            "no checkpoint was set aside as damaged: "
+            f"{[path.name for path in checkpoints_dir(run_dir).iterdir()]}"
+        )
     if is_saving(run_dir):
         yield f"half a checkpoint is left: {[path.name for path in checkpoints_dir(run_dir).iterdir()]}"
-    expected, made = lines_of(whole), lines_of(run_dir)
-    yield from filter(None, [wrong_steps(steps_of(expected), steps_of(made)), only_one_knows(expected, made)])
-    yield from [str(number) for number in compared(expected, made) if number.by > 0][:3]
-    if not same_files(whole, run_dir):
+    expected, made = read_metrics(whole), read_metrics(run_dir)
+    yield from filter(
+        None,
+        [
+            describe_wrong_steps(training_steps(expected), training_steps(made)),
+            describe_unpaired(expected, made),
+        ],
+    )
+    yield from [str(number) for number in pair_numbers(expected, made) if number.deviation > 0][:3]
+    if not same_weights(whole, run_dir):
         yield "the final weights are not the same bytes"
     yield from (f"{name} is left after the next life" for name in remains(run_dir))
 

@@ -25,18 +25,22 @@ from launch.checkpoint.manifest import DamagedCheckpoint
 from launch.checkpoint.reader import Checkpoint
 from launch.cli.config import read_line
 from launch.equivalence.common import environment
-from launch.equivalence.compare_metrics import compared, only_one_knows, same_files, steps_of, wrong_steps
-from launch.equivalence.subprocesses import (
-    Ended,
-    Layout,
+from launch.equivalence.compare_metrics import (
+    describe_unpaired,
+    describe_wrong_steps,
+    pair_numbers,
+    same_weights,
+    training_steps,
+)
+from launch.equivalence.observed_run import (
     is_saving,
-    last_step,
-    lines_of,
-    resumed_at,
-    run_process,
-    saved_step,
+    last_logged_step,
+    last_saved_step,
+    read_metrics,
+    resumed_from,
     step_seconds,
 )
+from launch.equivalence.subprocesses import ProcessResult, RankLayout, run_process
 
 EVERY, KEEP = 3, 2
 WORDS = (
@@ -65,7 +69,7 @@ def main(words: list[str]) -> int:
     line = {"kills": "30", "ranks": "2", "strategy": "fsdp", "seed": "0", **read_line(words)}
     kills, layout, draw = (
         int(line["kills"]),
-        Layout(line["strategy"], int(line["ranks"])),
+        RankLayout(line["strategy"], int(line["ranks"])),
         random.Random(int(line["seed"])),
     )
     start = time.monotonic()
@@ -74,45 +78,47 @@ def main(words: list[str]) -> int:
         asked = [*WORDS, f"eval.every={kills * STEPS_A_KILL}", f"steps={kills * STEPS_A_KILL}"]
         one_life = partial(run_process, asked, layout, environment=environment(layout.ranks))
         problems = (
-            [f"the run that nobody killed: {ended.trouble}"]
-            if (ended := one_life(run_dir=whole)).trouble
+            [f"the run that nobody killed: {ended.problem}"]
+            if (ended := one_life(run_dir=whole)).problem
             else []
         )
         print(
-            f"{layout}, {kills * STEPS_A_KILL} steps, a checkpoint every {EVERY}; without kills: {ended.seconds:.0f} s"
+            f"{layout}, {kills * STEPS_A_KILL} steps, a checkpoint every {EVERY}; without kills: "
+            f"{ended.seconds:.0f} s"
         )
         print("kill  started from  at step  in a save  newest whole  steps lost  seconds", flush=True)
         saves = lost = done = 0
         while not problems and done < kills:
-            before, seen = saved_step(killed), set[int]()
+            before, seen = last_saved_step(killed), set[int]()
             moment = partial(watched, killed, seen, aim(killed, draw, before))
             ended = one_life(run_dir=killed, kill_when=moment)
-            if ended.how != "killed":
+            if ended.reason != "killed":
                 problems.append(
-                    f"kill {done + 1} came too late: the run had ended ({ended.trouble or 'in order'})"
+                    f"kill {done + 1} came too late: the run had ended ({ended.problem or 'in order'})"
                 )
-                problems += ended.last_words() if ended.trouble else []
+                problems += ended.error_lines() if ended.problem else []
                 break
             done += 1
             problems = wrong_after(killed, ended, before, seen)
-            saved, made = saved_step(killed), made_steps(killed, ended.began)
-            step, saving = (last_step(killed), is_saving(killed)) if made else (before, False)
+            saved, made = last_saved_step(killed), made_steps(killed, ended.started)
+            step, saving = (last_logged_step(killed), is_saving(killed)) if made else (before, False)
             saves, lost = saves + saving, lost + step - saved
             numbers = (
                 f"{done:>4}{before:>14}{step:>9}{'yes' if saving else '':>11}{saved:>14}{step - saved:>12}"
             )
             print(f"{numbers}{ended.seconds:>9.1f}", flush=True)
         if not problems:
-            before = saved_step(killed)
+            before = last_saved_step(killed)
             ended = one_life(run_dir=killed)
             problems = (
-                [ended.trouble, *ended.last_words()] if ended.trouble else wrong_start(killed, ended, before)
+                [ended.problem, *ended.error_lines()] if ended.problem else wrong_start(killed, ended, before)
             )
             problems += [] if problems else differences(whole, killed)
     print(*problems, sep="\n")
     verdict = "anything but equal" if problems else "all losses, norms, scores and final weights bit-equal"
     print(
-        f"{done} kills, {saves} of them during a save, {lost} steps made again, {time.monotonic() - start:.0f} s: {verdict}"
+        f"{done} kills, {saves} of them during a save, {lost} steps made again, "
+        f"{time.monotonic() - start:.0f} s: {verdict}"
     )
     return int(bool(problems))
 
@@ -129,7 +135,7 @@ def aim(run_dir: Path, draw: random.Random, before: int) -> Callable[[], bool]:
     def moment() -> bool:
         if kind == "clock":
             return time.time() > end
-        if last_step(run_dir) < step or not made_steps(
+        if last_logged_step(run_dir) < step or not made_steps(
             run_dir, began
         ):  # what the life before left says nothing
             return False
@@ -147,9 +153,9 @@ def watched(run_dir: Path, seen: set[int], moment: Callable[[], bool]) -> bool:
     return moment()
 
 
-def wrong_after(run_dir: Path, life: Ended, before: int, seen: set[int]) -> list[str]:
+def wrong_after(run_dir: Path, life: ProcessResult, before: int, seen: set[int]) -> list[str]:
     """What a kill has left that should not be, in words."""
-    problems = wrong_start(run_dir, life, before) if made_steps(run_dir, life.began) else []
+    problems = wrong_start(run_dir, life, before) if made_steps(run_dir, life.started) else []
     there = [step_of(path) for path in list_checkpoints(run_dir)]
     for step in seen - set(there):
         if sum(other > step for other in there) < KEEP:
@@ -164,9 +170,9 @@ def wrong_after(run_dir: Path, life: Ended, before: int, seen: set[int]) -> list
     return problems
 
 
-def wrong_start(run_dir: Path, life: Ended, before: int) -> list[str]:
+def wrong_start(run_dir: Path, life: ProcessResult, before: int) -> list[str]:
     """Whether a life did not start from the newest checkpoint, in words."""
-    found = resumed_at(run_dir, life)
+    found = resumed_from(run_dir, life)
     return (
         []
         if found == before
@@ -176,15 +182,18 @@ def wrong_start(run_dir: Path, life: Ended, before: int) -> list[str]:
 
 def made_steps(run_dir: Path, began: float) -> bool:
     """Whether a life came to its first step, by which time it has swept up what the one before it left."""
-    return any(line.get("time", 0) >= began for line in lines_of(run_dir)[::-1])
+    return any(line.get("time", 0) >= began for line in read_metrics(run_dir)[::-1])
 
 
 def differences(whole: Path, killed: Path) -> list[str]:
     """What differs between the run that nobody killed and the other, in words."""
-    expected, found = lines_of(whole), lines_of(killed)
-    problems = [wrong_steps(steps_of(expected), steps_of(found)), only_one_knows(expected, found)]
-    problems += [str(number) for number in compared(expected, found) if number.by > 0][:3]
-    problems += [] if same_files(whole, killed) else ["the final weights are not the same bytes"]
+    expected, found = read_metrics(whole), read_metrics(killed)
+    problems = [
+        describe_wrong_steps(training_steps(expected), training_steps(found)),
+        describe_unpaired(expected, found),
+    ]
+    problems += [str(number) for number in pair_numbers(expected, found) if number.deviation > 0][:3]
+    problems += [] if same_weights(whole, killed) else ["the final weights are not the same bytes"]
     return [problem for problem in problems if problem]
 
 

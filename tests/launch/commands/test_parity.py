@@ -13,7 +13,9 @@ import pytest
 from torch import Tensor
 
 from launch.cli.resolve import resolve
-from launch.equivalence.parity import Row, compare, own_keys, plan
+from launch.equivalence.parity import own_keys
+from launch.equivalence.parity_cases import plan_cases
+from launch.equivalence.parity_result import ParityResult, compare_case
 from launch.equivalence.trajectory import follow
 from launch.runtime.world import World
 from strategies.precision import contract
@@ -52,11 +54,12 @@ class Theirs(Recipe):
         return Splits(train=Points())
 
     def build_model(self):
-        return nn.Sequential(nn.Linear(12, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 3))
+        first, last = nn.Linear(12, 16), nn.Linear(16, 3)
+        return nn.Sequential(first, nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), last)
 
     def build_optimizer(self, model):
-        groups = [{"params": model[0].parameters(), "lr": 3e-3}, {"params": [*model[1].parameters(), *model[4].parameters()]}]
-        return torch.optim.AdamW(groups, lr=1e-2)
+        rest = [*model[1].parameters(), *model[4].parameters()]
+        return torch.optim.AdamW([{"params": model[0].parameters(), "lr": 3e-3}, {"params": rest}], lr=1e-2)
 
     def loss(self, model, batch):
         loss = F.cross_entropy(model(batch[0]), batch[1], reduction="sum")
@@ -106,7 +109,7 @@ def test_a_foreign_recipe_passes_and_a_bias_without_gradient_is_named(theirs: st
 def test_a_recipe_that_depends_on_the_rank_fails_with_step_and_parameter(theirs: str) -> None:
     printed = parity(theirs, "strategies=ddp", "lie=true", expect=1)
     assert all("FAIL" in row for row in rows(printed, "ddp"))
-    assert "from step 1 on; the first parameter apart is model." in " ".join(printed.split())
+    assert "from step 1 on; the first parameter to deviate is model." in " ".join(printed.split())
 
 
 def test_a_mistake_is_one_line(theirs: str) -> None:
@@ -128,21 +131,25 @@ def traced(place: ranks.CpuWorld, cases: dict[str, list[str]], steps: int) -> di
     return {name: follow(words, steps, world_of(place)) for name, words in cases.items()}
 
 
-def compared(strategies: Sequence[str], *words: str) -> list[Row]:
+def compared(strategies: Sequence[str], *words: str) -> list[ParityResult]:
     """The rows of the table that the command would print with these words."""
     own, others = own_keys([*words, "workers=0", "compare=2", f"strategies={','.join(strategies)}"])
     settings = resolve([*others, "strategy=single"], World())
-    cases = plan(settings, others, own)
-    traces = {}
+    cases = plan_cases(settings, others, own)
+    trajectories: dict[str, dict[str, Tensor]] = {}
     for many, alone in ((1, True), (own.ranks, False)):
-        mine = {case.name: list(case.words) for case in cases if (case.strategy == "single") == alone}
-        traces |= ranks.run_ranks(many, traced, mine, own.steps, timeout=600.0)[0]
-    return [compare(case, traces, settings.config.precision) for case in cases if case.strategy != "single"]
+        mine = {case.name: list(case.argv) for case in cases if (case.strategy == "single") == alone}
+        trajectories |= ranks.run_ranks(many, traced, mine, own.steps, timeout=600.0)[0]
+    return [
+        compare_case(case, trajectories, settings.config.precision)
+        for case in cases
+        if case.strategy != "single"
+    ]
 
 
-def assert_alike(found: list[Row], strategies: Sequence[str], each: int) -> None:
+def assert_alike(found: list[ParityResult], strategies: Sequence[str], each: int) -> None:
     """All rows pass, and there are `each` of each strategy."""
-    assert not [row for row in found if row.news]
+    assert not [row for row in found if row.problem]
     assert Counter(row.case.strategy for row in found) == dict.fromkeys(strategies, each)
 
 
