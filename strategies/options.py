@@ -1,15 +1,21 @@
-"""What can be said about a strategy. Plain dataclasses, no torch: the docstring under a field is its line in
-`--help`.
+"""The options of strategies. Plain dataclasses, no torch: the docstring under a field is its line in `--help`,
+the annotated type its range.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt
 
 StrategyName = Literal["single", "ddp", "fsdp", "zero1", "zero2", "zero3"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+PositiveInt = Annotated[int, Ge(1)]
+NonNegativeInt = Annotated[int, Ge(0)]
+PositiveFloat = Annotated[float, Gt(0)]
+NonNegativeFloat = Annotated[float, Ge(0)]
 CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 """modes of `compile` that replay CUDA graphs"""
 
@@ -18,7 +24,7 @@ CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 class DDPOptions:
     """`ddp.*`: torch's DistributedDataParallel."""
 
-    bucket_mb: int = 25
+    bucket_mb: PositiveInt = 25
     """gradients are reduced in buckets of this many MB"""
     static_graph: bool = False
     """the set of used parameters never changes: lets DDP skip its bookkeeping"""
@@ -38,7 +44,7 @@ class FSDPOptions:
     """full: parameters, gradients and optimizer state; grad: parameters stay whole between forward and
     backward; hybrid: full inside groups of fsdp.shard_size ranks, replicated across the groups
     """
-    shard_size: int | None = None
+    shard_size: PositiveInt | None = None
     """ranks that share one copy under fsdp.shard=hybrid (default: the ranks of one node)"""
     cpu_offload: bool = False
     """keep parameters, gradients and optimizer state in host memory"""
@@ -54,13 +60,13 @@ class ZeroOptions:
 
     cpu_offload: bool = False
     """keep the optimizer state (under zero3 the parameters too) in host memory"""
-    bucket_mb: int = 50
+    bucket_mb: PositiveInt = 50
     """gradients are reduced in buckets of this many MB"""
 
 
 @dataclass(kw_only=True)
 class Options:
-    """What every strategy is told."""
+    """The options that every strategy gets."""
 
     strategy: StrategyName | Literal["auto"] = "auto"
     """how the model is spread over ranks; auto: single on one rank, ddp on more"""
@@ -77,21 +83,21 @@ class Options:
     true: default; reduce-overhead: with CUDA graphs, for small models; max-autotune: tries kernels out as
     well, for minutes
     """
-    clip_norm: float | None = None
+    clip_norm: PositiveFloat | None = None
     """clip the global gradient norm to this value"""
-    clip_value: float | None = None
+    clip_value: PositiveFloat | None = None
     """clip each gradient element to [-value, value]"""
     ddp: DDPOptions = field(default_factory=DDPOptions)
     fsdp: FSDPOptions = field(default_factory=FSDPOptions)
     zero: ZeroOptions = field(default_factory=ZeroOptions)
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a word that activation_checkpointing does not know."""
-        said = str(self.activation_checkpointing)
-        mode = {"true": "full", "false": "none"}.get(said.lower(), said)
+        """Raises ValueError for an unknown mode of activation_checkpointing."""
+        given = str(self.activation_checkpointing)
+        mode = {"true": "full", "false": "none"}.get(given.lower(), given)
         if mode not in ("none", "full", "selective") and not re.fullmatch("every:0*[1-9][0-9]*", mode):
             raise ValueError(
-                f"activation_checkpointing={said} is not none|full|every:N|selective; "
+                f"activation_checkpointing={given} is not none|full|every:N|selective; "
                 "give one of them, for every:N a number of blocks from 1 (every:2)"
             )
         self.activation_checkpointing = mode

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.cli.config import Config, keys_of
+from launch.cli.config import Config
+from launch.cli.keys import keys_of
 from tests.launch.jobs import undisturbed
 from tests.launch.processes import COMMAND_TIMEOUT_S, ROOT, run_command
 

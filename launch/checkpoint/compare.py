@@ -14,7 +14,7 @@ from torch import Tensor
 
 from launch.checkpoint.manifest import Manifest
 from launch.checkpoint.reader import Checkpoint
-from launch.cli.config import flatten
+from launch.cli.keys import flatten
 
 CHUNK_NUMEL = 2**21
 """elements that are compared at a time, in double precision"""

@@ -10,7 +10,7 @@ from typing import Any
 
 from launch.checkpoint.manifest import Manifest
 from launch.checkpoint.reader import Checkpoint
-from launch.cli.config import flatten, nested
+from launch.cli.keys import flatten, to_dict
 from launch.runtime.text import shape_text
 from launch.state.run import Run
 from strategies import OPTIONS_GROUPS
@@ -73,7 +73,7 @@ def changed_keys(manifest: Manifest, run: Run) -> Iterator[str]:
     """The keys whose values have changed. A key that one of the two versions does not know is passed over."""
     may_change = MAY_CHANGE | set(run.recipe.resume_may_change)
     saved = dict(flatten(manifest.config))
-    for name, value in flatten(nested(run.config) | nested(run.recipe)):
+    for name, value in flatten(to_dict(run.config) | to_dict(run.recipe)):
         if name in saved and saved[name] != value and not {name, name.partition(".")[0]} & may_change:
             yield f"{name}={saved[name]}, now {value}"
 

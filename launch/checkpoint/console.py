@@ -1,63 +1,24 @@
-"""What the subcommands of `rankzero ckpt` share: arguments, checkpoints found and opened, tables and progress
-bars. Imports no torch.
+"""What the subcommands of `rankzero ckpt` share: checkpoints found and opened, tables and progress bars.
+Imports no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, field, make_dataclass
-from functools import partial
-from inspect import Parameter, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, get_type_hints
+from typing import TYPE_CHECKING
 
 from launch.checkpoint.directory import list_checkpoints
 from launch.checkpoint.manifest import MANIFEST_NAME
-from launch.cli.config import build, check_known, keys_of
 from launch.cli.rich_table import make_table
 
 if TYPE_CHECKING:
     from launch.checkpoint.reader import Checkpoint
 
-Subcommand = Callable[..., int]
-
 
 class CheckpointRemoved(ValueError):
     """A checkpoint that existed a moment ago; the message says why it no longer does."""
-
-
-def parse_subcommand(argv: Sequence[str], subcommands: Mapping[str, Subcommand]) -> Callable[[], int]:
-    """The subcommand that `argv` calls, ready to be run. Raises ValueError, in one line, for a mistake.
-
-    Its paths are what the function takes by position, its options (key=value) what stands behind the star.
-    """
-    name, *arguments = argv
-    if name not in subcommands:
-        raise ValueError(f"{name!r} is not a command; there are {', '.join(subcommands)}")
-    subcommand, hints = subcommands[name], get_type_hints(subcommands[name])
-    parameters = signature(subcommand).parameters.values()
-    positional = [p.name.upper() for p in parameters if p.kind is not Parameter.KEYWORD_ONLY]
-    overrides = {word.partition("=")[0]: word.partition("=")[2] for word in arguments if is_option(word)}
-    paths = [Path(word) for word in arguments if not is_option(word)]
-    if len(paths) != len(positional):
-        given = " ".join(str(path) for path in paths) or "none"
-        raise ValueError(f"{name} takes {' and '.join(positional)}, given is {given}; `--help` is the manual")
-    fields = [
-        (p.name, hints[p.name], field(default=MISSING if p.default is Parameter.empty else p.default))
-        for p in parameters
-        if p.kind is Parameter.KEYWORD_ONLY
-    ]
-    options = make_dataclass("Options", fields, kw_only=True)
-    known = {key.name: key for key in keys_of(options)}
-    check_known(overrides, known, name)
-    return partial(subcommand, *paths, **vars(build(options, overrides)))
-
-
-def is_option(argument: str) -> bool:
-    """Whether it is key=value and not a path with a `=` in it."""
-    name, equals, _ = argument.partition("=")
-    return bool(equals) and name.isidentifier() and not Path(argument).exists()
 
 
 # checkpoints ------------------------------------------------------------------------------------------------

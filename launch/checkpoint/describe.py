@@ -12,7 +12,7 @@ from rich.filesize import decimal
 
 from launch.checkpoint.directory import list_checkpoints, list_quarantined
 from launch.checkpoint.manifest import Manifest
-from launch.cli.config import flatten, show
+from launch.cli.keys import flatten, format_value
 from launch.runtime.text import plural
 
 
@@ -136,4 +136,4 @@ def size_text(manifest: Manifest) -> str:
 
 def values_text(values: dict[str, Any]) -> str:
     """Names and values, as one types them."""
-    return ", ".join(f"{name} {show(value)}" for name, value in values.items())
+    return ", ".join(f"{name} {format_value(value)}" for name, value in values.items())

@@ -1,28 +1,11 @@
-"""Look into the checkpoints of a run, and take weights out of them.
+"""The checkpoints of a run: list, inspect, verify, compare, export and prune them, as `rankzero ckpt` does.
 
-    python launch/commands/ckpt.py list RUN            the checkpoints of a run
-    python launch/commands/ckpt.py inspect PATH        what is in one: step, sizes, configuration, versions
-    python launch/commands/ckpt.py verify PATH         read every byte, compare the digests; of a run: of all its checkpoints
-    python launch/commands/ckpt.py diff A B            keys, optimizers and tensors that differ, the largest difference first
-        all=true                              every tensor that differs, not only the first 20
-    python launch/commands/ckpt.py export PATH to=weights.safetensors
-        to=FILE                               ends in .safetensors, does not exist yet
-        model=NAME                            one of several models (default: all of them, as MODEL.PARAMETER)
-        dtype=fp32|bf16|fp16                  convert floating-point weights (default: as they are)
-        shard_gb=5                            cut a larger file, and write an index as Hugging Face does
-    python launch/commands/ckpt.py prune RUN keep=2    remove all but the newest 2 (and the best, if the run keeps it)
-
-PATH, A and B are a checkpoint (runs/a/checkpoints/step-00000100) or a run (runs/a: its newest checkpoint).
-Works while the run goes on, on any machine that sees its files, whatever the strategy and the number of ranks
-that wrote them. Exit codes: 0 done, intact, the same; 1 damaged, or (diff) other tensors or optimizers; 2 a
-mistake in the command.
+Each function prints, and returns the exit code; ValueError is a mistake of the user's. No torch at first.
 """
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -33,7 +16,6 @@ from launch.checkpoint.console import (
     CheckpointRemoved,
     find_checkpoint,
     open_checkpoint,
-    parse_subcommand,
     print_table,
     progress_bar,
     report_removal,
@@ -46,7 +28,7 @@ from launch.checkpoint.describe import (
     writer_text,
 )
 from launch.checkpoint.manifest import MANIFEST_NAME, DamagedCheckpoint, Manifest
-from launch.cli.config import exit_with_mistake, flatten, show
+from launch.cli.keys import flatten, format_value
 from launch.runtime.text import plural
 
 if TYPE_CHECKING:
@@ -54,31 +36,6 @@ if TYPE_CHECKING:
 
 DIFF_LINES = 20
 """changes and tensors that `diff` prints"""
-
-
-def main(argv: Sequence[str]) -> int:
-    """Do what `argv` says; returns the exit code."""
-    if not argv or "--help" in argv or "-h" in argv:
-        print((__doc__ or "").strip())
-        return 0
-    try:
-        code = parse_subcommand(argv, SUBCOMMANDS)()
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (DamagedCheckpoint, OSError) as error:  # no mistake of the user's
-        print(f"rankzero: {error}", file=sys.stderr)
-        return 1
-    except ValueError as error:
-        exit_with_mistake(error, 0)
-    except KeyboardInterrupt:
-        print("rankzero: interrupted", file=sys.stderr)
-        return 130
-
-
-# the subcommands: their paths, and behind the star their options --------------------------------------------
 
 
 def list_run(run: Path) -> int:
@@ -106,7 +63,7 @@ def inspect(path: Path) -> int:
     print_table(columns, list(tensor_rows(manifest)))
     print("configuration")
     for key, value in flatten(manifest.config):
-        print(f"  {key}={show(value)}")
+        print(f"  {key}={format_value(value)}")
     return 0
 
 
@@ -171,7 +128,7 @@ def print_changes(what: str, changes: Sequence[Change], limit: int | None) -> No
     if changes:
         print(f"\n{what}: {len(changes)} differ")
     for name, old, new in changes[:limit]:
-        print(f"  {name}  {show(old)} -> {show(new)}")
+        print(f"  {name}  {format_value(old)} -> {format_value(new)}")
     if limit is not None and len(changes) > limit:
         print(f"  and {len(changes) - limit} more; all=true shows them")
 
@@ -202,8 +159,6 @@ def export(
     from launch.checkpoint.export import export_weights, files_with, weights_of
 
     target = check_export_path(to)
-    if not 0 < shard_gb < 1e6:
-        raise ValueError(f"shard_gb={shard_gb:g} must be a number of gigabytes, above 0")
     with open_checkpoint(path) as checkpoint:
         manifest = checkpoint.manifest
         models = [model] if model else checkpoint.models
@@ -261,8 +216,6 @@ def how_to_load(path: Path, model: str) -> str:
 
 def prune(run: Path, *, keep: int) -> int:
     """Remove all but the newest checkpoints of a run, and the best if the run keeps it."""
-    if keep < 1:
-        raise ValueError(f"keep={keep} must be at least 1: a run cannot continue without a checkpoint")
     if not (folders := directory.list_checkpoints(run)):
         raise ValueError(f"{run} is not a run that has checkpoints; give the folder above its checkpoints/")
     newest = folders[-keep:]
@@ -299,13 +252,3 @@ def best_step_to_keep(newest: Sequence[Path], keep: int) -> int | None:
         )
     keeps_best = intact[-1].config.get("checkpoint", {}).get("best")
     return intact[-1].progress.get("best_step") if keeps_best else None
-
-
-SUBCOMMANDS: dict[str, Callable[..., int]] = {
-    "list": list_run,
-    "inspect": inspect,
-    "verify": verify,
-    "diff": diff,
-    "export": export,
-    "prune": prune,
-}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from launch.checkpoint.manifest import Manifest
-from launch.cli.config import nested
+from launch.cli.keys import to_dict
 from strategies.sharded_state import TensorSlice
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def manifest_of(run: Run, versions: Mapping[str, str]) -> Manifest:
         samples=run.progress.step * run.batch_plan.batch_size,
         time=round(time.time(), 3),
         progress=run.progress.state(),
-        config=nested(run.config) | nested(run.recipe),
+        config=to_dict(run.config) | to_dict(run.recipe),
         train_samples=len(run.splits.train),
         optimizers={name: strategy.layout.parameter_groups for name, strategy in run.strategies.items()},
         tied={name: strategy.layout.tied for name, strategy in run.strategies.items()},

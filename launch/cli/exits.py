@@ -8,17 +8,17 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import NoReturn
 
+from launch.runtime import exit_codes
+
 
 class ExitCode(IntEnum):
-    """The exit codes of all commands."""
+    """The exit codes of all commands, as an enumeration."""
 
-    DONE = 0
-    FAILED = 1
-    MISTAKE = 2
-    STOPPED = 75
-    """EX_TEMPFAIL of sysexits.h: schedulers start such a job again"""
-    INTERRUPTED = 130
-    """128 + SIGINT, as shells count"""
+    DONE = exit_codes.DONE
+    FAILED = exit_codes.FAILED
+    MISTAKE = exit_codes.MISTAKE
+    STOPPED = exit_codes.STOPPED
+    INTERRUPTED = exit_codes.INTERRUPTED
 
 
 MEANINGS = {

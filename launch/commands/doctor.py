@@ -1,20 +1,52 @@
-"""Look at the machines before a run does."""
+"""Check the machines before a run does.
+
+    rankzero doctor                                         this machine
+    srun --ntasks-per-node=1 rankzero doctor                all nodes of a SLURM job
+    torchrun --nproc_per_node=8 -m launch doctor            the ranks as a run has them
+
+Tells whether all ranks come, names, interfaces and the port are right, versions and code are equal, which GPU each
+rank gets and who else is on it; shared memory, limits, CPUs, disk, one folder for all nodes, clocks, and how fast
+neighbours exchange data against what the link should give: the ring of the nodes, not every pair. One table, and
+the fix under whatever is not well. Where nodes cannot reach each other torchrun itself waits: srun, or RANK,
+WORLD_SIZE, MASTER_ADDR and MASTER_PORT set by hand on each node, tells why.
+"""
 
 from __future__ import annotations
 
 import os
-import signal
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, NoReturn
 
-if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
-    del sys.path[0]
-from launch.diagnostics.check_ranks import end, main
+from annotated_types import Gt, Lt
 
-if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, end)
-    ended = main(sys.argv[1:])
+from launch.cli.command import read_command, report_mistakes
+from launch.cli.exits import ExitCode
+from launch.diagnostics import check_ranks
+from launch.runtime.store import rendezvous_endpoint
+
+EXITS = {ExitCode.DONE: "all checks pass, or warn", ExitCode.FAILED: "a check fails"}
+
+
+@dataclass(kw_only=True)
+class DoctorOptions:
+    """What `rankzero doctor` takes."""
+
+    run_dir: str = "."
+    """the folder to try, such as /scratch/me/runs"""
+    timeout: Annotated[float, Gt(0), Lt(3600)] = 20.0
+    """seconds to wait for the other ranks"""
+
+
+def main(argv: list[str]) -> NoReturn:
+    """Check; the process ends with the exit code, the same on all ranks that met."""
+    check_ranks.end_on_signals()
+    arguments = read_command(argv, __doc__, DoctorOptions, name="doctor", on_ranks=True, exits=EXITS)
+    options, world, environment = arguments.options, arguments.world, dict(os.environ)
+    with report_mistakes(world.rank):
+        endpoint = rendezvous_endpoint(world, environment)
+    code = check_ranks.check_ranks(world, environment, endpoint, Path(options.run_dir), options.timeout)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(ended)  # a thread that hangs (a dead file server, a collective) must not keep the command
+    os._exit(code)  # a thread that hangs (a dead file server, a collective) must not keep the command

@@ -1,15 +1,73 @@
-"""Prove on your own recipe and storage that a killed run goes on."""
+"""Prove on your own recipe and storage that a killed run goes on as if nothing had happened.
+
+    rankzero resume_check recipe=gpt
+    rankzero resume_check recipe=./mine.py run_dir=/scratch/me ranks=2,4 all=true
+    rankzero resume_check recipe=./mine.py strategies=ddp,fsdp compare=40
+
+Starts the real command (launch/run.py) again and again, shortened to `compare` steps. For each of `strategies`: a
+run without interruption; the same run, ended by `kill -9` behind its first half, at a random moment or in the
+middle of a save; then the same command once more, which resumes. Losses, gradient norms, learning rates and scores
+of all steps must be equal bit by bit, and so must the final weights. Then the checkpoint that the killed run left
+is read by the next strategy on another number of ranks: losses and gradient norms must stay within the tolerance
+of the precision (fp32: 1e-5).
+
+Proved is what was run: this recipe, these steps, this storage, processes on this machine. Not proved: that the
+storage keeps what it has confirmed through a loss of power or on another node, nor that a longer run meets no
+state that the first steps lack.
+
+The check sets steps, epochs, resume, debug, checkpoint.every and log.every itself. Its runs lie in a new folder in
+run_dir (default: runs), removed if all passed.
+"""
 
 from __future__ import annotations
 
 import signal
-import sys
-from pathlib import Path
+from dataclasses import dataclass, field
+from typing import Annotated
 
-if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
-    del sys.path[0]
-from launch.equivalence.resume_check import main
+from annotated_types import Ge
 
-if __name__ == "__main__":
+from launch.cli.command import Arguments, read_command, report_mistakes
+from launch.cli.exits import ExitCode
+from launch.equivalence import resume_check
+from launch.equivalence.common import choose_strategies, without
+from launch.equivalence.kill_plan import Extent
+from strategies import STRATEGIES
+
+EXITS = {ExitCode.DONE: "all passed", ExitCode.FAILED: "a row failed", ExitCode.INTERRUPTED: "interrupted"}
+
+
+@dataclass(kw_only=True)
+class ResumeCheckOptions:
+    """What `rankzero resume_check` takes besides the keys of a run."""
+
+    ranks: list[Annotated[int, Ge(2)]] = field(default_factory=lambda: [2])
+    """numbers of processes, separated by commas: the first is that of the killed runs, the others only read
+    (single: always one)
+    """
+    strategies: list[str] = field(default_factory=lambda: list(resume_check.DEFAULT))
+    """those to kill and to read with, separated by commas"""
+    compare: Annotated[int, Ge(4)] = 20
+    """steps of each run"""
+    all: bool = False
+    """every pair of strategies and numbers of ranks, and both kinds of kill for each"""
+
+
+def main(argv: list[str]) -> int:
+    """Check; returns the exit code."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no process is left behind
-    sys.exit(main(sys.argv[1:]))
+    arguments = read_command(
+        argv, __doc__, ResumeCheckOptions, name="resume_check", takes_run=True, exits=EXITS
+    )
+    with report_mistakes():
+        extent, run_argv = extent_of(arguments)
+        settings, run_argv = resume_check.agree(run_argv, extent)
+    return resume_check.check_resume(extent, run_argv, settings)
+
+
+def extent_of(arguments: Arguments[ResumeCheckOptions]) -> tuple[Extent, list[str]]:
+    """How much to check, and the arguments of the run without what the check sets itself. Raises ValueError."""
+    options = arguments.options
+    strategies = choose_strategies(options.strategies, list(STRATEGIES), resume_check.DEFAULT)
+    extent = Extent(options.ranks, strategies, options.compare, options.all)
+    return extent, without(arguments.run_argv, resume_check.REPLACED)

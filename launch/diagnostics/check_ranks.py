@@ -1,39 +1,16 @@
-"""Look at the machines before a run does.
-
-    python launch/commands/doctor.py                                this machine
-    srun --ntasks-per-node=1 python launch/commands/doctor.py       all nodes of a SLURM job
-    torchrun --nproc_per_node=8 launch/commands/doctor.py           the ranks as a run will have them
-        run_dir=/scratch/me/runs                           the directory to try (default: the current one)
-        timeout=20                                         seconds to wait for the other ranks
-
-Checks whether all ranks join, whether host names, interfaces and the port are right, whether versions and
-code are equal, which GPU each rank gets and which other processes use it; shared memory, limits, CPUs, disk,
-one directory for all nodes, clocks; and measures the bandwidth between neighboring ranks (the ring of the
-nodes, not every pair) against what the link should give. Prints one table, with the fix under each warning
-and failure. Where nodes cannot reach each other torchrun itself waits: srun, or RANK, WORLD_SIZE, MASTER_ADDR
-and MASTER_PORT set by hand on each node, show why. Exit codes: 0 pass or warn; 1 a check fails; 2 a mistake
-in the command.
-"""
+"""All checks of `rankzero doctor`, on this machine or on all ranks together, and their exit code."""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from launch.cli.config import (
-    RANK_ZERO_GRACE_S,
-    build,
-    check_known,
-    exit_with_mistake,
-    keys_of,
-    parse,
-    read_line,
-)
+from launch.cli.exits import RANK_ZERO_GRACE_S
 from launch.diagnostics.exchange import connect
 from launch.diagnostics.findings import Finding
 from launch.diagnostics.findings_table import print_findings
@@ -48,8 +25,8 @@ from launch.diagnostics.run_all import (
     run_local_checks,
 )
 from launch.diagnostics.temp_files import remove_all
-from launch.runtime.store import UnreachableError, rendezvous_endpoint
-from launch.runtime.world import World, find_world
+from launch.runtime.store import UnreachableError
+from launch.runtime.world import World
 
 LIBRARY_SETTINGS = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",  # what torch's sockets log, this command reports
@@ -58,28 +35,6 @@ LIBRARY_SETTINGS = {
 }
 PLAN_TIMEOUTS = 3
 """how many times the timeout the other ranks wait for rank zero's plan: it may itself wait for a late rank"""
-
-
-@dataclass(kw_only=True)
-class Own:
-    """The keys of this command."""
-
-    run_dir: str = "."
-    timeout: float = 20.0
-
-
-def main(words: list[str]) -> int:
-    """Check; returns the exit code, the same on all ranks that joined."""
-    if "--help" in words or "-h" in words:
-        print((__doc__ or "").strip())
-        return 0
-    environment, world = dict(os.environ), World()
-    try:
-        world = find_world(environment)
-        own, endpoint = read(words), rendezvous_endpoint(world, environment)
-    except ValueError as error:
-        exit_with_mistake(error, world.rank)
-    return check_ranks(world, environment, endpoint, Path(own.run_dir), own.timeout)
 
 
 def check_ranks(
@@ -168,15 +123,10 @@ def finish_alone(
     return 1
 
 
-def read(words: list[str]) -> Own:
-    """The keys of this command. Raises ValueError for the user to read."""
-    known = {key.name: key for key in keys_of(Own)}
-    line = read_line(words)
-    check_known(line, known, "doctor")
-    own: Own = build(Own, {name: parse(text, known[name]) for name, text in line.items()})
-    if not 0 < own.timeout < 3600:
-        raise ValueError(f"timeout={own.timeout:g} must be a number of seconds, above 0")
-    return own
+def end_on_signals() -> None:
+    """Let SIGTERM and Ctrl-C end this process at once."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
 
 
 def end(number: int, _: FrameType | None) -> NoReturn:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from strategies import OPTIONS_GROUPS, STRATEGIES, missing_package
@@ -27,37 +27,30 @@ PLACES = {
 """variables by which a launcher places a process: one around the command must not place its runs"""
 
 
-def whole_number(name: str, text: str, what: str, least: int) -> int:
-    """The number that a key of ours was given. Raises ValueError if it is none, or less than `least`."""
-    if not text.isdecimal() or int(text) < least:
-        raise ValueError(f"{name}={text} must be a number of {what} from {least}")
-    return int(text)
-
-
-def choose_strategies(line: Mapping[str, str], allowed: Sequence[str], default: Sequence[str]) -> list[str]:
-    """What `strategies=` names, without those whose library is not installed. Raises ValueError for any not
-    `allowed`.
+def choose_strategies(given: Sequence[str], allowed: Sequence[str], default: Sequence[str]) -> list[str]:
+    """The strategies `given` or by default, without those whose library is not installed. Raises ValueError for
+    any not `allowed`.
     """
-    chosen = list(dict.fromkeys(line["strategies"].split(","))) if "strategies" in line else list(default)
+    chosen = list(dict.fromkeys(given or default))
     for name in chosen:
         if name not in allowed:
-            raise ValueError(f"strategies={line['strategies']}: {name!r} is none of {', '.join(allowed)}")
+            raise ValueError(f"strategies={','.join(given)}: {name!r} is none of {', '.join(allowed)}")
     missing = {name: package for name in chosen if (package := missing_package(name))}
     if missing:
         chosen = [name for name in chosen if name not in missing]
         packages = " and ".join(sorted(set(missing.values())))
         if not chosen:
             raise ValueError(
-                f"strategies={line['strategies']} needs {packages}, which is not installed: "
+                f"strategies={','.join(given)} needs {packages}, which is not installed: "
                 f"pip install {packages}"
             )
         print(f"left out: {', '.join(missing)}; {packages} is not installed", file=sys.stderr)
     return chosen
 
 
-def without(words: Sequence[str], names: Iterable[str]) -> list[str]:
-    """The words that say none of the keys `names`."""
-    return [word for word in words if word.partition("=")[0].removeprefix("--") not in names]
+def without(argv: Sequence[str], names: Iterable[str]) -> list[str]:
+    """The arguments that give none of the keys `names`."""
+    return [argument for argument in argv if argument.partition("=")[0].removeprefix("--") not in names]
 
 
 def for_strategy(words: Sequence[str], strategy: str) -> list[str]:

@@ -1,13 +1,4 @@
-"""Prove on your own recipe that the strategies agree.
-
-    python launch/commands/parity.py recipe=gpt
-    python launch/commands/parity.py recipe=./mine.py precision=bf16 ranks=4 strategies=ddp,fsdp compare=20
-
-Makes the first steps of the run (compare=5) as a single process, then under each strategy on ranks=2
-processes that it starts itself, with accumulation 1 and 4, with clipping and with activation checkpointing,
-on the same global batches; prints how far losses, gradient norms and final weights lie apart. Works without a
-GPU. All keys of a run work here too. Exit codes: 0 they agree; 1 a row failed; 2 a mistake in the command.
-"""
+"""How far the strategies lie from a single process, on the first steps of a recipe: `rankzero parity`."""
 
 from __future__ import annotations
 
@@ -18,43 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.cli import help
-from launch.cli.config import exit_with_mistake, read_line
-from launch.cli.resolve import Settings, resolve
-from launch.equivalence.common import choose_strategies, command, environment, whole_number, without
+from launch.cli.resolve import Settings
+from launch.equivalence.common import command, environment
 from launch.equivalence.parity_cases import Comparison, ParityCase, plan_cases
 from launch.equivalence.parity_result import compare_case
 from launch.equivalence.parity_table import print_parity
-from launch.runtime.world import World
-from strategies import STRATEGIES
 
 if TYPE_CHECKING:
     from launch.equivalence.parity_result import Trajectory
-
-OWN_KEYS = ("ranks", "strategies", "compare")
-
-
-def main(words: list[str]) -> int:
-    """Compare; returns the exit code."""
-    try:
-        if "--help" in words or "-h" in words:
-            print(help.page(__doc__ or "", [word for word in words if word not in ("--help", "-h")]))
-            return 0
-        own, words = own_keys(words)
-        settings = resolve([*words, "strategy=single"], World())
-    except (ValueError, FileNotFoundError) as error:
-        exit_with_mistake(error, 0)
-    return compare_strategies(settings, words, own)
-
-
-def own_keys(words: list[str]) -> tuple[Comparison, list[str]]:
-    """This command's own keys, and the other words. Raises ValueError for what they cannot be."""
-    line = read_line(words)
-    ranks = whole_number("ranks", line.get("ranks", "2"), "processes", 2)
-    steps = whole_number("compare", line.get("compare", "5"), "steps", 1)
-    everywhere = [name for name in STRATEGIES if name != "single"]
-    chosen = choose_strategies(line, everywhere, everywhere)
-    return Comparison(ranks=ranks, steps=steps, strategies=chosen), without(words, (*OWN_KEYS, "strategy"))
 
 
 def compare_strategies(settings: Settings, argv: list[str], comparison: Comparison) -> int:

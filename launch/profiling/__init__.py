@@ -1,1 +1,1 @@
-"""Where the time of a step goes: what `launch/commands/profile.py` measures, and what it says of it."""
+"""Where the time of a step goes: what `rankzero profile` measures, and what it says of it."""

@@ -178,7 +178,7 @@ def about_waiting(run: Run, rows: Sequence[Figures]) -> Iterator[str]:
     if waiting > min(exposed):
         yield (
             f"{waiting:.2f} of {mean.exposed:.2f} ms of exposed communication are waiting for a slower rank, rank "
-            f"{exposed.index(min(exposed))}: compare its figures above; launch/commands/doctor.py looks at its machine"
+            f"{exposed.index(min(exposed))}: compare its figures above; rankzero doctor looks at its machine"
         )
     else:
         yield f"{mean.exposed / mean.step:.0%} of a step is exposed communication: {'; '.join(less_communication(run))}"

@@ -172,7 +172,7 @@ def find_device(world: World) -> str:
             )
             raise ValueError(
                 f"SLURM gave this node {given} GPU(s), and torch sees none: torch {torch.__version__} {built}; "
-                "look at nvidia-smi and launch/commands/doctor.py, or ask for no GPU to train on the CPU"
+                "look at nvidia-smi and rankzero doctor, or ask for no GPU to train on the CPU"
             )
         return "cpu"
     if torch.cuda.device_count() == 1 and world.local_rank > 0 and world.launcher == "srun":

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from launch.cli.config import Config
-from launch.cli.resolve import Settings, accumulation_steps
+from launch.cli.resolve import Settings
+from launch.cli.validate import accumulation_steps
 from launch.data.batch_plan import BatchPlan
 from launch.data.in_memory import as_in_memory, to_device_if_small
 from launch.runtime.phase import Phase

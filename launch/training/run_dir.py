@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from launch.cli.config import nested
+from launch.cli.keys import to_dict
 from launch.cli.resolve import Settings
 from launch.runtime.files import write_text_atomically
 from launch.runtime.restarts import restart_count
@@ -99,7 +99,7 @@ def start_run_dir(path: Path, settings: Settings, world: World) -> None:
     (path / STOP_FILE).unlink(missing_ok=True)
     if (path / FAILURE_FILE).exists():  # kept, to see whether the next one is the same
         (path / FAILURE_FILE).replace(path / PREVIOUS_FAILURE_FILE)
-    keys = {name: value for name, value in nested(settings.config).items() if name not in NOT_KEPT}
+    keys = {name: value for name, value in to_dict(settings.config).items() if name not in NOT_KEPT}
     made_with = {
         "versions": versions(),
         "git": git_revision(),
@@ -108,5 +108,5 @@ def start_run_dir(path: Path, settings: Settings, world: World) -> None:
         "local_world_size": world.local_world_size,
         "device": world.device,
     }
-    text = yaml.safe_dump({**keys, **nested(settings.recipe), "made_with": made_with}, sort_keys=False)
+    text = yaml.safe_dump({**keys, **to_dict(settings.recipe), "made_with": made_with}, sort_keys=False)
     write_text_atomically(path / "config.yaml", text)

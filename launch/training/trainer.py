@@ -14,8 +14,9 @@ from launch.checkpoint.export import export_weights
 from launch.checkpoint.init_weights import load_initial_weights
 from launch.checkpoint.reader import Checkpoint
 from launch.checkpoint.resume import resume
-from launch.cli.config import Config, nested
+from launch.cli.config import Config
 from launch.cli.exits import ExitCode
+from launch.cli.keys import to_dict
 from launch.cli.resolve import Settings
 from launch.reporting.console import Console
 from launch.reporting.metrics import Metrics
@@ -124,7 +125,7 @@ def identity(settings: Settings) -> str:
     """What this rank was asked to do: the same text on all ranks."""
     source = Path(inspect.getsourcefile(type(settings.recipe)) or "")
     return json.dumps(
-        [nested(settings.config), nested(settings.recipe), source.read_text() if source.is_file() else ""]
+        [to_dict(settings.config), to_dict(settings.recipe), source.read_text() if source.is_file() else ""]
     )
 
 

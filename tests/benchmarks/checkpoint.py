@@ -273,7 +273,7 @@ def load_into(run: Run, folder: Path) -> None:
 
 
 def export(size_mb: float) -> None:
-    """Peak memory of `ckpt.py export`, over that of a process which has imported torch."""
+    """Peak memory of `rankzero ckpt export`, over that of a process which has imported torch."""
     with prepared(dense(size_mb * 3), every=10**9) as (run, metrics):  # the weights are a third of the state
         going = steps(run, metrics)
         next(going)
@@ -281,9 +281,7 @@ def export(size_mb: float) -> None:
         metrics.finish()
         newest = list_checkpoints(metrics.run_dir)[-1]
         weights = sum(p.nbytes for p in run.models["model"].parameters())
-        ckpt, command = ROOT / "launch" / "commands" / "ckpt.py", "export"
-        measure = f"import runpy, sys; sys.argv = {[str(ckpt), command]!r} + sys.argv[1:]\n"
-        measure += f"try: runpy.run_path({str(ckpt)!r}, run_name='__main__')\nexcept SystemExit: pass\n"
+        measure = "import sys\nfrom launch.commands import main\nmain(['ckpt', 'export', *sys.argv[1:]])\n"
         measure += (
             "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
         )

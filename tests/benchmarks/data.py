@@ -33,7 +33,7 @@ from scipy.stats import chisquare
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
-from launch.cli.config import read_line
+from launch.cli.keys import read_argv
 from launch.cli.resolve import resolve
 from launch.data.batch_plan import BatchPlan
 from launch.data.sampler import TrainSampler
@@ -60,7 +60,7 @@ RANKS, BATCH = 8, 256
 
 def main(words: list[str]) -> None:
     """The table."""
-    line = {"rounds": "10", "largest": "1e7", "ours_to": "1e12", "shuffles": "20000", **read_line(words)}
+    line = {"rounds": "10", "largest": "1e7", "ours_to": "1e12", "shuffles": "20000", **read_argv(words)}
     report = Report(line.get("json"), COLUMNS)
     for power in range(4, 13):
         size = 10**power

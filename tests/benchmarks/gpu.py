@@ -50,7 +50,7 @@ if "rehearse=true" in sys.argv:
 
 import torch
 
-from launch.cli.config import read_line
+from launch.cli.keys import read_argv
 from tests.benchmarks.benchmark_report import Report
 from tests.benchmarks.gpu_rows import (
     FAILED,
@@ -99,7 +99,7 @@ COLUMNS = {
 def main(words: list[str]) -> int:
     """The table; returns the exit code."""
     given = {"rows": ",".join(SECTIONS), "seconds": "3", "rounds": "1", "minutes": "10", "rehearse": "false"}
-    line = {**given, **read_line(words)}
+    line = {**given, **read_argv(words)}
     there, rehearse, end = (
         torch.cuda.is_available(),
         line["rehearse"] == "true",

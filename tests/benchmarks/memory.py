@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from launch.cli.config import read_line
+from launch.cli.keys import read_argv
 from tests.benchmarks.benchmark_report import Report, interleave, ratios
 from tests.launch.processes import free_port
 
@@ -54,7 +54,7 @@ def main(words: list[str]) -> None:
         "layers": "6",
         "width": "2048",
     }
-    line = {**given, **read_line(words)}
+    line = {**given, **read_argv(words)}
     report = Report(line.get("json"), COLUMNS)
     for strategy in line["strategies"].split(","):
         said = [f"{name}={line[name]}" for name in ("steps", "layers", "width")] + [f"strategy={strategy}"]
@@ -153,7 +153,7 @@ def ours(recipe: Recipe, said: dict[str, str], run_dir: Path, save: bool) -> Non
 
 
 if __name__ == "__main__":
-    words = read_line(sys.argv[1:])
+    words = read_argv(sys.argv[1:])
     if "side" in words:
         print(rank(words["side"], Path(words["folder"]), words), flush=True)
         os._exit(0)

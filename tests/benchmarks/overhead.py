@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-from launch.cli.config import read_line
+from launch.cli.keys import read_argv
 from tests.benchmarks.benchmark_report import Report, ratios
 from tests.benchmarks.loops import FRAMEWORKS, installed
 from tests.benchmarks.loops.paired_runs import LOSS_TOLERANCE, Comparison, compare
@@ -54,7 +54,7 @@ def main(words: list[str]) -> None:
         "strategies": "single,ddp,fsdp,zero2,zero3",
         "workloads": "mlp,cnn,gpt",
     }
-    line = {**given, "modes": "bare,defaults", "frameworks": ",".join(FRAMEWORKS), **read_line(words)}
+    line = {**given, "modes": "bare,defaults", "frameworks": ",".join(FRAMEWORKS), **read_argv(words)}
     report = Report(line.get("json"), COLUMNS)
     with nullcontext(line["keep"]) if "keep" in line else tempfile.TemporaryDirectory() as folder:
         Path(folder).mkdir(parents=True, exist_ok=True)

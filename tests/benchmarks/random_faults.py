@@ -31,8 +31,8 @@ from typing import Any
 import psutil
 
 from launch.checkpoint.directory import checkpoints_dir, list_checkpoints
-from launch.cli.config import read_line
 from launch.cli.faults import FAULT_KINDS
+from launch.cli.keys import read_argv
 from launch.equivalence.common import environment
 from launch.equivalence.compare_metrics import (
     describe_unpaired,
@@ -110,7 +110,7 @@ def main(words: list[str]) -> int:
         "first": "1",
         "strategies": "ddp,fsdp",
     }
-    line = {**given, "kinds": ",".join(FAULT_KINDS), **read_line(words)}
+    line = {**given, "kinds": ",".join(FAULT_KINDS), **read_argv(words)}
     ranks, first = int(line["ranks"]), int(line["first"])
     strategies, kinds = line["strategies"].split(","), line["kinds"].split(",")
     start = time.monotonic()

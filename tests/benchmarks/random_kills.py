@@ -23,7 +23,7 @@ from pathlib import Path
 from launch.checkpoint.directory import list_checkpoints, step_of
 from launch.checkpoint.manifest import DamagedCheckpoint
 from launch.checkpoint.reader import Checkpoint
-from launch.cli.config import read_line
+from launch.cli.keys import read_argv
 from launch.equivalence.common import environment
 from launch.equivalence.compare_metrics import (
     describe_unpaired,
@@ -66,7 +66,7 @@ START = 12.0
 
 def main(words: list[str]) -> int:
     """The table; returns the exit code."""
-    line = {"kills": "30", "ranks": "2", "strategy": "fsdp", "seed": "0", **read_line(words)}
+    line = {"kills": "30", "ranks": "2", "strategy": "fsdp", "seed": "0", **read_argv(words)}
     kills, layout, draw = (
         int(line["kills"]),
         RankLayout(line["strategy"], int(line["ranks"])),

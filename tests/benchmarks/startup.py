@@ -28,7 +28,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from launch.cli.config import read_line
+from launch.cli.keys import read_argv
 from tests.benchmarks.benchmark_report import Report, interleave, ratios
 from tests.launch.processes import free_port
 
@@ -49,7 +49,7 @@ BATCH = 64
 
 def main(words: list[str]) -> None:
     """The table."""
-    line = {"rounds": "10", "recipes": "mnist,gpt", **read_line(words)}
+    line = {"rounds": "10", "recipes": "mnist,gpt", **read_argv(words)}
     rounds = int(line["rounds"])
     report = Report(line.get("json"), COLUMNS)
     imports = interleave(

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # its stubs forget it
 
-from launch.cli.config import read_line
+from launch.cli.keys import read_argv
 from launch.runtime.phase import Phase
 from launch.runtime.rendezvous import check_ranks, process_group, rank_info
 from launch.runtime.world import World, find_world
@@ -76,7 +76,7 @@ def slowest(seconds: float) -> float:
 
 def main(words: list[str]) -> None:
     """The table."""
-    line = {"seconds": "20", "rounds": "10", **read_line(words)}
+    line = {"seconds": "20", "rounds": "10", **read_argv(words)}
     with process_group(find_world(os.environ)) as world:
         times = [check_seconds(world, number) for number in range(int(line["rounds"]))]
         share, each = watch_share(world, float(line["seconds"]))

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from launch.checkpoint import inspection
 from launch.checkpoint.manifest import FileEntry, Manifest, TensorEntry
 from launch.checkpoint.tensor_file import dtype_name, file_header
+from launch.commands import ckpt
 from launch.runtime.files import write_hashed
 from strategies.sharded_state import slice_for_rank
 
@@ -110,7 +110,7 @@ def state(model: str, weights: Mapping[str, Tensor], seed: int = 0) -> dict[str,
 def call(capsys: pytest.CaptureFixture[str], *words: object, expect: int = 0) -> str:
     """The command in this process; what it printed, or for a mistake the one line on stderr."""
     try:
-        code = inspection.main([str(word) for word in words])
+        code = ckpt.main([str(word) for word in words])
     except SystemExit as exit:
         code = exit.code if isinstance(exit.code, int) else 1
     out, err = capsys.readouterr()

@@ -60,6 +60,12 @@ def command_line(*args: str, ranks: int = 0, run: Path = RUN_SCRIPT, restarts: i
     return [sys.executable, *(torchrun if ranks else []), str(run), *args]
 
 
+def rankzero(*args: str, ranks: int = 0) -> list[str]:
+    """The argv of `rankzero COMMAND ...`: one process, or with `ranks` under torchrun."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return [sys.executable, *(torchrun if ranks else []), "-m", "launch", *args]
+
+
 def start_command(
     *args: str, cwd: Path, ranks: int = 0, restarts: int = 0, env: Mapping[str, str] | None = None
 ) -> subprocess.Popen[str]:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.cli.config import Config, keys_of
+from launch.cli.config import Config
 from launch.cli.help import docstrings
+from launch.cli.keys import keys_of
 from launch.cli.resolve import find_recipe
 from recipes import RECIPES
 from tests.launch.processes import RUN_SCRIPT, run_command

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from launch.cli.help import page
-from launch.cli.resolve import Settings, accumulation_steps, find_recipe, resolve
+from launch.cli.resolve import Settings, find_recipe, resolve
+from launch.cli.validate import accumulation_steps
 from launch.runtime.world import World
 from launch.training.run_dir import find_run_dir, start_run_dir
 from recipes.parts.optim import Optim
@@ -107,12 +108,32 @@ def test_a_bad_value(word: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["epochs", "steps", "batch_size", "micro_batch_size", "clip_norm", "clip_value", "eval.every"]
+    ("name", "range"),
+    [
+        ("epochs", "1 or more (default: null)"),
+        ("steps", "1 or more (default: null)"),
+        ("batch_size", "1 or more (default: 64)"),
+        ("micro_batch_size", "1 or more, or auto (default: null)"),
+        ("clip_norm", "greater than 0 (default: null)"),
+        ("clip_value", "greater than 0 (default: null)"),
+        ("start_timeout", "greater than 0 (default: 60.0)"),
+        ("hang_timeout", "greater than 0 (default: 600.0)"),
+        ("checkpoint.every_minutes", "greater than 0 (default: 30.0)"),
+        ("eval.every", "1 or more (default: null)"),
+    ],
 )
 @pytest.mark.parametrize("value", [0, -4])
-def test_numbers_that_must_be_positive(name: str, value: int) -> None:
-    said(f"{name}={value}", f"{name}={value}")
-    said(" must be greater than 0", f"{name}={value}")
+def test_numbers_that_must_be_positive(name: str, range: str, value: int) -> None:
+    said(f"{name}={value} must be {range}", f"{name}={value}")
+
+
+@pytest.mark.parametrize("value", ["yes", "no", "on", "off", "Y", "t"])
+@pytest.mark.parametrize(
+    ("name", "types"),
+    [("debug", "true|false|int"), ("init_partial", "true|false"), ("compile", "false|true|")],
+)
+def test_only_true_and_false_are_true_and_false(name: str, types: str, value: str) -> None:
+    said(f"{name}={value} is not {types}", f"{name}={value}")
 
 
 @pytest.mark.parametrize(
@@ -130,7 +151,7 @@ def test_numbers_that_would_fail_later(word: str) -> None:
     ("word", "message"),
     [
         ("optim.lrr=1", "optim.lrr is not a key of recipe resnet; did you mean optim.lr"),
-        ("lr=0.1", "did you mean optim.lr?"),
+        ("lr=0.1", "lr is optim.lr here: optim.lr=0.1"),
         ("model.lr=0.1", "optim.lr"),
         ("bacth_size=3", "did you mean batch_size"),
         ("optim=sgd", "it is a group: optim.name, optim.lr"),
@@ -319,7 +340,7 @@ class Bare(Recipe):
 def test_a_recipe_without_docstrings(tmp_path: Path) -> None:
     (tmp_path / "bare.py").write_text(BARE)
     word = f"recipe={tmp_path / 'bare.py'}"
-    text = page("usage", [word])
+    text = page("usage", takes_run=True, recipe=str(tmp_path / "bare.py"))
     assert "lr=0.1" in text
     assert "width= " in text
     assert "MISSING" not in text

@@ -11,15 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from launch.checkpoint import console, directory, inspection
+from launch.checkpoint import directory
 from launch.checkpoint.directory import checkpoint_dir
 from launch.checkpoint.manifest import FileEntry, Manifest, TensorEntry
 from launch.checkpoint.reader import Checkpoint
+from launch.cli.command import is_key_value
+from launch.cli.keys import keys_of
+from launch.commands import ckpt
 from launch.runtime.files import remove_folder
 from tests.launch.checkpoints import CONFIG, GROUPS, call, state, write_checkpoint, write_run
-from tests.launch.processes import COMMAND_TIMEOUT_S, ROOT, command_line
+from tests.launch.processes import COMMAND_TIMEOUT_S, rankzero
 
-CKPT = ROOT / "launch" / "commands" / "ckpt.py"
 WEIGHTS = {
     "layer.weight": torch.arange(30.0).view(5, 6),
     "layer.bias": torch.ones(5),
@@ -31,7 +33,7 @@ IMPORTS = {"PYTHONPROFILEIMPORTTIME": "1"}
 def run(*words: str, cwd: Path, expect: int = 0, **env: str) -> subprocess.CompletedProcess[str]:
     """The real command, in `cwd`."""
     done = subprocess.run(
-        command_line(*words, run=CKPT),
+        rankzero("ckpt", *words),
         cwd=cwd,
         env={**os.environ, **env},
         capture_output=True,
@@ -103,12 +105,13 @@ def test_export_and_verify_as_users_call_them(made: Path) -> None:
 
 
 def test_no_words_is_the_manual(tmp_path: Path) -> None:
-    assert (
-        run(cwd=tmp_path).stdout
-        == run("--help", cwd=tmp_path).stdout
-        == f"{(inspection.__doc__ or '').strip()}\n"
-    )
-    assert max(map(len, (inspection.__doc__ or "").splitlines())) <= 130
+    manual = run("--help", cwd=tmp_path).stdout
+    assert run(cwd=tmp_path).stdout == manual
+    assert manual.startswith("Look into the checkpoints of a run")
+    for name, subcommand in ckpt.SUBCOMMANDS.items():
+        assert " ".join([name, *subcommand.positional]) in manual
+        assert all(f"{key.name}=" in manual for key in keys_of(subcommand.options))
+    assert max(map(len, run("--help", cwd=tmp_path, COLUMNS="80").stdout.splitlines())) <= 80
 
 
 # list, inspect ----------------------------------------------------------------------------------------------
@@ -259,7 +262,7 @@ def test_prune(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_prune_leaves_something_to_go_on_from(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "keep=0 must be at least 1" in call(capsys, "prune", made, "keep=0", expect=2)
+    assert "keep=0 must be 1 or more" in call(capsys, "prune", made, "keep=0", expect=2)
     spoil(checkpoint_dir(made, 30) / "rank-00002.safetensors", 0)
     assert "would keep no intact checkpoint (rank-00002.safetensors" in call(
         capsys, "prune", made, "keep=1", expect=2
@@ -328,7 +331,7 @@ def test_a_path_may_hold_an_equals_sign(
     made.rename(made.with_name("lr=0.1"))
     monkeypatch.chdir(made.parent)
     assert "step-00000030" in call(capsys, "list", "lr=0.1")
-    assert not console.is_option("runs/lr=0.2")
+    assert not is_key_value("runs/lr=0.2")
 
 
 # size -------------------------------------------------------------------------------------------------------

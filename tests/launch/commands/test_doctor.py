@@ -17,7 +17,7 @@ from typing import TypeVar
 import pytest
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # its stubs forget it
 
-from launch.diagnostics import check_ranks, cross_node
+from launch.diagnostics import cross_node
 from launch.diagnostics.cross_node import SharedStorageResult
 from launch.diagnostics.exchange import Exchange
 from launch.runtime.store import UnreachableError, check_own_endpoint, open_store, wait_until_open, within
@@ -25,14 +25,12 @@ from tests.launch.hosts import CLUSTER_VARIABLES, HOSTS_FILE, Host, launcher_env
 from tests.launch.processes import (
     COMMAND_TIMEOUT_S,
     PATIENCE,
-    ROOT,
     CommandResult,
-    command_line,
     free_port,
+    rankzero,
     wait_for_command,
 )
 
-DOCTOR = ROOT / "launch" / "commands" / "doctor.py"
 First = TypeVar("First")
 Second = TypeVar("Second")
 
@@ -43,7 +41,7 @@ def start(
     """Start the doctor; `inside` is a command that starts it elsewhere (nsenter)."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(CLUSTER_VARIABLES)}
     return subprocess.Popen(
-        [*inside, *command_line(*args, ranks=ranks, run=DOCTOR)],
+        [*inside, *rankzero("doctor", *args, ranks=ranks)],
         cwd=cwd,
         env={**clean, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "10000", **(env or {})},
         stdout=subprocess.PIPE,
@@ -92,15 +90,16 @@ def test_help_imports_no_torch(tmp_path: Path) -> None:
     modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "launch.diagnostics.run_all" in modules
     assert not {"torch", "numpy", "pydantic"} & modules
-    assert done.stdout.startswith("Look at the machines")
-    assert max(map(len, (check_ranks.__doc__ or "").splitlines())) <= 130
+    assert done.stdout.startswith("Check the machines")
+    narrow = call("--help", cwd=tmp_path, env={"COLUMNS": "80"}).stdout
+    assert max(map(len, narrow.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(
     ("arg", "message"),
     [
         ("rundir=x", "rundir is not a key of doctor; did you mean run_dir?"),
-        ("timeout=0", "timeout=0 must be a number of seconds, above 0"),
+        ("timeout=0", "timeout=0 must be greater than 0 and below 3600 (default: 20.0)"),
         ("timeout=soon", "timeout=soon is not float"),
         ("fast", "'fast' is not key=value"),
     ],

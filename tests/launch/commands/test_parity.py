@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +11,9 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
+from launch.cli.command import read_arguments
 from launch.cli.resolve import resolve
-from launch.equivalence.parity import own_keys
+from launch.commands.parity import ParityOptions, comparison_of
 from launch.equivalence.parity_cases import plan_cases
 from launch.equivalence.parity_result import ParityResult, compare_case
 from launch.equivalence.trajectory import follow
@@ -21,8 +21,7 @@ from launch.runtime.world import World
 from strategies.precision import contract
 from tests import ranks
 from tests.launch.jobs import world_of
-
-COMMAND = Path(__file__).parents[3] / "launch" / "commands" / "parity.py"
+from tests.launch.processes import rankzero
 
 THEIRS = """
 import os
@@ -71,10 +70,10 @@ class Theirs(Recipe):
 
 
 def parity(*words: str, expect: int) -> str:
-    """What `launch/commands/parity.py` prints."""
+    """What `rankzero parity` prints."""
     environment = {**os.environ, "COLUMNS": "120"}
     done = subprocess.run(
-        [sys.executable, str(COMMAND), *words],
+        rankzero("parity", *words),
         capture_output=True,
         text=True,
         timeout=600,
@@ -133,7 +132,8 @@ def traced(place: ranks.CpuWorld, cases: dict[str, list[str]], steps: int) -> di
 
 def compared(strategies: Sequence[str], *words: str) -> list[ParityResult]:
     """The rows of the table that the command would print with these words."""
-    own, others = own_keys([*words, "workers=0", "compare=2", f"strategies={','.join(strategies)}"])
+    argv = [*words, "workers=0", "compare=2", f"strategies={','.join(strategies)}"]
+    own, others = comparison_of(read_arguments(argv, ParityOptions, takes_run=True))
     settings = resolve([*others, "strategy=single"], World())
     cases = plan_cases(settings, others, own)
     trajectories: dict[str, dict[str, Tensor]] = {}

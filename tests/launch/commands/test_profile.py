@@ -24,9 +24,8 @@ from launch.profiling.report import advise, notes, where
 from launch.profiling.timeline import Kind, Split, minus, split, union
 from launch.state.run import Run
 from tests.launch.jobs import alone, job_of
-from tests.launch.processes import COMMAND_TIMEOUT_S, LAUNCHER_VARIABLES, ROOT, TINY, command_line
+from tests.launch.processes import COMMAND_TIMEOUT_S, LAUNCHER_VARIABLES, ROOT, TINY, rankzero
 
-PROFILE = ROOT / "launch" / "commands" / "profile.py"
 ALL_REDUCE = "ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)"
 MINE = """
 import cProfile  # imports Python's `profile`, not ours
@@ -265,7 +264,7 @@ def profile(cwd: Path, *words: str, ranks: int = 0, code: int = 0) -> tuple[str,
     """What the command says, in one line, and what it says on stderr."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_VARIABLES)}
     environment = {**clean, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    line = command_line(*words, ranks=ranks, run=PROFILE)
+    line = rankzero("profile", *words, ranks=ranks)
     ended = subprocess.run(
         line,
         cwd=cwd,
@@ -358,7 +357,7 @@ def test_a_rank_that_fails_ends_all(tmp_path: Path) -> None:
     ("words", "told"),
     [
         (["recipe=mnist", "profile_step=3"], "profile_step is not a key"),
-        (["recipe=mnist", "profile_steps=0"], "profile_steps=0 must be a number of steps from 1"),
+        (["recipe=mnist", "profile_steps=0"], "profile_steps=0 must be 1 or more"),
         (["recipe=mnist", "trace=t.json"], "must end in .json.gz"),
         (["recipe=mnist", "trace=/proc/t/t.json.gz"], "name another place, or null"),
         (["recipe=mnist", "debug=true"], "debug= has no meaning here"),
@@ -374,7 +373,7 @@ def test_a_mistake_is_one_line(tmp_path: Path, words: list[str], told: str) -> N
 
 
 def test_help_imports_no_torch(tmp_path: Path) -> None:
-    spy = [sys.executable, "-X", "importtime", str(PROFILE), "recipe=mnist", "--help"]
+    spy = [sys.executable, "-X", "importtime", "-m", "launch", "profile", "recipe=mnist", "--help"]
     ended = subprocess.run(spy, cwd=tmp_path, capture_output=True, text=True, check=True)
     imported = {line.rpartition("|")[2].strip() for line in ended.stderr.splitlines()}
     assert "yaml" in imported, "the spy sees nothing"

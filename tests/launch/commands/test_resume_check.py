@@ -11,14 +11,16 @@ from pathlib import Path
 
 import pytest
 
+from launch.cli.command import read_arguments
 from launch.cli.resolve import Settings
+from launch.commands.resume_check import ResumeCheckOptions, extent_of
 from launch.equivalence import subprocesses
-from launch.equivalence.common import command, environment
-from launch.equivalence.kill_plan import plan_kills
+from launch.equivalence.common import environment
+from launch.equivalence.kill_plan import Extent, plan_kills
 from launch.equivalence.observed_run import last_logged_step
-from launch.equivalence.resume_check import agree, own_keys
+from launch.equivalence.resume_check import agree
 from launch.equivalence.subprocesses import RankLayout, run_process
-from tests.launch.processes import FOLDER_VARIABLE, TINY, descendants
+from tests.launch.processes import FOLDER_VARIABLE, TINY, descendants, rankzero
 
 FIT = (f"recipe={TINY}:Fit", "workers=0", "batch_size=16")
 
@@ -43,10 +45,10 @@ class Forgetful(Fit):
 
 
 def check(*words: str, cwd: Path, expect: int) -> str:
-    """What `launch/commands/resume_check.py` prints."""
+    """What `rankzero resume_check` prints."""
     found = {**os.environ, "COLUMNS": "80", "PYTHONPATH": str(Path(__file__).parents[3])}
     done = subprocess.run(
-        [*command("commands/resume_check.py", 1), *words],
+        rankzero("resume_check", *words),
         capture_output=True,
         text=True,
         timeout=600,
@@ -58,9 +60,14 @@ def check(*words: str, cwd: Path, expect: int) -> str:
     return done.stdout + done.stderr
 
 
+def extent(*words: str) -> tuple[Extent, list[str]]:
+    """How much would be checked, and the run's own arguments."""
+    return extent_of(read_arguments(words, ResumeCheckOptions, takes_run=True))
+
+
 def agreed(*words: str) -> tuple[Settings, list[str]]:
     """What would be run."""
-    own, others = own_keys(words)
+    own, others = extent(*words)
     return agree(others, own)
 
 
@@ -78,21 +85,22 @@ def test_own_keys_are_taken_out_and_what_the_check_sets_itself() -> None:
         "strategy=ddp",
         "seed=3",
     ]
-    own, others = own_keys(words)
+    own, others = extent(*words)
     assert (own.ranks, own.strategies, own.steps, own.all) == ([2, 4], ["single", "fsdp"], 40, True)
     assert others == ["recipe=gpt", "seed=3"]
     assert (own.every, own.half) == (10, 20)
-    shortest, _ = own_keys(["recipe=gpt", "compare=4"])
+    shortest, _ = extent("recipe=gpt", "compare=4")
     assert (shortest.every, shortest.half) == (1, 2)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("ranks=1",), "ranks=1 must be a number of processes from 2"),
-        (("compare=few",), "compare=few must be a number of steps from 4"),
+        (("ranks=1",), r"ranks=\[1\]: each must be 2 or more \(default: \[2\]\)"),
+        (("compare=few",), r"compare=few is not int \(default: 20\)"),
+        (("compare=3",), "compare=3 must be 4 or more"),
         (("strategies=ddp,zeroo",), "'zeroo' is none of single, ddp"),
-        (("all=yes",), "all=yes is not true or false"),
+        (("all=yes",), r"all=yes is not true\|false"),
         (("resume=none",), "debug= and resume= have no meaning here"),
         (("debug=true",), "debug= and resume= have no meaning here"),
         (("batch_size=15",), "batch_size=15 cannot be cut into"),
@@ -118,7 +126,7 @@ def test_all_layouts_see_the_same_micro_batches() -> None:
 
 
 def test_each_strategy_is_killed_and_read_by_the_next_on_other_ranks() -> None:
-    own, _ = own_keys(["recipe=gpt", "strategies=single,ddp,fsdp"])
+    own, _ = extent("recipe=gpt", "strategies=single,ddp,fsdp")
     single, ddp, fsdp = plan_kills(own)
     assert (single.layout, single.readers) == (("single", 1), [("ddp", 2)])
     assert (ddp.layout, ddp.readers) == (("ddp", 2), [("fsdp", 1)])
@@ -127,12 +135,12 @@ def test_each_strategy_is_killed_and_read_by_the_next_on_other_ranks() -> None:
 
 
 def test_all_is_every_pair() -> None:
-    own, _ = own_keys(["recipe=gpt", "strategies=single,ddp", "ranks=2,4", "all=true"])
+    own, _ = extent("recipe=gpt", "strategies=single,ddp", "ranks=2,4", "all=true")
     single, ddp = plan_kills(own)
     assert single.readers == [("ddp", 1), ("ddp", 2), ("ddp", 4)]
     assert ddp.readers == [("single", 1), ("ddp", 1), ("ddp", 4)]
     assert ddp.kills_in_save == [False, True]
-    (alone,) = plan_kills(own_keys(["recipe=gpt", "strategies=fsdp"])[0])
+    (alone,) = plan_kills(extent("recipe=gpt", "strategies=fsdp")[0])
     assert (alone.kills_in_save, alone.readers) == ([False, True], [("fsdp", 1)])
 
 
