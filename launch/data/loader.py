@@ -69,7 +69,7 @@ class InMemoryLoader:
 Loader = DataLoader[Any] | InMemoryLoader
 
 
-def loader(
+def build_loader(
     dataset: Dataset,
     sampler: Sampler[SampleIndices],
     seed: int,

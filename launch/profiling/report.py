@@ -7,8 +7,8 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from launch.profiling.measure import Figures
-from launch.reporting.console import device_name, extras, way_of
-from launch.reporting.throughput import SLOW_DATA, Throughput, duration
+from launch.reporting.console import describe_loading, device_name, enabled_options
+from launch.reporting.throughput import SLOW_DATA, data_advice, duration
 from strategies import STRATEGIES
 
 if TYPE_CHECKING:
@@ -54,8 +54,8 @@ def head(run: Run) -> dict[str, str]:
     """What was measured."""
     batch_plan, config = run.batch_plan, run.config
     return {
-        "recipe": f"{config.recipe}, {way_of(run)}",
-        "strategy": ", ".join([config.strategy, config.precision, *extras(run)]),
+        "recipe": f"{config.recipe}, {describe_loading(run)}",
+        "strategy": ", ".join([config.strategy, config.precision, *enabled_options(run)]),
         "device": device_name(run.world.device),
         "batch": f"{batch_plan.batch_size} = {batch_plan.micro_batch_size} micro x {batch_plan.accumulation_steps} accumulation x {batch_plan.world_size} rank(s)",
     }
@@ -170,7 +170,7 @@ def about_waiting(run: Run, rows: Sequence[Figures]) -> Iterator[str]:
     """For data, for other ranks, for the network."""
     mean, gpu = mean_of(rows), run.world.device != "cpu"
     if mean.data > SLOW_DATA * mean.step and (not gpu or mean.idle > SLOW_DATA * mean.step):
-        yield f"{mean.data / mean.step:.0%} of a step is waiting for data: {Throughput(run).advice()}"
+        yield f"{mean.data / mean.step:.0%} of a step is waiting for data: {data_advice(run)}"
     if mean.exposed <= EXPOSED * mean.step:
         return
     exposed = [row.exposed for row in rows]

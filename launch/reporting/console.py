@@ -1,4 +1,4 @@
-"""What a person sees: a banner, one progress line, a summary. Rank zero speaks."""
+"""The console: a banner, one progress line, a summary; on rank zero only."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
+from statistics import median_high
 from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.filesize import decimal
@@ -17,7 +18,12 @@ from strategies.precision import contract
 
 if TYPE_CHECKING:
     from launch.checkpoint.writer import SaveResult
+    from launch.reporting.metrics import Metrics
     from launch.state.run import Run
+
+CLEAR_LINE = "\r\x1b[2K"
+REDRAW_S = 0.1
+"""between two drawings of the progress line: a terminal is slow, steps can be fast"""
 
 
 class Console:
@@ -25,158 +31,147 @@ class Console:
     each.
     """
 
-    def __init__(self, speaks: bool, stream: TextIO = sys.stdout, lines: bool = False) -> None:
-        self.speaks, self.stream = speaks, stream
-        self.live = speaks and stream.isatty() and not lines
-        self.drawn = 0.0
+    def __init__(self, enabled: bool, stream: TextIO = sys.stdout, lines: bool = False) -> None:
+        self.enabled, self.stream = enabled, stream
+        self.live = enabled and stream.isatty() and not lines
+        self.last_drawn = 0.0
 
-    def say(self, text: str = "") -> None:
+    def print(self, text: str = "") -> None:
         """A line that stays."""
-        if self.speaks:
-            print(f"\r\x1b[2K{text}" if self.live else text, file=self.stream, flush=True)
+        if self.enabled:
+            print(f"{CLEAR_LINE}{text}" if self.live else text, file=self.stream, flush=True)
 
     def warn(self, text: str) -> None:
         """A line on stderr that stays."""
-        if self.speaks:
-            print(
-                f"{chr(13) + chr(27) + '[2K' if self.live else ''}rankzero: {text}",
-                file=sys.stderr,
-                flush=True,
-            )
+        if self.enabled:
+            print(f"{CLEAR_LINE if self.live else ''}rankzero: {text}", file=sys.stderr, flush=True)
 
-    def step(self, line: Mapping[str, Any], total_steps: int) -> None:
-        """The progress line: loss, learning rate, speed, time left."""
-        left = timedelta(
-            seconds=round(
-                (total_steps - line["step"]) * line["samples"] / line["step"] / line["samples_per_second"]
-            )
-        )
+    def step(self, line: Mapping[str, Any], last_step: int) -> None:
+        """The progress line: loss, learning rate, gradient norm, throughput, estimated time to the end."""
+        samples_per_step = line["samples"] / line["step"]
+        seconds = (last_step - line["step"]) * samples_per_step / line["samples_per_second"]
         text = (
-            f"step {line['step']}/{total_steps}  epoch {line['epoch']:.2f}  loss {line['loss']:.4f}  lr {line['lr']:.3g}  "
-            f"grad_norm {line['grad_norm']:.3g}  {speed_of(line)}  left {left}"
+            f"step {line['step']}/{last_step}  epoch {line['epoch']:.2f}  loss {line['loss']:.4f}  "
+            f"lr {line['lr']:.3g}  grad_norm {line['grad_norm']:.3g}  {throughput_of(line)}  "
+            f"eta {timedelta(seconds=round(seconds))}"
         )
         if not self.live:
-            self.say(text)
-        elif time.monotonic() - self.drawn > 0.1:  # a terminal is slow, steps can be fast
-            self.drawn = time.monotonic()
-            print(f"\r\x1b[2K{text}", end="", file=self.stream, flush=True)
+            self.print(text)
+        elif time.monotonic() - self.last_drawn > REDRAW_S:
+            self.last_drawn = time.monotonic()
+            print(f"{CLEAR_LINE}{text}", end="", file=self.stream, flush=True)
 
     def evaluation(self, step: int, scores: Mapping[str, Any]) -> None:
         """The scores that are single numbers."""
-        numbers = "  ".join(
-            f"{name} {value:.4f}" for name, value in scores.items() if isinstance(value, float)
-        )
-        self.say(f"step {step}  {numbers}")
+        self.print(f"step {step}  {format_scores(scores)}")
 
-    def banner(self, run: Run, run_dir: Path, versions: Mapping[str, str], resumed: str) -> None:
-        """The start of a run; each line answers a question that one has when it goes wrong."""
-        world, config, batch_plan = run.world, run.config, run.batch_plan
-        nodes = -(-world.world_size // world.local_world_size)
-        sizes = ", ".join(
-            f"{len(split):,} {name}" for name, split in vars(run.splits).items() if split is not None
+    def banner(self, run: Run, run_dir: Path, versions: Mapping[str, str], origin: str) -> None:
+        """The start of a run: what was chosen, and why; `origin` says whether it is new or continues one."""
+        self.print(
+            f"rankzero {versions['rankzero']}  recipe {run.config.recipe}  seed {run.config.seed}  "
+            f"torch {versions['torch']}"
         )
-        length = (
-            f"{config.epochs} epochs"
-            if config.epochs
-            else f"{run.total_steps * batch_plan.batch_size / len(run.splits.train):.1f} epochs"
-        )
-        rows = {
-            "launcher": f"{world.launcher}: {world.world_size} rank(s) on {nodes} node(s) ({world.why})",
-            "device": device_name(world.device),
-            "strategy": config.strategy + "".join(f", {word}" for word in extras(run)),
-            "precision": f"{config.precision}: {contract(config.precision, config.ddp.compress)}",
-            "batch": f"{batch_plan.batch_size} = {batch_plan.micro_batch_size} micro x {batch_plan.accumulation_steps} accumulation "
-            f"x {batch_plan.world_size} rank(s)",
-            "model": ", ".join(
-                f"{'' if len(run.strategies) == 1 else name + ' '}{strategy.layout.num_parameters:,} parameters"
-                for name, strategy in run.strategies.items()
-            ),
-            "data": f"{sizes} samples, {way_of(run)}",
-            "length": f"{run.total_steps} steps ({length}), learning rate {run.recipe.schedule.name}",
-            "run": f"{run_dir} ({resumed})",
-        }
-        self.say(
-            f"rankzero {versions['rankzero']}  recipe {config.recipe}  seed {config.seed}  torch {versions['torch']}"
-        )
+        rows = {**describe_setup(run), "run": f"{run_dir} ({origin})"}
         for name, text in rows.items():
-            self.say(f"  {name:<10}{text}")
+            self.print(f"  {name:<10}{text}")
 
-    def summary(
-        self,
-        run: Run,
-        first_step: int,
-        seconds: float,
-        scores: Mapping[str, Any],
-        saves: Sequence[SaveResult],
-        run_dir: Path,
-        speeds: Sequence[str],
-    ) -> None:
-        """How it ended, and where it lies."""
-        steps = run.progress.step - first_step
+    def summary(self, run: Run, metrics: Metrics, timing: Sequence[str]) -> None:
+        """The end of a run that has finished: speed, scores, checkpoints, and where its weights are."""
+        seconds = time.perf_counter() - metrics.timer.started
+        steps = run.progress.step - metrics.first_step
         early = " (stopped early)" if run.stopping_early else ""
         speed = steps * run.batch_plan.batch_size / max(seconds, 1e-9)
-        self.say(
+        self.print(
             f"done: step {run.progress.step}{early}, {run.epoch:.1f} epochs, {timedelta(seconds=round(seconds))}, "
             f"{speed:,.0f} samples/s"
         )
-        numbers = {name: value for name, value in scores.items() if isinstance(value, float)}
-        if numbers:
-            self.say("  " + "  ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
-        for line in speeds:
-            self.say(f"  {line}")
-        if saves:
-            blocking_s, write = (
-                sorted(times)[len(saves) // 2]
-                for times in ([s.blocking_s for s in saves], [s.write_s for s in saves])
-            )
-            self.say(
-                f"  {len(saves)} checkpoint(s) of {decimal(saves[-1].size)} a rank: {blocking_s:.3f} s of waiting, "
-                f"{write:.2f} s of writing behind the training"
-            )
+        if scores := format_scores(metrics.scores):
+            self.print(f"  {scores}")
+        for line in timing:
+            self.print(f"  {line}")
+        if metrics.saves:
+            self.print(f"  {describe_saves(metrics.saves)}")
         if run.progress.best is not None:
-            self.say(
-                f"  best eval/{run.recipe.monitor} {run.progress.best:.4f} at step {run.progress.best_step}"
-            )
-        self.say(f"  weights {run_dir / 'model.safetensors'}")
+            best = f"{run.progress.best:.4f} at step {run.progress.best_step}"
+            self.print(f"  best eval/{run.recipe.monitor} {best}")
+        self.print(f"  weights {metrics.run_dir / 'model.safetensors'}")
 
 
-def speed_of(line: Mapping[str, Any]) -> str:
-    """In what the recipe counts."""
-    *_, unit = (name.removesuffix("_per_second") for name in line if name.endswith("_per_second"))
-    return f"{line[f'{unit}_per_second']:,.0f} {unit}/s"
+def describe_setup(run: Run) -> dict[str, str]:
+    """The rows of the banner that follow from the run alone."""
+    world, config, plan = run.world, run.config, run.batch_plan
+    nodes = -(-world.world_size // world.local_world_size)
+    splits = {name: split for name, split in vars(run.splits).items() if split is not None}
+    sizes = ", ".join(f"{len(split):,} {name}" for name, split in splits.items())
+    epochs = config.epochs or f"{run.total_steps * plan.batch_size / len(run.splits.train):.1f}"
+    models = {
+        "" if len(run.strategies) == 1 else f"{name} ": strategy.layout.num_parameters
+        for name, strategy in run.strategies.items()
+    }
+    return {
+        "launcher": f"{world.launcher}: {world.world_size} rank(s) on {nodes} node(s) ({world.why})",
+        "device": device_name(world.device),
+        "strategy": ", ".join([config.strategy, *enabled_options(run)]),
+        "precision": f"{config.precision}: {contract(config.precision, config.ddp.compress)}",
+        "batch": f"{plan.batch_size} = {plan.micro_batch_size} micro x {plan.accumulation_steps} accumulation "
+        f"x {plan.world_size} rank(s)",
+        "model": ", ".join(f"{name}{count:,} parameters" for name, count in models.items()),
+        "data": f"{sizes} samples, {describe_loading(run)}",
+        "length": f"{run.total_steps} steps ({epochs} epochs), learning rate {run.recipe.schedule.name}",
+    }
+
+
+def format_scores(scores: Mapping[str, Any]) -> str:
+    """The scores that are single numbers, in one line."""
+    return "  ".join(f"{name} {value:.4f}" for name, value in scores.items() if isinstance(value, float))
+
+
+def describe_saves(saves: Sequence[SaveResult]) -> str:
+    """What the checkpoints cost: medians of the time that training was blocked, and of that in the background."""
+    blocking = median_high(save.blocking_s for save in saves)
+    background = median_high(save.write_s for save in saves)
+    return (
+        f"{len(saves)} checkpoint(s) of {decimal(saves[-1].size)} per rank: {blocking:.3f} s blocking, "
+        f"{background:.2f} s in the background"
+    )
+
+
+def throughput_of(line: Mapping[str, Any]) -> str:
+    """In what the recipe counts: the last `_per_second` of a line of metrics.jsonl."""
+    *_, key = (key for key in line if key.endswith("_per_second"))
+    return f"{line[key]:,.0f} {key.removesuffix('_per_second')}/s"
 
 
 def device_name(device: str) -> str:
-    """The device in words."""
+    """The device, with the name of the GPU or the number of threads."""
     import torch
 
     if device == "cpu":
-        return f"cpu, {torch.get_num_threads()} thread(s) a rank"
+        return f"cpu, {torch.get_num_threads()} thread(s) per rank"
     return f"{device} ({torch.cuda.get_device_name(device)})"
 
 
-def way_of(run: Run) -> str:
-    """How the training data come to the step."""
-    many = run.workers(run.splits.train)
-    if many:
-        return f"read by {many} process(es) a rank"
+def describe_loading(run: Run) -> str:
+    """How the training samples are loaded."""
+    workers = run.num_workers(run.splits.train)
+    if workers:
+        return f"loaded by {workers} worker(s) per rank"
     if not isinstance(run.splits.train, InMemoryDataset):
-        return "read one by one in the step"
-    return f"read in place{', on the GPU' if lies_on_gpu(run.splits.train) else ''}"
+        return "loaded one by one in the training process"
+    return f"in memory{' on the GPU' if lies_on_gpu(run.splits.train) else ''}"
 
 
-def extras(run: Run) -> list[str]:
-    """What was switched on beside the strategy."""
+def enabled_options(run: Run) -> list[str]:
+    """What is switched on beside the strategy."""
     config = run.config
-    chosen = {
+    compiled = "compiled" if config.compile in (True, "default") else f"compiled for {config.compile}"
+    options = {
         f"activation checkpointing {config.activation_checkpointing}": config.activation_checkpointing
         != "none",
-        "compiled"
-        if config.compile in (True, "default")
-        else f"compiled for {config.compile}": config.compile,
+        compiled: config.compile,
         f"gradients reduced in {config.ddp.compress}": config.ddp.compress != "none",
         f"clip_norm {config.clip_norm}": config.clip_norm,
         f"clip_value {config.clip_value}": config.clip_value,
         "sync_batchnorm": config.sync_batchnorm,
     }
-    return [words for words, on in chosen.items() if on]
+    return [text for text, enabled in options.items() if enabled]

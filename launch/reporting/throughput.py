@@ -1,5 +1,5 @@
-"""How fast a run is, and what holds it up: step times, waiting for data, model FLOP/s, memory, the parts of
-the start.
+"""How fast a run is: step times, throughput (samples or tokens per second), waiting for data, peak memory, and
+the parts of the start-up.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from launch.data.batch import map_tensors
+from launch.reporting.mfu import count_flops, peak_flops
 from launch.runtime.collectives import all_gather_rows
 from launch.runtime.restarts import REEXEC_TIME
 from recipes.base import local_num_items
@@ -24,38 +25,25 @@ if TYPE_CHECKING:
     from launch.state.run import Run
     from recipes.parts.data import Batch
 
-PEAKS = {
-    "H100 PCIe": {"bf16": 756e12, "fp16": 756e12, "tf32": 378e12, "fp32": 51.2e12},
-    "H100 NVL": {"bf16": 835e12, "fp16": 835e12, "tf32": 417.5e12, "fp32": 60e12},
-    "H100": {"bf16": 989.4e12, "fp16": 989.4e12, "tf32": 494.7e12, "fp32": 66.9e12},
-    "H200": {"bf16": 989.4e12, "fp16": 989.4e12, "tf32": 494.7e12, "fp32": 66.9e12},
-    "A100": {"bf16": 312e12, "fp16": 312e12, "tf32": 156e12, "fp32": 19.5e12},
-    "A10": {"bf16": 125e12, "fp16": 125e12, "tf32": 62.5e12, "fp32": 31.2e12},
-    "L40S": {"bf16": 362e12, "fp16": 362e12, "tf32": 183e12, "fp32": 91.6e12},
-    "L4": {"bf16": 121e12, "fp16": 121e12, "tf32": 60e12, "fp32": 30.3e12},
-    "V100": {"fp16": 125e12, "fp32": 15.7e12},
-    "T4": {"fp16": 65e12, "fp32": 8.1e12},
-}
-"""FLOP/s by a word in the device's name, the more special first: NVIDIA's data sheets, without sparsity"""
 RESOLUTION = 1.01
-"""ratio of neighbouring step times that are told apart"""
+"""ratio of neighboring buckets of step times"""
 SLOW_DATA = 0.05
-"""share of the time from which waiting for data is worth a word"""
+"""fraction of the time from which waiting for data is worth an advice"""
 
 
 class StepTimes:
-    """Percentiles of step times, to 1 %, in constant memory."""
+    """Percentiles of step times, to 1 %, in constant memory: a histogram with buckets of equal ratio."""
 
     def __init__(self) -> None:
         self.counts = Counter[int]()
 
     def add(self, seconds: float, steps: int = 1) -> None:
-        """`steps` steps of about `seconds` each."""
+        """Add `steps` steps of about `seconds` each."""
         self.counts[round(math.log(max(seconds, 1e-9), RESOLUTION))] += steps
 
-    def below(self, share: float) -> float:
-        """The seconds that this share of the steps took at most; 0 without any."""
-        missing = share * self.counts.total()
+    def percentile(self, fraction: float) -> float:
+        """The seconds that this fraction of the steps took at most; 0 without any."""
+        missing = fraction * self.counts.total()
         for key in sorted(self.counts):
             missing -= self.counts[key]
             if missing <= 0:
@@ -63,104 +51,115 @@ class StepTimes:
         return 0.0
 
 
-class Throughput:
-    """Of the training steps of one life of a run; on a GPU a step's time is the mean over the interval of a
-    log line.
+class StepTimer:
+    """The times of the training steps of this process; on a GPU a step's time is the mean over a log
+    interval.
+
+    The first step warms up (compiles, allocates) and does not count.
     """
 
-    def __init__(self, run: Run) -> None:
-        self.run, self.times = run, StepTimes()
-        self.waited = self.busy = 0.0
-        """seconds of waiting for data, and of all steps; without the first"""
-        self.began = 0.0
-        self.first: Batch | None = None
-        """a micro-batch without its data: shapes and types"""
-        self.units = 1.0
-        """what the recipe counts (tokens), in a sample: of the first micro-batch"""
+    def __init__(self, run: Run, startup: StartupTimer | None = None) -> None:
+        self.run, self.startup, self.times = run, startup or StartupTimer(), StepTimes()
+        self.steps = 0
+        self.waited_s = self.busy_s = 0.0
+        """waiting for data, and all of the steps"""
+        self.step_start = 0.0
+        self.started = self.interval_start = time.perf_counter()
+        self.uncounted = 0
+        """steps of the current interval that were made before it began"""
+        self.samples_per_second = self.slowest_step_s = 0.0
+        """over the last interval; the slowest interval's mean"""
+        self.example: Batch | None = None
+        """a micro-batch on the meta device: shapes and types without the data"""
+        self.items_per_sample = 1.0
+        """of the first micro-batch: tokens of a sample, say"""
 
-    def watch(self, steps: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
-        """Pass on the micro-batches of each step, and take the time that they were waited for."""
+    def data(self, steps: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
+        """Pass on the micro-batches of each step, and measure how long they were waited for."""
         while True:
-            self.began = time.perf_counter()
+            self.step_start = time.perf_counter()
             batches = next(steps, None)
             if batches is None:
                 return
-            if self.first is None:
-                self.first = map_tensors(batches[0], lambda tensor: tensor.to("meta"))
-                self.units = (
-                    float(local_num_items(self.run.recipe, batches[0])) / self.run.batch_plan.micro_batch_size
-                )
+            if self.example is None:
+                self.example = map_tensors(batches[0], lambda tensor: tensor.to("meta"))
+                items = float(local_num_items(self.run.recipe, batches[0]))
+                self.items_per_sample = items / self.run.batch_plan.micro_batch_size
             else:
-                self.waited += time.perf_counter() - self.began
+                self.waited_s += time.perf_counter() - self.step_start
             yield batches
 
-    def stepped(self, first: bool) -> None:
-        """A step has been made; the first of a life warms up, and is not counted."""
-        seconds = time.perf_counter() - self.began
-        if not first:
-            self.busy += seconds
-            if self.run.world.device == "cpu":
-                self.times.add(seconds)
+    def step(self) -> None:
+        """A step has been made."""
+        seconds = time.perf_counter() - self.step_start
+        self.steps += 1
+        if self.steps == 1:
+            self.warmed_up()
+            return
+        self.busy_s += seconds
+        if self.run.world.device == "cpu":
+            self.times.add(seconds)
 
-    def logged(self, seconds: float, steps: int) -> None:
-        """So many steps came to an end on the device, in so many seconds."""
+    def warmed_up(self) -> None:
+        """The first step has been made."""
         if self.run.world.device != "cpu":
-            self.times.add(seconds / steps, steps)
+            torch.cuda.synchronize()
+        self.startup.reached("first step")
+        seconds = time.perf_counter() - self.interval_start
+        self.samples_per_second = self.run.batch_plan.batch_size / seconds
+        self.interval_start, self.uncounted = time.perf_counter(), 1
 
-    def in_words(self) -> Iterator[str]:
-        """For the summary. Every rank calls it."""
-        usual, tail = self.times.below(0.5), self.times.below(0.99)
-        memory = float(
-            all_gather_rows(torch.tensor([peak_memory(self.run.world.device)], dtype=torch.float64)).max()
-        )
-        if usual:
-            waiting = self.waited / max(self.busy, 1e-9)
-            advice = f": {self.advice()}" if waiting > SLOW_DATA else ""
-            times = f"step {duration(usual)}, 99 % of them within {duration(tail)}"
-            yield f"{times}; {waiting:.1%} of the time waiting for data{advice}"
-        flops = self.flops() if usual and self.run.world.rank == 0 else None
-        if flops is not None:
-            each = flops * self.run.batch_plan.accumulation_steps / usual
-            peak = peak_flops(self.run.world.device, self.run.config.precision)
-            unit, name = (1e12, "TFLOP/s") if each > 1e12 else (1e9, "GFLOP/s")
-            share = f", {each / peak:.1%} of what the device can (MFU)" if peak else ""
-            yield f"model {each / unit:,.3g} {name} a rank{share}"
-        yield f"peak memory {memory / 1e9:,.2f} GB" + (
-            " on the fullest rank" if self.run.world.world_size > 1 else ""
-        )
+    def interval(self, end: float, steps: int) -> None:
+        """At `end`, by `time.perf_counter`, the device had made so many steps since the last interval."""
+        counted = steps - self.uncounted
+        seconds, self.interval_start, self.uncounted = end - self.interval_start, end, 0
+        self.slowest_step_s = max(self.slowest_step_s, seconds / max(counted, 1))
+        if not counted:
+            return
+        self.samples_per_second = counted * self.run.batch_plan.batch_size / seconds
+        if self.run.world.device != "cpu":
+            self.times.add(seconds / counted, counted)
 
-    def advice(self) -> str:
-        """What may help when data are waited for."""
-        many = self.run.workers(self.run.splits.train)
-        if many:
-            return f"workers={2 * many} (now {many} a rank), if there are CPUs left; or data in memory (a TensorDataset)"
-        return "its loading takes part in the step; workers=2 takes it out, if there are CPUs left"
+    def restart(self) -> None:
+        """A validation or a save is over: its time is no step's."""
+        self.interval_start = time.perf_counter()
 
-    def flops(self) -> float | None:
-        """Floating-point operations of one micro-batch, forward and backward; None where the model needs real
-        numbers to run.
-
-        Counted by torch's FlopCounterMode on a model and a batch without data: it costs no memory, and sees
-        the plain model under every strategy. What activation checkpointing computes again is not counted.
+    def summary(self) -> Iterator[str]:
+        """Lines for the end of a run: percentiles, waiting for data, FLOP/s and MFU, memory, start-up.
+        Collective.
         """
-        from torch.utils.flop_counter import FlopCounterMode
+        p50, p99 = self.times.percentile(0.5), self.times.percentile(0.99)
+        device = self.run.world.device
+        memory = float(all_gather_rows(torch.tensor([peak_memory(device)], dtype=torch.float64)).max())
+        if p50:
+            waiting = self.waited_s / max(self.busy_s, 1e-9)
+            advice = f": {data_advice(self.run)}" if waiting > SLOW_DATA else ""
+            yield f"step p50 {duration(p50)}, p99 {duration(p99)}; {waiting:.1%} of the time waiting for data{advice}"
+        flops = count_flops(self.run.recipe, self.example) if p50 and self.run.world.rank == 0 else None
+        if flops is not None:
+            per_second = flops * self.run.batch_plan.accumulation_steps / p50
+            peak = peak_flops(device, self.run.config.precision)
+            scale, unit = (1e12, "TFLOP/s") if per_second > 1e12 else (1e9, "GFLOP/s")
+            mfu = f", MFU {per_second / peak:.1%}" if peak else ""
+            yield f"model {per_second / scale:,.3g} {unit} per rank{mfu}"
+        fullest = ", the maximum over ranks" if self.run.world.world_size > 1 else ""
+        yield f"peak memory {memory / 1e9:,.2f} GB{fullest}"
+        if self.startup.parts:
+            yield f"start-up {self.startup}"
 
-        recipe = self.run.recipe
-        try:
-            with torch.device("meta"), FlopCounterMode(display=False) as counter:
-                models = {name: build() for name, build in recipe.models().items()}
-                for name, loss in recipe.losses().items():
-                    for other, model in models.items():
-                        model.requires_grad_(other == name)
-                    loss(models, self.first).backward()  # type: ignore[no-untyped-call]  # torch has left it so
-        except (
-            Exception
-        ):  # whatever a recipe's code says to tensors without data: no figure is worth the end of a run
-            return None
-        return float(counter.get_total_flops())
+
+def data_advice(run: Run) -> str:
+    """What may help when the training waits for data."""
+    workers = run.num_workers(run.splits.train)
+    if workers:
+        return (
+            f"workers={2 * workers} (now {workers} per rank), if there are CPUs left; "
+            "or data in memory (a TensorDataset)"
+        )
+    return "samples are loaded in the step itself; workers=2 loads them beside it, if there are CPUs left"
 
 
-class Start:
+class StartupTimer:
     """The parts of the time from the command to the first step."""
 
     def __init__(self) -> None:
@@ -168,16 +167,15 @@ class Start:
 
     def reached(self, part: str) -> None:
         """`part` has come to its end."""
-        now = age()
+        now = process_age()
         self.parts[part], self.last = now - self.last, now
 
     def __str__(self) -> str:
-        return f"{self.last:.1f} s: " + ", ".join(
-            f"{name} {seconds:.1f}" for name, seconds in self.parts.items()
-        )
+        parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.parts.items())
+        return f"{self.last:.1f} s: {parts}"
 
 
-def age() -> float:
+def process_age() -> float:
     """Seconds since this process was started, or has last replaced itself."""
     ticks = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
     born = float(os.environ.get(REEXEC_TIME, 0)) or int(ticks) / os.sysconf("SC_CLK_TCK")
@@ -185,7 +183,7 @@ def age() -> float:
 
 
 def duration(seconds: float) -> str:
-    """Three digits of it."""
+    """A time with three digits."""
     return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 
@@ -194,11 +192,3 @@ def peak_memory(device: str) -> int:
     if device == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return torch.cuda.max_memory_allocated(device)
-
-
-def peak_flops(device: str, precision: str) -> float | None:
-    """What the device can at most, in FLOP/s; None if we do not know it."""
-    if device == "cpu":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peaks.get(precision) for word, peaks in PEAKS.items() if word in name), None)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from launch.cli.config import Config
 from launch.data.batch import to_device
 from launch.data.batch_plan import BatchPlan
-from launch.data.loader import Loader, default_workers, loader
+from launch.data.loader import Loader, build_loader, default_workers
 from launch.data.prefetch import group_micro_batches, prefetch
 from launch.data.sampler import EvalSampler, TrainSampler
 from launch.runtime.collectives import all_reduce_sum
@@ -100,6 +100,16 @@ class Run:
         best = self.config.checkpoint.best and self.progress.best_step == self.progress.step
         return best or self.stopping_early or self.due(self.config.checkpoint.every)
 
+    @property
+    def eval_due(self) -> bool:
+        """Whether to validate after this step: by `eval.every`, and at the end."""
+        return self.splits.val is not None and self.due(self.config.eval.every)
+
+    @property
+    def log_due(self) -> bool:
+        """Whether to log after this step: by `log.every`, and at the end."""
+        return self.progress.step % self.config.log.every == 0 or self.progress.step == self.last_step
+
     def train_steps(self) -> Iterator[list[Batch]]:
         """This rank's micro-batches of each step to come, on its device."""
         steps = group_micro_batches(self.train_loader(), self.batch_plan.accumulation_steps)
@@ -114,9 +124,8 @@ class Run:
         sampler = TrainSampler(
             len(self.splits.train), self.batch_plan, self.config.seed, self.progress.step, self.last_step
         )
-        return loader(
-            self.splits.train, sampler, self.config.seed, "train", self.workers(self.splits.train), self.world
-        )
+        workers = self.num_workers(self.splits.train)
+        return build_loader(self.splits.train, sampler, self.config.seed, "train", workers, self.world)
 
     def eval_loader(self, dataset: Dataset) -> tuple[Loader, EvalSampler]:
         """Each sample of `dataset` once, over all ranks, and the sampler that knows which micro-batches
@@ -126,15 +135,17 @@ class Run:
             sampler = EvalSampler(
                 len(dataset), self.batch_plan.micro_batch_size, self.world.rank, self.world.world_size
             )
-            many = self.workers(dataset)
+            workers = self.num_workers(dataset)
             self.eval_loaders[id(dataset)] = (
-                loader(dataset, sampler, self.config.seed, "eval", many, self.world, persistent=True),
+                build_loader(
+                    dataset, sampler, self.config.seed, "eval", workers, self.world, persistent=True
+                ),
                 sampler,
             )
         return self.eval_loaders[id(dataset)]
 
-    def workers(self, dataset: Dataset) -> int:
-        """Processes of this rank that load from `dataset`."""
+    def num_workers(self, dataset: Dataset) -> int:
+        """Worker processes of this rank that load from `dataset`."""
         if self.config.workers is not None:
             return self.config.workers
         return 0 if isinstance(dataset, InMemoryDataset) else default_workers(self.world)

@@ -74,24 +74,24 @@ def examine(run: Run, console: Console) -> None:
         first_micro_batches(split, run) for split in (run.splits.val, run.splits.test)
     )
     if run.last_step == run.progress.step:
-        console.say("  debug     the run is at its end: no step is left to look at")
+        console.print("  debug     the run is at its end: no step is left to look at")
         return
-    console.say(
+    console.print(
         f"  debug     steps {run.progress.step + 1} to {run.last_step}, {EVAL_MICRO_BATCHES} micro-batches "
         "of each evaluation; "
         "anomaly detection, deterministic algorithms"
     )
     if run.config.run_dir is None:
-        console.say("            the next debug run of this recipe replaces the run directory")
+        console.print("            the next debug run of this recipe replaces the run directory")
     if run.config.compile:
         rebuild(
             run, replace(run.config, compile=False)
         )  # compiled blocks hide their parts, and take minutes for one batch
     batch = run.to_device(next(iter(run.train_loader())))
     for line in tables(run, batch):
-        console.say(line)
+        console.print(line)
     for line in overfit(run, batch):
-        console.say(line)
+        console.print(line)
     rebuild(run, run.config)
     # fp16 overflows on purpose until its loss scale has settled, and some recipes leave such steps out
     if run.config.precision != "fp16" and not run.recipe.skip_nonfinite:

@@ -14,13 +14,14 @@ from launch.checkpoint.export import export_weights
 from launch.checkpoint.init_weights import load_initial_weights
 from launch.checkpoint.reader import Checkpoint
 from launch.checkpoint.resume import resume
+from launch.checkpoint.writer import CheckpointWriter
 from launch.cli.config import Config
 from launch.cli.exits import ExitCode
 from launch.cli.keys import to_dict
 from launch.cli.resolve import Settings
 from launch.reporting.console import Console
 from launch.reporting.metrics import Metrics
-from launch.reporting.throughput import Start
+from launch.reporting.throughput import StartupTimer
 from launch.runtime.collectives import broadcast_object
 from launch.runtime.phase import Phase
 from launch.runtime.rendezvous import process_group
@@ -29,7 +30,9 @@ from launch.runtime.world import World
 from launch.state.build import prepare
 from launch.state.run import Run
 from launch.training import debug
-from launch.training.loop import evaluate, train
+from launch.training.evaluate import evaluate
+from launch.training.loop import finish, train
+from launch.training.requests import Requests
 from launch.training.run_dir import start_run_dir
 from launch.training.supervise import supervise
 from launch.watchdog import auto_micro_batch, fault_injection
@@ -39,7 +42,7 @@ from launch.watchdog.watchdog import Watchdog
 
 def run(settings: Settings, world: World, run_dir: Path) -> int:
     """Train to the end, or until preempted; returns the exit code. Any failure ends the process."""
-    config, phase, startup = settings.config, Phase(), Start()
+    config, phase, startup = settings.config, Phase(), StartupTimer()
     startup.reached("imports")
     stop = StopRequest(deadline(config.max_time, os.environ))
     stop.listen(*PREEMPTION_SIGNALS)
@@ -71,7 +74,9 @@ def agree_on_run_dir(config: Config, world: World, run_dir: Path) -> Path:
     return Path(name)
 
 
-def drive(run: Run, run_dir: Path, origin: str, stop: StopRequest, watchdog: Watchdog, startup: Start) -> str:
+def drive(
+    run: Run, run_dir: Path, origin: str, stop: StopRequest, watchdog: Watchdog, startup: StartupTimer
+) -> str:
     """Train, test, export the weights, summarize. Collective. Returns why the run was stopped before its end;
     empty if it was not.
     """
@@ -81,28 +86,31 @@ def drive(run: Run, run_dir: Path, origin: str, stop: StopRequest, watchdog: Wat
     if run.config.debug:
         debug.examine(run, console)
         load_or_resume(run, run_dir)  # the models are new again
-    metrics = Metrics(run, run_dir, installed, console, stop, startup)
-    watchdog.before_shut_down = metrics.checkpoint_writer.wait_briefly
+    metrics = Metrics(run, run_dir, console, startup)
+    checkpoints = CheckpointWriter(run, run_dir, installed)
+    requests = Requests(metrics, checkpoints, stop)
+    watchdog.before_shut_down = checkpoints.wait_briefly
     fault_injection.install(run, run_dir)
     try:
-        why_stopped = train(run, metrics)
-        metrics.finish()
-        if not why_stopped and run.splits.test is not None:
-            scores = evaluate(run, run.splits.test, metrics.stopping)
-            why_stopped = metrics.why_stopped
+        train(run, metrics, checkpoints, requests)
+        finish(run, metrics, checkpoints, requests)
+        if not requests.stop and run.splits.test is not None:
+            scores = evaluate(run, run.splits.test, requests)
             if scores is not None:
                 metrics.evaluation(scores, "test")
-        if not why_stopped:
-            metrics.summarize()
-        if not why_stopped and run.world.rank == 0:
-            run.phase.enter("export")
-            with Checkpoint(list_checkpoints(run_dir)[-1]) as newest:
-                export_weights(newest, run_dir / "model.safetensors", on_progress=run.phase.tick)
+        if not requests.stop:
+            timing = list(metrics.timer.summary())
+            if run.world.rank == 0:
+                run.phase.enter("export")
+                with Checkpoint(list_checkpoints(run_dir)[-1]) as newest:
+                    export_weights(newest, run_dir / "model.safetensors", on_progress=run.phase.tick)
+            console.summary(run, metrics, timing)
         metrics.close()
     except Exception:
         metrics.abort()
+        checkpoints.wait_briefly()
         raise
-    return why_stopped
+    return requests.stop_reason
 
 
 def exit_code(why_stopped: str, run: Run, run_dir: Path) -> int:

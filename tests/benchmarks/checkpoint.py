@@ -31,11 +31,11 @@ from launch.checkpoint.manifest import FileEntry, Manifest, TensorEntry
 from launch.checkpoint.reader import Checkpoint
 from launch.checkpoint.resume import verify
 from launch.checkpoint.run_state import slices_of
-from launch.reporting.metrics import Metrics
 from launch.runtime.files import CHUNK
 from launch.state.run import Run
-from launch.training.loop import set_learning_rate, train_step
+from launch.training.loop import between_steps, finish, save, set_learning_rate, train_step
 from tests.benchmarks.dense_run import Dense, prepared
+from tests.launch.jobs import LoopParts
 
 ROOT = Path(__file__).resolve().parents[2]
 WIDTH = 2048
@@ -60,20 +60,22 @@ def dense(state_mb: float) -> Dense:
     return Dense(width=WIDTH, layers=max(round(state_mb * 1e6 / (12 * WIDTH**2)), 1), adam=True, samples=8)
 
 
-def steps(run: Run, metrics: Metrics) -> Iterator[None]:
+def steps(run: Run, parts: LoopParts) -> Iterator[None]:
     """The body of `launch.training.loop.train`, on the same batch again and again."""
+    metrics, checkpoints, requests = parts
     width = next(iter(run.strategies["model"].module.parameters())).shape[1]
     batch = run.to_device(
         [torch.randn(run.batch_plan.batch_size, width), torch.randn(run.batch_plan.batch_size, width)]
     )
     while True:
-        rate = set_learning_rate(run)
+        lr = set_learning_rate(run)
         losses, norms = train_step(run, [batch])
         run.progress.step += 1
-        metrics.step(losses, norms, rate)
-        metrics.agree()
-        if run.checkpoint_due or metrics.wanted:
-            metrics.checkpoint()
+        metrics.step(losses, norms, lr)
+        between_steps(run, metrics, checkpoints)
+        requests.exchange()
+        if run.checkpoint_due or requests.save:
+            save(run, metrics, checkpoints, requests)
         yield
 
 
@@ -82,13 +84,13 @@ def steps(run: Run, metrics: Metrics) -> Iterator[None]:
 
 def blocking_s(state_mb: float, rounds: int = 15) -> None:
     """Background save, memcpy, synchronous save, and what one would write by hand."""
-    with prepared(dense(state_mb), every=10**9) as (run, metrics):
-        going = steps(run, metrics)
+    with prepared(dense(state_mb), every=10**9) as (run, parts):
+        going = steps(run, parts)
         next(going), next(going)
-        metrics.checkpoint_writer.reserve()
+        parts.checkpoints.reserve()
         size = sum(part.values.nbytes for part in slices_of(run).values())
         source, target = torch.ones(size, dtype=torch.uint8), torch.ones(size, dtype=torch.uint8)
-        by_hand = metrics.run_dir / "by_hand.pt"
+        by_hand = parts.metrics.run_dir / "by_hand.pt"
 
         def torch_save() -> None:
             model, optimizer = run.models["model"], run.strategies["model"].optimizer
@@ -101,16 +103,14 @@ def blocking_s(state_mb: float, rounds: int = 15) -> None:
         for _ in range(rounds):
             next(going)
             copy.append(timed(lambda: target.copy_(source)))
-            background.append(timed(metrics.checkpoint_writer.save))
+            background.append(timed(parts.checkpoints.save))
             before = cpu_seconds()
-            saved = metrics.checkpoint_writer.wait()
+            saved = parts.checkpoints.wait()
             processor.append(cpu_seconds() - before)
             assert saved is not None
             writes.append(saved.write_s)
             next(going)
-            synchronous.append(
-                timed(lambda: (metrics.checkpoint_writer.save(), metrics.checkpoint_writer.wait()))
-            )
+            synchronous.append(timed(lambda: (parts.checkpoints.save(), parts.checkpoints.wait())))
             hand.append(timed(torch_save))
     say(f"stall of a background save, {decimal(size)}", f"{statistics.median(background) * 1e3:.1f} ms")
     say("  against a memcpy of as much", ratio(background, copy), "at most 1.2")
@@ -145,10 +145,10 @@ def slow_down(state_mb: float, burner: bool, rounds: int = 4) -> None:
     recipe.samples = 64
     try:
         with (
-            prepared(recipe, every=EVERY) as (run, metrics),
-            prepared(recipe, every=10**9) as (plain_job, plain_record),
+            prepared(recipe, every=EVERY) as (run, parts),
+            prepared(recipe, every=10**9) as (plain_run, plain_parts),
         ):
-            with_saves, without = steps(run, metrics), steps(plain_job, plain_record)
+            with_saves, without = steps(run, parts), steps(plain_run, plain_parts)
             pairs: list[tuple[float, float]] = []
             saving = lambda: [next(with_saves) for _ in range(EVERY)]  # noqa: E731
             not_saving = lambda: [next(without) for _ in range(EVERY)]  # noqa: E731
@@ -156,8 +156,8 @@ def slow_down(state_mb: float, burner: bool, rounds: int = 4) -> None:
             for _ in range(rounds):
                 # a save goes on behind what follows it: the wait for it belongs to the run that saves
                 a = timed(not_saving)
-                b = timed(lambda: (saving(), metrics.checkpoint_writer.wait()))
-                c = timed(lambda: (saving(), metrics.checkpoint_writer.wait()))
+                b = timed(lambda: (saving(), parts.checkpoints.wait()))
+                c = timed(lambda: (saving(), parts.checkpoints.wait()))
                 d = timed(not_saving)
                 pairs += [(b, a), (c, d)]
     finally:
@@ -187,15 +187,15 @@ def memory(state_mb: float) -> None:
 
 def peak(state_mb: float) -> float:
     """Peak resident memory while saving, above that before the first save, against the size of the state."""
-    with prepared(dense(state_mb), every=10**9) as (run, metrics):
+    with prepared(dense(state_mb), every=10**9) as (run, parts):
         batch = torch.randn(8, WIDTH)
         train_step(run, [[batch, batch]])  # without the record, which would make the room ahead
         run.progress.step += 1
         size = sum(part.values.nbytes for part in slices_of(run).values())
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak
         before = status("VmRSS")
-        metrics.checkpoint()
-        metrics.finish()
+        save(run, *parts)
+        finish(run, *parts)
         return (status("VmHWM") - before) / size
 
 
@@ -210,15 +210,15 @@ def status(name: str) -> int:
 
 def disk(state_mb: float, rounds: int = 5) -> None:
     """Save against `dd`, and verifying and reading back against a plain read, the file not in memory."""
-    with prepared(dense(state_mb), every=10**9, keep=1) as (run, metrics):
-        going = steps(run, metrics)
+    with prepared(dense(state_mb), every=10**9, keep=1) as (run, parts):
+        going = steps(run, parts)
         next(going)
-        folder = metrics.run_dir
+        folder = parts.metrics.run_dir
         save, dd, load, plain = [], [], [], []
         for _ in range(rounds):
             next(going)
-            metrics.checkpoint_writer.save()
-            saved = metrics.checkpoint_writer.wait()
+            parts.checkpoints.save()
+            saved = parts.checkpoints.wait()
             assert saved is not None
             save.append(saved.write_s)
             newest = list_checkpoints(folder)[-1]
@@ -274,18 +274,24 @@ def load_into(run: Run, folder: Path) -> None:
 
 def export(size_mb: float) -> None:
     """Peak memory of `rankzero ckpt export`, over that of a process which has imported torch."""
-    with prepared(dense(size_mb * 3), every=10**9) as (run, metrics):  # the weights are a third of the state
-        going = steps(run, metrics)
+    with prepared(dense(size_mb * 3), every=10**9) as (run, parts):  # the weights are a third of the state
+        going = steps(run, parts)
         next(going)
-        metrics.checkpoint()
-        metrics.finish()
-        newest = list_checkpoints(metrics.run_dir)[-1]
+        save(run, *parts)
+        finish(run, *parts)
+        newest = list_checkpoints(parts.metrics.run_dir)[-1]
         weights = sum(p.nbytes for p in run.models["model"].parameters())
         measure = "import sys\nfrom launch.commands import main\nmain(['ckpt', 'export', *sys.argv[1:]])\n"
         measure += (
             "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
         )
-        argv = [sys.executable, "-c", measure, str(newest), f"to={metrics.run_dir / 'export.safetensors'}"]
+        argv = [
+            sys.executable,
+            "-c",
+            measure,
+            str(newest),
+            f"to={parts.metrics.run_dir / 'export.safetensors'}",
+        ]
         ended = subprocess.run(argv, capture_output=True, text=True, check=True)
         peak = int(ended.stdout.split()[-1]) * 1024
         say(f"export of {decimal(weights)}: peak memory of the process", decimal(peak), "below 500 MB")

@@ -19,13 +19,13 @@ from torch.utils.data import TensorDataset
 
 from launch.cli.config import CheckpointOptions, Config
 from launch.cli.resolve import Settings
-from launch.reporting.console import Console
-from launch.reporting.metrics import Metrics
 from launch.runtime.world import World
 from launch.state.build import prepare
 from launch.state.run import Run
+from launch.training.loop import finish
 from recipes.base import Recipe
 from recipes.parts.data import Batch, Splits
+from tests.launch.jobs import LoopParts, loop_parts
 
 
 @dataclass(kw_only=True)
@@ -63,7 +63,7 @@ class Dense(Recipe):
 
 
 @contextmanager
-def prepared(recipe: Dense, **checkpoint: Any) -> Iterator[tuple[Run, Metrics]]:
+def prepared(recipe: Dense, **checkpoint: Any) -> Iterator[tuple[Run, LoopParts]]:
     """A run of `recipe` that never ends by itself."""
     config = Config(
         recipe="dense",
@@ -74,6 +74,6 @@ def prepared(recipe: Dense, **checkpoint: Any) -> Iterator[tuple[Run, Metrics]]:
     )
     run = prepare(Settings(config, recipe), World())
     with tempfile.TemporaryDirectory() as folder:
-        metrics = Metrics(run, Path(folder), {}, Console(speaks=False))
-        yield run, metrics
-        metrics.finish()
+        parts = loop_parts(run, Path(folder))
+        yield run, parts
+        finish(run, *parts)

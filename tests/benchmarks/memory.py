@@ -126,6 +126,7 @@ def rank(side: str, folder: Path, said: dict[str, str]) -> int:
 
 def ours(recipe: Recipe, said: dict[str, str], run_dir: Path, save: bool) -> None:
     """As `launch.training.trainer` does it."""
+    from launch.checkpoint.writer import CheckpointWriter
     from launch.cli.config import Config
     from launch.cli.resolve import Settings
     from launch.reporting.console import Console
@@ -135,6 +136,7 @@ def ours(recipe: Recipe, said: dict[str, str], run_dir: Path, save: bool) -> Non
     from launch.state.build import prepare
     from launch.training import trainer
     from launch.training.loop import train
+    from launch.training.requests import Requests
 
     world = find_world(os.environ)
     micro = BATCH // world.world_size
@@ -147,9 +149,10 @@ def ours(recipe: Recipe, said: dict[str, str], run_dir: Path, save: bool) -> Non
     with process_group(world, config.strategy) as world:
         run = prepare(settings, world)
         run_dir.mkdir(exist_ok=True)
-        metrics = Metrics(run, run_dir, {}, Console(speaks=False))
-        metrics.checkpoint_writer.reserve = metrics.checkpoint = lambda: None  # type: ignore[method-assign]
-        train(run, metrics)
+        metrics = Metrics(run, run_dir, Console(False))
+        checkpoints = CheckpointWriter(run, run_dir, {})
+        checkpoints.reserve = checkpoints.save = lambda: None  # type: ignore[method-assign]
+        train(run, metrics, checkpoints, Requests(metrics, checkpoints))
 
 
 if __name__ == "__main__":

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from launch.checkpoint.writer import CheckpointWriter
 from launch.cli.resolve import resolve
 from launch.data.sampler import SampleIndices, sample_indices
 from launch.reporting.console import Console
@@ -16,8 +17,10 @@ from launch.runtime.versions import versions
 from launch.runtime.world import World
 from launch.state.build import prepare
 from launch.state.run import Run
-from launch.training.loop import train
+from launch.training.loop import finish, train
+from launch.training.requests import Requests
 from launch.watchdog.consensus import PERIOD_S
+from launch.watchdog.stop import StopRequest
 from tests import ranks
 from tests.ranks import run_ranks
 
@@ -52,11 +55,28 @@ def trained(run: Run, folder: Path, period: float = PERIOD_S) -> Run:
     """
     if run.world.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-    metrics = Metrics(run, folder, versions(), Console(False))
-    metrics.consensus.period = period
-    train(run, metrics)
-    metrics.finish()
+    parts = loop_parts(run, folder)
+    parts.requests.consensus.period = period
+    train(run, *parts)
+    finish(run, *parts)
     return run
+
+
+class LoopParts(NamedTuple):
+    """What `train`, `save` and `finish` of `launch.training.loop` take after the run."""
+
+    metrics: Metrics
+    checkpoints: CheckpointWriter
+    requests: Requests
+
+
+def loop_parts(
+    run: Run, folder: Path, console: Console | None = None, stop_request: StopRequest | None = None
+) -> LoopParts:
+    """As `launch.training.trainer` makes them. Collective."""
+    metrics = Metrics(run, folder, console or Console(False))
+    checkpoints = CheckpointWriter(run, folder, versions())
+    return LoopParts(metrics, checkpoints, Requests(metrics, checkpoints, stop_request))
 
 
 def undisturbed(folder: Path, *words: str, ranks: int = 1) -> list[float]:

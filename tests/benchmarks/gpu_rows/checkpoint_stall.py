@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from rich.filesize import decimal
 
-from launch.reporting.metrics import Metrics
+from launch.checkpoint.writer import CheckpointWriter
 from launch.runtime.rendezvous import process_group
 from launch.runtime.world import World
 from launch.training.loop import train
@@ -70,24 +70,24 @@ def made(settings: GpuSettings) -> list[SaveTiming]:
 def saved(world: World, folder: Path, workload: GpuWorkload) -> list[SaveTiming]:
     """Of one run."""
     saves: list[SaveTiming] = []
-    with run_of(workload, "single", world, folder, keep=1) as (run, metrics):
+    with run_of(workload, "single", world, folder, keep=1) as (run, parts):
         steps = run.train_steps
-        run.train_steps = lambda: saving(steps(), metrics, workload.device, saves)  # type: ignore[method-assign]
-        train(run, metrics)
+        run.train_steps = lambda: saving(steps(), parts.checkpoints, workload.device, saves)  # type: ignore[method-assign]
+        train(run, *parts)
     return saves[1:]
 
 
 def saving(
-    steps: Iterator[list[Batch]], metrics: Metrics, device: str, saves: list[SaveTiming]
+    steps: Iterator[list[Batch]], checkpoints: CheckpointWriter, device: str, saves: list[SaveTiming]
 ) -> Iterator[list[Batch]]:
     """Pass `steps` on, and save between them."""
     yield from islice(steps, WARM_UP)
     for _ in range(SAVES):
         yield next(steps)
         start = synchronized_time(device)
-        metrics.checkpoint_writer.save()
+        checkpoints.save()
         seconds = synchronized_time(device) - start
-        done = metrics.checkpoint_writer.wait()
+        done = checkpoints.wait()
         assert done is not None
         assert not done.error, done.error
         saves.append(SaveTiming(done.blocking_s, seconds, done.size))

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from launch.reporting.throughput import peak_flops
+from launch.reporting.mfu import peak_flops
 from strategies.precision import AUTOCAST, set_matmul_precision
 from tests.benchmarks.gpu_rows import GpuSettings, Measurement
 from tests.benchmarks.gpu_rows.timing import seconds_per_call

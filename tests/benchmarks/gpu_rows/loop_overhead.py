@@ -17,15 +17,13 @@ import torch
 from launch.cli.config import CheckpointOptions, Config
 from launch.cli.resolve import Settings
 from launch.reporting.console import Console
-from launch.reporting.metrics import Metrics
 from launch.reporting.throughput import peak_memory
 from launch.runtime.phase import Phase
 from launch.runtime.rendezvous import process_group
-from launch.runtime.versions import versions
 from launch.runtime.world import World
 from launch.state.build import prepare
 from launch.state.run import Run
-from launch.training.loop import train
+from launch.training.loop import finish, train
 from launch.watchdog.watchdog import Watchdog
 from tests.benchmarks.benchmark_report import interleave, ratios
 from tests.benchmarks.gpu_rows import LEFT_OUT, WRONG, GpuSettings, Measurement
@@ -42,6 +40,7 @@ from tests.benchmarks.gpu_rows.optimizations import (
 from tests.benchmarks.gpu_rows.timing import free_gpu_memory, timed_window
 from tests.benchmarks.loops import CLIP_NORM
 from tests.benchmarks.loops.paired_runs import redirect_output
+from tests.launch.jobs import LoopParts, loop_parts
 
 COMPARISONS = (("gpt", "single"), ("gpt", "ddp"), ("gpt", "fsdp"), ("gpt", "zero2"), ("resnet", "single"))
 AIM = "<= 1.005"
@@ -104,13 +103,13 @@ def train_rankzero(workload: GpuWorkload, strategy: str, world: World, folder: P
     """The workload, once `launch.training.loop.train` has train_raw it."""
     workload = replace(workload)
     free_gpu_memory(workload.device)
-    with run_of(workload, strategy, world, folder) as (run, metrics):
-        metrics.checkpoint_writer.reserve = lambda: None  # type: ignore[method-assign]  # once in a run: no part of a step
+    with run_of(workload, strategy, world, folder) as (run, parts):
+        parts.checkpoints.reserve = lambda: None  # type: ignore[method-assign]  # once in a run: no part of a step
         steps = run.train_steps
         run.train_steps = lambda: timed_window(
             steps(), workload.device, workload.seconds, workload.step_seconds
         )  # type: ignore[method-assign]
-        train(run, metrics)
+        train(run, *parts)
         workload.peak = peak_memory(workload.device)
     return workload
 
@@ -118,7 +117,7 @@ def train_rankzero(workload: GpuWorkload, strategy: str, world: World, folder: P
 @contextmanager
 def run_of(
     workload: GpuWorkload, strategy: str, world: World, folder: Path, **checkpoint: Any
-) -> Iterator[tuple[Run, Metrics]]:
+) -> Iterator[tuple[Run, LoopParts]]:
     """A run as `launch.training.trainer` puts it together, with a line on its screen each ten steps, that
     saves only if it is told to.
     """
@@ -138,9 +137,9 @@ def run_of(
     try:
         with (run_dir / "screen").open("w") as console:
             run = prepare(Settings(config, workload), world, phase)
-            metrics = Metrics(run, run_dir, versions(), Console(speaks=True, stream=console))
-            yield run, metrics
-            metrics.finish()
-            metrics.close()
+            parts = loop_parts(run, run_dir, Console(True, stream=console))
+            yield run, parts
+            finish(run, *parts)
+            parts.metrics.close()
     finally:
         watchdog.close()

@@ -6,14 +6,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from launch.reporting.throughput import Throughput, peak_flops, peak_memory
-from launch.state.run import Run
+from launch.reporting.mfu import count_flops, peak_flops
+from launch.reporting.throughput import peak_memory
 from recipes.base import local_num_items
 from recipes.parts.data import Batch
 from strategies.precision import set_matmul_precision
@@ -159,9 +158,7 @@ def flops_of_sample(settings: GpuSettings, kind: str) -> float:
     twice.
     """
     _, workload = next(variants(settings, kind))
-    counted = Throughput(cast(Run, SimpleNamespace(recipe=workload)))
-    counted.first = one_sample(workload)
-    found = counted.flops()
+    found = count_flops(workload, one_sample(workload))
     assert found is not None
     return found
 

@@ -12,15 +12,15 @@ from torch.distributed import HashStore, Store
 from launch.cli.config import CheckpointOptions, Config, LogOptions
 from launch.cli.resolve import Settings
 from launch.reporting.console import Console
-from launch.reporting.metrics import Metrics
 from launch.runtime.phase import Phase
 from launch.runtime.rendezvous import meet
 from launch.runtime.world import World
 from launch.state.build import prepare
-from launch.training.loop import train
+from launch.training.loop import finish, train
 from launch.watchdog.watchdog import Watchdog
 from tests.benchmarks.loops import CLIP_NORM, Setting
 from tests.benchmarks.loops.workloads import Workload
+from tests.launch.jobs import loop_parts
 
 NEVER = 10**9
 BARE: dict[str, Any] = {
@@ -54,10 +54,10 @@ def run(workload: Workload, steps: int, setting: Setting) -> None:
     phase = Phase()
     watchdog = Watchdog(world, phase, config.hang_timeout)
     run = prepare(Settings(config, workload), world, phase)
-    console = Console(speaks=setting.rank == 0 and not setting.bare, stream=sys.stdout)
+    console = Console(setting.rank == 0 and not setting.bare, stream=sys.stdout)
     setting.folder.mkdir(parents=True, exist_ok=True)
-    metrics = Metrics(run, setting.folder, {"rankzero": "", "torch": ""}, console)
-    train(run, metrics)
-    metrics.finish()
-    metrics.close()
+    parts = loop_parts(run, setting.folder, console)
+    train(run, *parts)
+    finish(run, *parts)
+    parts.metrics.close()
     watchdog.close()

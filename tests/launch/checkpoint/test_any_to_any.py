@@ -15,13 +15,12 @@ from launch.checkpoint.resume import resume
 from launch.cli.resolve import resolve
 from launch.data.prefetch import group_micro_batches
 from launch.equivalence.whole_model import whole_model
-from launch.reporting.console import Console
-from launch.reporting.metrics import Metrics
 from launch.runtime.world import World
 from launch.state.build import prepare
 from launch.state.run import Run
-from launch.training.loop import set_learning_rate, train_step
+from launch.training.loop import finish, save, set_learning_rate, train_step
 from tests import ranks
+from tests.launch.jobs import loop_parts
 from tests.launch.processes import TINY
 from tests.ranks import run_ranks
 
@@ -96,9 +95,9 @@ def write(place: ranks.CpuWorld, recipe: str, strategy: str, folder: Path) -> li
     """The first steps, then a checkpoint."""
     run = job_at(place, recipe, strategy)
     found = steps(run, SAVED_AT)
-    metrics = Metrics(run, folder, {}, Console(False))
-    metrics.checkpoint()
-    metrics.finish()
+    parts = loop_parts(run, folder)
+    save(run, *parts)
+    finish(run, *parts)
     return found
 
 

@@ -22,10 +22,9 @@ from launch.checkpoint.reader import Checkpoint
 from launch.checkpoint.resume import resume
 from launch.checkpoint.writer import SaveError
 from launch.reporting.console import Console
-from launch.reporting.metrics import Metrics
 from launch.state.run import Run
-from launch.training.loop import train
-from tests.launch.jobs import alone, job_of, lines_of, series, trained
+from launch.training.loop import finish, save, train
+from tests.launch.jobs import LoopParts, alone, job_of, lines_of, loop_parts, series, trained
 from tests.ranks import CpuWorld, run_ranks
 
 WORDS = ("batch_size=16", "micro_batch_size=4", "steps=6", "checkpoint.every=2", "checkpoint.keep=2")
@@ -188,7 +187,7 @@ def test_a_manifest_that_cannot_be_true_is_refused(
 
 
 def test_saves_are_recorded_with_their_times(run_dir: Path) -> None:
-    lines = [line for line in lines_of(run_dir) if "checkpoint/stall" in line]
+    lines = [line for line in lines_of(run_dir) if "checkpoint/blocking" in line]
     assert [line["step"] for line in lines] == [2, 4, 6]
     assert all(line["checkpoint/bytes"] > 0 and line["checkpoint/write"] > 0 for line in lines)
 
@@ -226,10 +225,10 @@ def once_overdue(world: CpuWorld, folder: Path) -> list[str]:
     run = job_of(world, "Fit", *WORDS, "checkpoint.every=1000", "checkpoint.keep=9")
     if world.rank == 0:
         folder.mkdir()
-    metrics = Metrics(run, folder, {}, Console(False))
-    metrics.consensus.period, metrics.checkpoint_writer.last_save_time = 0.0, -1e9
-    train(run, metrics)
-    metrics.finish()
+    parts = loop_parts(run, folder)
+    parts.requests.consensus.period, parts.checkpoints.last_save_time = 0.0, -1e9
+    train(run, *parts)
+    finish(run, *parts)
     return [path.name for path in directory.list_checkpoints(folder)]
 
 
@@ -254,31 +253,31 @@ def interrupted(world: CpuWorld, folder: Path, trouble: str) -> tuple[list[str],
     third.
     """
     run = job_of(world, "Fit", *WORDS)
-    metrics = Metrics(run, folder, {}, Console(world.rank == 0))
-    step(run, metrics)
-    metrics.saved(metrics.checkpoint_writer.wait())
+    parts = loop_parts(run, folder, Console(world.rank == 0))
+    step(run, parts)
+    parts.metrics.checkpoint(parts.checkpoints.wait())
     if trouble == "vanished":
         directory.checkpoints_dir(folder).rename(folder / "elsewhere") if world.rank == 0 else None
         torch.distributed.barrier()
-        step(run, metrics)
-        metrics.saved(metrics.checkpoint_writer.wait())
+        step(run, parts)
+        parts.metrics.checkpoint(parts.checkpoints.wait())
         torch.distributed.barrier()
         (folder / "elsewhere").rename(directory.checkpoints_dir(folder)) if world.rank == 0 else None
     else:
         with full_disk(100 if world.rank == 1 else 2**40):
-            step(run, metrics)
-            metrics.saved(metrics.checkpoint_writer.wait())
+            step(run, parts)
+            parts.metrics.checkpoint(parts.checkpoints.wait())
     torch.distributed.barrier()
     during = [path.name for path in directory.checkpoints_dir(folder).iterdir()]
     torch.distributed.barrier()
-    step(run, metrics)
-    metrics.finish()
+    step(run, parts)
+    finish(run, *parts)
     return during, [path.name for path in directory.list_checkpoints(folder)]
 
 
-def step(run: Run, metrics: Metrics) -> None:
+def step(run: Run, parts: LoopParts) -> None:
     run.progress.step += 1
-    metrics.checkpoint()
+    save(run, *parts)
 
 
 @pytest.mark.parametrize("trouble", ["full", "vanished"])
@@ -292,18 +291,18 @@ def test_a_save_that_fails_costs_nothing_but_itself(tmp_path: Path, trouble: str
 
 def test_a_run_whose_last_save_fails_does_not_end_well(tmp_path: Path) -> None:
     run = job_of(alone(), "Fit", *WORDS, "checkpoint.every=4", "steps=6")
-    metrics = Metrics(run, tmp_path, {}, Console(True))
+    parts = loop_parts(run, tmp_path, Console(True))
     run.stop_at = 4
-    train(run, metrics)
-    metrics.finish()
+    train(run, *parts)
+    finish(run, *parts)
     run.stop_at = None
     (file,) = directory.list_checkpoints(tmp_path)[0].glob("*.safetensors")
     with full_disk(file.stat().st_size - 1):  # metrics.jsonl is smaller
-        train(run, metrics)
+        train(run, *parts)
         with pytest.raises(
             SaveError, match=r"step 6 was not saved: File too large: .*A rank writes about 716 bytes"
         ):
-            metrics.finish()
+            finish(run, *parts)
     assert [path.name for path in directory.list_checkpoints(tmp_path)] == ["step-00000004"]
     assert len(series(tmp_path)) == 6
 
@@ -341,7 +340,7 @@ def test_what_a_kill_left_is_swept_up(run_dir: Path, tmp_path: Path) -> None:
             b"half of i"
         )
     assert resumed(alone(), tmp_path / "run") == 6
-    Metrics(job_of(alone(), "Fit", *WORDS), tmp_path / "run", {}, Console(False))
+    loop_parts(job_of(alone(), "Fit", *WORDS), tmp_path / "run")
     assert sorted(path.name for path in directory.checkpoints_dir(tmp_path / "run").iterdir()) == [
         "step-00000004",
         "step-00000006",

@@ -13,7 +13,7 @@ from torch.utils.data import Subset, TensorDataset, default_collate
 
 from launch.data.batch_plan import BatchPlan
 from launch.data.in_memory import IndexedView, as_in_memory
-from launch.data.loader import InMemoryLoader, loader
+from launch.data.loader import InMemoryLoader, build_loader
 from launch.data.sampler import TrainSampler
 from launch.runtime.cpus import usable_cpus
 from launch.runtime.world import World
@@ -66,7 +66,9 @@ def batches(micro: int, workers: int, start: int = 0) -> list[Tensor]:
     train = as_in_memory(Images().build().train)
     assert isinstance(train, IndexedView)
     batch_plan = BatchPlan(micro_batch_size=micro, accumulation_steps=8 // micro, rank=0, world_size=1)
-    found = loader(train, TrainSampler(len(train), batch_plan, 7, start, 4), 7, "train", workers, World())
+    found = build_loader(
+        train, TrainSampler(len(train), batch_plan, 7, start, 4), 7, "train", workers, World()
+    )
     assert isinstance(found, InMemoryLoader) == (workers == 0)
     return [image for images, _ in islice(found, 4 * batch_plan.accumulation_steps) for image in images]
 

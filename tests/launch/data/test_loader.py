@@ -14,7 +14,7 @@ from torch import Tensor
 
 from launch.data.batch import to_device
 from launch.data.batch_plan import BatchPlan
-from launch.data.loader import default_workers, loader
+from launch.data.loader import build_loader, default_workers
 from launch.data.prefetch import group_micro_batches
 from launch.data.sampler import EvalSampler, TrainSampler
 from launch.runtime.world import World
@@ -103,7 +103,9 @@ def drawn(ranks: int, workers: int, start: int = 0) -> dict[Any, Any]:
     found: dict[Any, Any] = {}
     for rank in range(ranks):
         batch_plan = BatchPlan(micro_batch_size=2, accumulation_steps=4 // ranks, rank=rank, world_size=ranks)
-        batches = loader(Augmented(), TrainSampler(10, batch_plan, 7, start, 3), 7, "train", workers, World())
+        batches = build_loader(
+            Augmented(), TrainSampler(10, batch_plan, 7, start, 3), 7, "train", workers, World()
+        )
         for step, turns in enumerate(group_micro_batches(batches, batch_plan.accumulation_steps), start):
             for micro_step, (indices, *values) in enumerate(turns):
                 for i, index in enumerate(indices.tolist()):

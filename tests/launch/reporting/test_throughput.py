@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-from launch.reporting.throughput import PEAKS, Start, StepTimes, Throughput, age, peak_memory
-from launch.training.loop import train
+from launch.reporting.mfu import PEAK_FLOPS, count_flops
+from launch.reporting.throughput import StartupTimer, StepTimer, StepTimes, peak_memory, process_age
+from launch.training.loop import finish, train
 from tests.benchmarks.dense_run import Dense, prepared
 from tests.launch.processes import TINY, run_command
 
@@ -23,19 +24,18 @@ def test_percentiles_are_within_a_percent() -> None:
     times = StepTimes()
     for millisecond in range(1, 1001):
         times.add(millisecond / 1000)
-    assert times.below(0.5) == pytest.approx(0.5, rel=0.011)
-    assert times.below(0.99) == pytest.approx(0.99, rel=0.011)
+    assert times.percentile(0.5) == pytest.approx(0.5, rel=0.011)
+    assert times.percentile(0.99) == pytest.approx(0.99, rel=0.011)
     times.add(7.0, steps=9000)
-    assert times.below(0.5) == pytest.approx(7, rel=0.011)
-    assert StepTimes().below(0.5) == 0.0
+    assert times.percentile(0.5) == pytest.approx(7, rel=0.011)
+    assert StepTimes().percentile(0.5) == 0.0
 
 
 def test_flops_are_those_of_the_textbook() -> None:
     with prepared(Dense(width=64, layers=3, samples=16)) as (run, _):
-        throughput = Throughput(run)
-        throughput.first = [torch.empty(16, 64, device="meta")] * 2
+        batch = [torch.empty(16, 64, device="meta")] * 2
         # each layer: forward, gradient of the weights, and of the input but for the first
-        assert throughput.flops() == 2 * 16 * 64 * 64 * (3 + 3 + 2)
+        assert count_flops(run.recipe, batch) == 2 * 16 * 64 * 64 * (3 + 3 + 2)
 
 
 def test_a_model_that_needs_numbers_is_not_counted() -> None:
@@ -45,9 +45,7 @@ def test_a_model_that_needs_numbers_is_not_counted() -> None:
             return loss if loss > 1 else 2 * loss
 
     with prepared(Depends(width=8, samples=4)) as (run, _):
-        throughput = Throughput(run)
-        throughput.first = [torch.empty(4, 8, device="meta")] * 2
-        assert throughput.flops() is None
+        assert count_flops(run.recipe, [torch.empty(4, 8, device="meta")] * 2) is None
 
 
 def test_waiting_for_data_is_told_from_the_steps() -> None:
@@ -57,33 +55,33 @@ def test_waiting_for_data_is_told_from_the_steps() -> None:
             yield [[torch.zeros(16, 8)]]
 
     with prepared(Dense(samples=16)) as (run, _):
-        throughput = Throughput(run)
+        timer = StepTimer(run)
         began = time.perf_counter()
-        for number, _ in enumerate(throughput.watch(slow())):
+        for number, _ in enumerate(timer.data(slow())):
             time.sleep(0.5 if number == 0 else 0.01)  # the first compiles
-            throughput.stepped(first=number == 0)
+            timer.step()
         total = time.perf_counter() - began
         # a busy machine sleeps longer than it was asked to, never shorter
-        assert throughput.waited >= 5 * 0.02
-        assert throughput.busy - throughput.waited >= 5 * 0.01
-        assert throughput.busy <= total - 0.5 - 0.02, "without the first"
-        assert "workers=2" in next(throughput.in_words())
-        assert throughput.units == 1.0
+        assert timer.waited_s >= 5 * 0.02
+        assert timer.busy_s - timer.waited_s >= 5 * 0.01
+        assert timer.busy_s <= total - 0.5 - 0.02, "without the first"
+        assert "workers=2" in next(timer.summary())
+        assert timer.items_per_sample == 1.0
 
 
 def test_the_parts_of_the_start_add_up() -> None:
-    start = Start()
+    startup = StartupTimer()
     for part in ("imports", "ranks"):
         time.sleep(0.01)
-        start.reached(part)
-    assert sum(start.parts.values()) == pytest.approx(start.last)
-    assert 0 < start.parts["ranks"] < start.parts["imports"]
-    assert start.last <= age() < time.monotonic()
+        startup.reached(part)
+    assert sum(startup.parts.values()) == pytest.approx(startup.last)
+    assert 0 < startup.parts["ranks"] < startup.parts["imports"]
+    assert startup.last <= process_age() < time.monotonic()
     assert 1e7 < peak_memory("cpu") < 1e12
 
 
 def test_no_peak_hides_another() -> None:
-    names = list(PEAKS)
+    names = list(PEAK_FLOPS)
     assert not [(a, b) for i, a in enumerate(names) for b in names[i + 1 :] if a in b], (
         "the more special first"
     )
@@ -96,9 +94,9 @@ def test_the_summary_says_it(tmp_path: Path) -> None:
     )
     assert ended.returncode == 0, ended.stderr
     for words in (
-        "99 % of them within",
+        ", p99 ",
         "of the time waiting for data",
-        "GFLOP/s a rank",
+        "GFLOP/s per rank",
         "peak memory",
         "first step",
     ):
@@ -124,10 +122,10 @@ def test_no_garbage_is_collected_in_a_step() -> None:
     assert gc.isenabled()
     gc.callbacks.append(note)
     try:
-        with prepared(Looks(samples=16)) as (run, metrics):
+        with prepared(Looks(samples=16)) as (run, parts):
             run.splits.val = run.splits.train
             run.stop_at = 12
-            train(run, metrics)
+            train(run, *parts)
     finally:
         gc.callbacks.remove(note)
     assert seen == {"train": False, "eval": True}
@@ -139,9 +137,9 @@ def test_a_run_that_stops_is_saved_before_anything_is_summed_up(monkeypatch: pyt
     """The time that a scheduler leaves is for saving: counting the operations of a large model may take
     longer.
     """
-    monkeypatch.setattr(Throughput, "in_words", lambda _: pytest.fail("summed up"))
-    with prepared(Dense(samples=16)) as (run, metrics):
+    monkeypatch.setattr(StepTimer, "summary", lambda _: pytest.fail("summed up"))
+    with prepared(Dense(samples=16)) as (run, parts):
         run.stop_at = 2
-        train(run, metrics)
-        metrics.finish()
-        assert metrics.saves[-1].step == 2
+        train(run, *parts)
+        finish(run, *parts)
+        assert parts.metrics.saves[-1].step == 2

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 from torchmetrics import classification, regression
 
-from launch.training.loop import evaluate
+from launch.training.evaluate import evaluate
 from tests.launch.jobs import alone, job_of
 from tests.launch.tiny import CLASSES, Points
 from tests.ranks import CpuWorld, run_ranks

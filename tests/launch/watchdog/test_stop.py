@@ -16,14 +16,12 @@ import pytest
 
 from launch.checkpoint.directory import list_checkpoints, step_of
 from launch.checkpoint.resume import resume
-from launch.reporting.console import Console
-from launch.reporting.metrics import Metrics
 from launch.runtime.world import World as LaunchWorld
-from launch.training.loop import train
+from launch.training.loop import finish, train
 from launch.watchdog import stop as stops
 from launch.watchdog.consensus import Consensus
 from launch.watchdog.stop import StopRequest
-from tests.launch.jobs import job_of, lines_of, series, undisturbed
+from tests.launch.jobs import job_of, lines_of, loop_parts, series, undisturbed
 from tests.launch.processes import (
     COMMAND_TIMEOUT_S,
     PATIENCE,
@@ -61,11 +59,11 @@ def life(world: CpuWorld, folder: Path, asked: int, who: int) -> tuple[str, int,
     run = job_of(world, "Fit", *WORDS)
     resume(run, folder)
     folder.mkdir(exist_ok=True)
-    metrics = Metrics(run, folder, {}, Console(False), AfterSo(asked) if world.rank == who else StopRequest())
-    metrics.consensus.period = 0.0  # the ranks ask each other after each step, however short it is
-    why = train(run, metrics)
-    metrics.finish()
-    return why, run.progress.step, run.progress.unevaluated
+    parts = loop_parts(run, folder, None, AfterSo(asked) if world.rank == who else StopRequest())
+    parts.requests.consensus.period = 0.0  # the ranks ask each other after each step, however short it is
+    train(run, *parts)
+    finish(run, *parts)
+    return parts.requests.stop_reason, run.progress.step, run.progress.unevaluated
 
 
 @pytest.fixture(scope="module")
@@ -107,9 +105,9 @@ def early(world: CpuWorld, folder: Path, asked: int) -> tuple[int, list[str]]:
     run = job_of(world, "Fit", *WORDS, "lr=1e-12", "eval.patience=1", "batchnorm=false", "checkpoint.keep=9")
     resume(run, folder)
     folder.mkdir(exist_ok=True)
-    metrics = Metrics(run, folder, {}, Console(False), AfterSo(asked))
-    train(run, metrics)
-    metrics.finish()
+    parts = loop_parts(run, folder, None, AfterSo(asked))
+    train(run, *parts)
+    finish(run, *parts)
     return run.progress.step, [path.name for path in list_checkpoints(folder)]
 
 
