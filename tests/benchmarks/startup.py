@@ -103,7 +103,7 @@ def ours(recipe: str, ranks: int, parts: list[str]) -> float:
         ]
         start = time.time()
         said = output("launch/run.py", ranks, words)
-        parts.append(" ".join(re.findall(r"^ *started in (.*)$", said, re.MULTILINE)))
+        parts.append(" ".join(re.findall(r"^ *start-up (.*)$", said, re.MULTILINE)))
         first = json.loads(Path(folder, "run", "metrics.jsonl").read_text().splitlines()[0])
         return float(first["time"]) - start
 
