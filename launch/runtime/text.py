@@ -11,7 +11,9 @@ def shape_text(shape: Iterable[int]) -> str:
 
 
 def join_names(names: Sequence[str], limit: int = 10, noun: str = "") -> str:
-    """`a, b, c and 7 more NOUN`: the first `limit` names and how many are left out, all of them if that is one."""
+    """`a, b, c and 7 more NOUN`: the first `limit` names and how many are left out, all of them if that is
+    one.
+    """
     if len(names) <= limit + 1:
         return ", ".join(names)
     return f"{', '.join(names[:limit])} and {len(names) - limit} more {noun}".rstrip()

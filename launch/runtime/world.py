@@ -1,5 +1,6 @@
-"""Who takes part in a run: found in the environment of torchrun, accelerate, SLURM, Open MPI, or alone. No
-torch at first.
+"""The world of a run: ranks and world size from the environment of torchrun, accelerate, SLURM or Open MPI.
+
+Imports no torch at module level.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from launch.runtime.slurm_env import gpus_on_node, read_step
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """The ranks of a run, seen from one of them."""
+    """The ranks of a run, seen from one of them. Named as by torchrun; `node` is its GROUP_RANK."""
 
     rank: int = 0
     local_rank: int = 0
@@ -25,54 +26,55 @@ class World:
     device: str = "cpu"
     launcher: str = "python"
     why: str = "no launcher in the environment: one process"
+    """how the launcher was recognized, for the banner"""
     store: Any = field(default=None, repr=False, compare=False)
-    """where ranks leave notes for each other (a `torch.distributed.Store`), once they have met"""
-
-
-LAUNCHERS = ("torchrun", "srun", "accelerate", "mpirun", "environment", "python")
-"""what can start the ranks; `environment`: whoever sets RANK and WORLD_SIZE, `python`: nobody, one process"""
+    """the `torch.distributed.Store` of all ranks, after the rendezvous"""
 
 
 def find_world(environment: Mapping[str, str], launcher: str = "auto") -> World:
-    """The world that the launcher describes, or that `launcher` does. Raises ValueError if what they say
-    cannot be.
+    """The world that the environment describes, in the way of `launcher` if it could be read in several.
+
+    `launcher=environment` is whoever sets RANK and WORLD_SIZE, `python` nobody: one process. Raises ValueError
+    for a world that cannot be.
     """
-    number = {name: int(value) for name, value in environment.items() if value.isdecimal()}
-    found = {
-        world.launcher: world for world in (look(environment, number) for look in LOOKS) if world is not None
+    numbers = {name: int(value) for name, value in environment.items() if value.isdecimal()}
+    detected = {
+        world.launcher: world
+        for world in (detect(environment, numbers) for detect in DETECTORS)
+        if world is not None
     }
     if launcher == "auto":
-        world = next(iter(found.values()), World())
+        world = next(iter(detected.values()), World())
     elif launcher == "python":
         world = World(why="launcher=python: one process, whatever the environment says")
-    elif launcher in found:
-        world = found[launcher]
+    elif launcher in detected:
+        world = detected[launcher]
     else:
         raise ValueError(
-            f"launcher={launcher}, but the environment is that of {' and '.join(found) or 'none'}: "
+            f"launcher={launcher}, but the environment is that of {' and '.join(detected) or 'none'}: "
             "start it that way, or leave the key out"
         )
     refuse_contradictions(world, environment)
     return world
 
 
-def from_torchrun(environment: Mapping[str, str], number: Mapping[str, int]) -> World | None:
-    """torchrun, accelerate, or anything else that speaks their language."""
-    if "RANK" not in number or "WORLD_SIZE" not in number:
+def from_torchrun(environment: Mapping[str, str], numbers: Mapping[str, int]) -> World | None:
+    """A rank of torchrun, accelerate, or anything else that sets their variables."""
+    if "RANK" not in numbers or "WORLD_SIZE" not in numbers:
         return None
     elastic, accelerate = "TORCHELASTIC_RUN_ID" in environment, "ACCELERATE_MIXED_PRECISION" in environment
     return World(
-        rank=number["RANK"],
-        local_rank=number.get("LOCAL_RANK", 0),
-        world_size=number["WORLD_SIZE"],
-        local_world_size=number.get("LOCAL_WORLD_SIZE", number["WORLD_SIZE"]),
-        node=number.get("GROUP_RANK", 0),
+        rank=numbers["RANK"],
+        local_rank=numbers.get("LOCAL_RANK", 0),
+        world_size=numbers["WORLD_SIZE"],
+        local_world_size=numbers.get("LOCAL_WORLD_SIZE", numbers["WORLD_SIZE"]),
+        node=numbers.get("GROUP_RANK", 0),
         launcher="accelerate" if accelerate else "torchrun" if elastic else "environment",
         why="RANK and WORLD_SIZE are set",
     )
 
 
-def from_srun(environment: Mapping[str, str], number: Mapping[str, int]) -> World | None:  # noqa: ARG001
+def from_srun(environment: Mapping[str, str], numbers: Mapping[str, int]) -> World | None:  # noqa: ARG001
     """A task of an srun step."""
     step = read_step(environment)
     if step is None:
@@ -88,34 +90,35 @@ def from_srun(environment: Mapping[str, str], number: Mapping[str, int]) -> Worl
     )
 
 
-def from_mpirun(environment: Mapping[str, str], number: Mapping[str, int]) -> World | None:  # noqa: ARG001
+def from_mpirun(environment: Mapping[str, str], numbers: Mapping[str, int]) -> World | None:  # noqa: ARG001
     """A process of Open MPI's mpirun, which starts ranks for us; its messages are not used."""
-    if "OMPI_COMM_WORLD_RANK" not in number or "OMPI_COMM_WORLD_SIZE" not in number:
+    if "OMPI_COMM_WORLD_RANK" not in numbers or "OMPI_COMM_WORLD_SIZE" not in numbers:
         return None
-    local = number.get("OMPI_COMM_WORLD_LOCAL_SIZE", number["OMPI_COMM_WORLD_SIZE"])
+    local = numbers.get("OMPI_COMM_WORLD_LOCAL_SIZE", numbers["OMPI_COMM_WORLD_SIZE"])
     return World(
-        rank=number["OMPI_COMM_WORLD_RANK"],
-        local_rank=number.get("OMPI_COMM_WORLD_LOCAL_RANK", 0),
-        world_size=number["OMPI_COMM_WORLD_SIZE"],
+        rank=numbers["OMPI_COMM_WORLD_RANK"],
+        local_rank=numbers.get("OMPI_COMM_WORLD_LOCAL_RANK", 0),
+        world_size=numbers["OMPI_COMM_WORLD_SIZE"],
         local_world_size=local,
-        node=number.get("OMPI_COMM_WORLD_NODE_RANK", number["OMPI_COMM_WORLD_RANK"] // local),
+        node=numbers.get("OMPI_COMM_WORLD_NODE_RANK", numbers["OMPI_COMM_WORLD_RANK"] // local),
         launcher="mpirun",
         why="OMPI_COMM_WORLD_RANK and OMPI_COMM_WORLD_SIZE are set",
     )
 
 
-LOOKS = (from_torchrun, from_srun, from_mpirun)
-"""in this order: what was started inside another (torchrun under srun) is nearer"""
+DETECTORS = (from_torchrun, from_srun, from_mpirun)
+"""in this order: torchrun may have been started by srun, and not the other way round"""
 
 
 def refuse_contradictions(world: World, environment: Mapping[str, str]) -> None:
-    """Raise ValueError for a world that cannot be, with the line that mends it."""
+    """Raise ValueError for a world that cannot be, with the command that would be right."""
     if (
         not 0 <= world.rank < world.world_size
         or not 0 <= world.local_rank < world.local_world_size <= world.world_size
     ):
         raise ValueError(
-            f"{world.launcher} says rank {world.rank} of {world.world_size}, local rank {world.local_rank} of "
+            f"{world.launcher} says rank {world.rank} of {world.world_size}, local rank {world.local_rank} "
+            "of "
             f"{world.local_world_size}: that cannot be ({world.why})"
         )
     step = read_step(environment)
@@ -124,7 +127,8 @@ def refuse_contradictions(world: World, environment: Mapping[str, str]) -> None:
     if step.tasks_on_node > 1:
         raise ValueError(
             f"srun started {step.tasks_on_node} tasks on this node, and each of them {world.launcher} with "
-            f"{world.local_world_size} rank(s): srun --ntasks-per-node=1 {world.launcher} ..., or srun python "
+            f"{world.local_world_size} rank(s): srun --ntasks-per-node=1 {world.launcher} ..., or srun "
+            "python "
             f"launch/run.py ... without {world.launcher}"
         )
     if step.num_nodes > 1 and world.world_size == world.local_world_size:
@@ -151,7 +155,8 @@ def mpi_rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
         and "MASTER_ADDR" not in environment
     ):
         raise ValueError(
-            "mpirun on several hosts does not tell where rank zero is: mpirun -x MASTER_ADDR=HOST -x MASTER_PORT=29500"
+            "mpirun on several hosts does not tell where rank zero is: "
+            "mpirun -x MASTER_ADDR=HOST -x MASTER_PORT=29500"
         )
     job = environment.get("PMIX_NAMESPACE", environment.get("OMPI_MCA_ess_base_jobid", ""))
     return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(10000 + zlib.crc32(job.encode()) % 20000)}
@@ -165,21 +170,19 @@ def find_device(world: World) -> str:
 
     if not torch.cuda.is_available():
         if given := gpus_on_node(os.environ):
-            built = (
-                "was built without CUDA"
-                if torch.version.cuda is None
-                else f"was built for CUDA {torch.version.cuda}"
-            )
+            built = "without CUDA" if torch.version.cuda is None else f"for CUDA {torch.version.cuda}"
             raise ValueError(
-                f"SLURM gave this node {given} GPU(s), and torch sees none: torch {torch.__version__} {built}; "
-                "look at nvidia-smi and rankzero doctor, or ask for no GPU to train on the CPU"
+                f"SLURM gave this node {given} GPU(s), and torch sees none: torch {torch.__version__} was "
+                f"built {built}; look at nvidia-smi and `rankzero doctor`, or ask for no GPU to train on the "
+                "CPU"
             )
         return "cpu"
     if torch.cuda.device_count() == 1 and world.local_rank > 0 and world.launcher == "srun":
         return "cuda:0"  # --gpus-per-task shows each task its own GPU
     if world.local_world_size > torch.cuda.device_count():
         raise ValueError(
-            f"{world.local_world_size} ranks on a node with {torch.cuda.device_count()} GPU(s); start at most one rank per "
-            "GPU, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to train on the CPU"
+            f"{world.local_world_size} ranks on a node with {torch.cuda.device_count()} GPU(s); start at "
+            "most one "
+            "rank per GPU, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to train on the CPU"
         )
     return f"cuda:{world.local_rank}"

@@ -22,6 +22,7 @@ from typing import Any
 from launch.cli.durations import parse_duration
 from launch.cli.exits import ExitCode
 from launch.runtime.files import write_text_atomically
+from launch.runtime.slurm_env import job_end_time
 
 PREEMPTION_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 """schedulers send them before they end a job; Ctrl-C requests the same while a run trains"""
@@ -90,8 +91,8 @@ def deadline(max_time: str | None, environment: Mapping[str, str]) -> float | No
 
     # from the start of the process: a run that re-executes itself stays the same one
     ends = [psutil.Process().create_time() + parse_duration(max_time)] if max_time is not None else []
-    if environment.get("SLURM_JOB_END_TIME", "").isdecimal():
-        ends.append(float(environment["SLURM_JOB_END_TIME"]))
+    if (end := job_end_time(environment)) is not None:
+        ends.append(end)
     return min(ends, default=None)
 
 

@@ -31,7 +31,7 @@ from tests.launch.processes import (
 pytestmark = pytest.mark.slow
 
 STEPS, HANG, PORT = 28, 20, 29500
-WORDS = (
+ARGS = (
     *(
         f"recipe={TINY}:Broken",
         f"steps={STEPS}",
@@ -43,13 +43,13 @@ WORDS = (
     *("checkpoint.every=4", "log.every=1", f"start_timeout={PATIENCE * 6:g}", f"hang_timeout={HANG}"),
 )
 SLOWLY = "pause=0.2"
-"""slow enough to be struck in mid-run"""
+"""slow enough to fail in mid-run"""
 
 
 @pytest.fixture(scope="module")
 def losses(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     """Those of a single process that nothing happened to."""
-    return undisturbed(tmp_path_factory.mktemp("whole") / "run", *WORDS)
+    return undisturbed(tmp_path_factory.mktemp("whole") / "run", *ARGS)
 
 
 @pytest.fixture
@@ -58,16 +58,16 @@ def hosts(tmp_path: Path) -> Iterator[list[Host]]:
         yield both
 
 
-def without_launcher(hosts: Sequence[Host], cwd: Path, *words: str) -> list[subprocess.Popen[str]]:
+def without_launcher(hosts: Sequence[Host], cwd: Path, *args: str) -> list[subprocess.Popen[str]]:
     """A rank on each of `hosts`, of a run on two."""
     return [
-        start_on_host(host, [str(RUN_SCRIPT), *WORDS, *words], cwd, launcher_env(rank, "n1", PORT))
+        start_on_host(host, [str(RUN_SCRIPT), *ARGS, *args], cwd, launcher_env(rank, "n1", PORT))
         for rank, host in enumerate(hosts)
     ]
 
 
 def torchrun(
-    hosts: Sequence[Host], cwd: Path, *words: str, nodes: str, conf: str
+    hosts: Sequence[Host], cwd: Path, *args: str, nodes: str, conf: str
 ) -> list[subprocess.Popen[str]]:
     """A torchrun on each of `hosts`; n1 holds their rendezvous."""
     elastic = (
@@ -86,8 +86,8 @@ def torchrun(
                 *(
                     f"--rdzv_conf=is_host={str(host.name == 'n1').lower()},{conf}",
                     str(RUN_SCRIPT),
-                    *WORDS,
-                    *words,
+                    *ARGS,
+                    *args,
                 ),
             ],
             cwd,
@@ -150,10 +150,10 @@ def command_lines_on(hosts: Sequence[Host]) -> list[str]:
     return lines
 
 
-def verdict(cwd: Path, since: float) -> dict[str, Any]:
+def failure(cwd: Path, since: float) -> dict[str, Any]:
     """What failure.json says; `after` are the seconds that it took."""
-    found: dict[str, Any] = json.loads((cwd / "run" / "failure.json").read_text())
-    return {**found, "after": found["time"] - since}
+    report: dict[str, Any] = json.loads((cwd / "run" / "failure.json").read_text())
+    return {**report, "after": report["time"] - since}
 
 
 def goes_on(hosts: Sequence[Host], cwd: Path, losses: Sequence[float]) -> None:
@@ -180,7 +180,7 @@ def test_a_host_that_does_not_come_is_named(tmp_path: Path, hosts: list[Host]) -
     assert "expected 2 ranks, after 3 s saw 0 from n1; missing: rank 1." in ended.messages[0]
 
 
-def test_torchrun_waits_for_a_host_as_long_as_it_is_told_to(tmp_path: Path, hosts: list[Host]) -> None:
+def test_torchrun_waits_for_a_host_as_long_as_it_is_asked_to(tmp_path: Path, hosts: list[Host]) -> None:
     """Its rendezvous comes before any rank is started: join_timeout (10 minutes unless given) is its own, and
     it names nobody.
     """
@@ -201,10 +201,10 @@ def test_a_cable_that_is_cut(tmp_path: Path, hosts: list[Host], losses: list[flo
     hosts[1].plug(False)
     since = time.time()
     first, second = ends(hosts, running)
-    found = verdict(tmp_path, since)
+    report = failure(tmp_path, since)
     assert (first.returncode, second.returncode) == (1, 1)
-    assert found["after"] < PATIENCE * HANG, "by the watchdog, not by a timeout of gloo"
-    assert any(re.match("rank 1: not heard from on n2", line) for line in found["ranks"]), found
+    assert report["after"] < PATIENCE * HANG, "by the watchdog, not by a timeout of gloo"
+    assert any(re.match("rank 1: not heard from on n2", line) for line in report["ranks"]), report
     hosts[1].plug(True)
     goes_on(hosts, tmp_path, losses)
 
@@ -215,9 +215,9 @@ def test_a_host_that_dies(tmp_path: Path, hosts: list[Host]) -> None:
     hosts[1].kill()
     since = time.time()
     first, _ = ends(hosts, running)
-    found = verdict(tmp_path, since)
-    assert (first.returncode, found["lost"]) == (1, [1])
-    assert found["after"] < PATIENCE * 15, "by the heartbeats, not by a timeout of gloo"
+    report = failure(tmp_path, since)
+    assert (first.returncode, report["lost"]) == (1, [1])
+    assert report["after"] < PATIENCE * 15, "by the heartbeats, not by a timeout of gloo"
     assert (
         "rank 1 on n2, last seen in step" in first.messages[0]
     )  # how such a run goes on stands above and below
@@ -229,9 +229,9 @@ def test_the_host_of_rank_zero_dies(tmp_path: Path, hosts: list[Host], losses: l
     hosts[0].kill()
     since = time.time()
     _, second = ends(hosts, running)
-    found = verdict(tmp_path, since)
+    report = failure(tmp_path, since)
     assert second.returncode == 1
-    assert found["after"] < PATIENCE * 15, "by the heartbeats, not by a timeout of gloo"
+    assert report["after"] < PATIENCE * 15, "by the heartbeats, not by a timeout of gloo"
     assert "lost the connection to the host of rank zero" in second.messages[0]
     goes_on(hosts, tmp_path, losses)
 

@@ -1,4 +1,4 @@
-"""The roll-call: who is missing or differs is named, within seconds, before any collective."""
+"""The rendezvous: ranks that are missing or differ are named, within seconds, before any collective."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch.distributed import PrefixStore, TCPStore
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # its stubs forget them
 
 from launch.runtime.rendezvous import RendezvousError, check_ranks, differing_ranks
 from launch.runtime.store import spans
@@ -47,13 +47,13 @@ def store() -> TCPStore:
 def called(
     store: TCPStore, reports: list[Mapping[str, Any]], world_size: int, timeout: float = PATIENCE * 6
 ) -> list[str]:
-    """What each rank hears; ranks are threads, each with a connection of its own."""
-    heard = [""] * len(reports)
+    """What each rank is answered; ranks are threads, each with a connection of its own."""
+    answers = [""] * len(reports)
     times = [0.0] * len(reports)
-    process_group = threading.Barrier(len(reports))
+    all_started = threading.Barrier(len(reports))
 
     def rank(number: int) -> None:
-        mine = TCPStore(
+        connection = TCPStore(
             "127.0.0.1",
             store.port,
             None,
@@ -61,13 +61,13 @@ def called(
             wait_for_workers=False,
             timeout=timedelta(seconds=PATIENCE * 60),
         )
-        world = replace(World(rank=number, world_size=world_size), store=PrefixStore("0", mine))
-        process_group.wait()
+        world = replace(World(rank=number, world_size=world_size), store=PrefixStore("0", connection))
+        all_started.wait()
         since = time.monotonic()
         try:
             check_ranks(world, reports[number], timeout)
         except RendezvousError as error:
-            heard[number] = str(error)
+            answers[number] = str(error)
         times[number] = time.monotonic() - since
 
     threads = [threading.Thread(target=rank, args=(number,)) for number in range(len(reports))]
@@ -75,8 +75,8 @@ def called(
         thread.start()
     for thread in threads:
         thread.join()
-    print(f"roll-call of {len(reports)} ranks: {max(times):.2f} s")
-    return heard
+    print(f"rank check of {len(reports)} ranks: {max(times):.2f} s")
+    return answers
 
 
 def test_all_there_and_alike(store: TCPStore) -> None:
@@ -85,14 +85,14 @@ def test_all_there_and_alike(store: TCPStore) -> None:
 
 def test_who_is_missing_is_named_on_all_ranks(store: TCPStore) -> None:
     since = time.monotonic()
-    heard = called(store, [SAME, SAME, {**SAME, "host": "n2"}], 8, timeout=3)
+    answers = called(store, [SAME, SAME, {**SAME, "host": "n2"}], 8, timeout=3)
     assert time.monotonic() - since < PATIENCE * 3
-    assert len(set(heard)) == 1
-    assert heard[0].startswith("expected 8 ranks, after 3 s saw 0-1 from n1, 2 from n2; missing: rank 3-7.")
+    assert len(set(answers)) == 1
+    assert answers[0].startswith("expected 8 ranks, after 3 s saw 0-1 from n1, 2 from n2; missing: rank 3-7.")
 
 
 @pytest.mark.parametrize(
-    ("key", "words"),
+    ("key", "message"),
     [
         ("torch", "torch must"),
         ("configuration", "the configuration"),
@@ -100,11 +100,11 @@ def test_who_is_missing_is_named_on_all_ranks(store: TCPStore) -> None:
         ("world_size", "the world size must"),
     ],
 )
-def test_who_differs_is_named(store: TCPStore, key: str, words: str) -> None:
+def test_who_differs_is_named(store: TCPStore, key: str, message: str) -> None:
     other = {**SAME, "host": "n2", key: "other"}
-    heard = called(store, [SAME, SAME, other, SAME], 4)
-    assert heard[1].startswith(words)
-    assert heard[1].endswith(
+    answers = called(store, [SAME, SAME, other, SAME], 4)
+    assert answers[1].startswith(message)
+    assert answers[1].endswith(
         f"be the same on all ranks: {SAME[key]} on rank 0-1, 3 (n1); other on rank 2 (n2)"
     )
 
@@ -138,13 +138,13 @@ def test_512_ranks_meet_in_seconds(store: TCPStore) -> None:
 # real processes ---------------------------------------------------------------------------------------------
 
 
-def alone(cwd: Path, rank: int, *words: str, port: int) -> CommandResult:
+def alone(cwd: Path, rank: int, *args: str, port: int) -> CommandResult:
     """One rank of two, the other of which never comes."""
     place = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
     meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return wait_for_command(
         start_command(
-            f"recipe={TINY}:Fit", "steps=1", "start_timeout=2", *words, cwd=cwd, env={**place, **meet}
+            f"recipe={TINY}:Fit", "steps=1", "start_timeout=2", *args, cwd=cwd, env={**place, **meet}
         )
     )
 

@@ -53,7 +53,7 @@ def test_a_batch_script_is_no_task_of_a_step() -> None:
     assert seen({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "42"})[0] == "python"
 
 
-def test_the_launcher_can_be_said() -> None:
+def test_the_launcher_can_be_chosen() -> None:
     both = {
         **SRUN,
         **TORCHRUN,

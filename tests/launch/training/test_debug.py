@@ -151,8 +151,8 @@ def test_two_ranks_and_a_wrong_number_are_refused(recipe: Path, tmp_path: Path) 
 # the table --------------------------------------------------------------------------------------------------
 
 
-def job_of(*words: str) -> Run:
-    return prepare(resolve(["epochs=1", "debug=true", *words], World()), World())
+def job_of(*args: str) -> Run:
+    return prepare(resolve(["epochs=1", "debug=true", *args], World()), World())
 
 
 def table(run: Run) -> list[list[str]]:
@@ -207,21 +207,21 @@ def tried(run: Run) -> str:
     return "\n".join(overfit(run, next(iter(run.train_loader()))))
 
 
-def test_a_loss_that_ignores_the_parameters_is_told(recipe: Path) -> None:
-    said = tried(job_of(f"recipe={recipe}", "fail=ignores"))
-    assert "it can NOT be overfitted, no gradient reaches the parameters" in said
-    assert "look at the loss" in said
+def test_a_loss_that_ignores_the_parameters_is_reported(recipe: Path) -> None:
+    output = tried(job_of(f"recipe={recipe}", "fail=ignores"))
+    assert "it can NOT be overfitted, no gradient reaches the parameters" in output
+    assert "look at the loss" in output
 
 
-def test_a_learning_rate_too_high_is_told(recipe: Path) -> None:
-    said = tried(job_of(f"recipe={recipe}", "lr=100"))
-    assert "it can NOT be overfitted, the loss grows" in said
-    assert "learning rate (100)" in said
+def test_a_learning_rate_too_high_is_reported(recipe: Path) -> None:
+    output = tried(job_of(f"recipe={recipe}", "lr=100"))
+    assert "it can NOT be overfitted, the loss grows" in output
+    assert "learning rate (100)" in output
 
 
-def test_a_learning_rate_too_low_is_told(recipe: Path) -> None:
-    said = tried(job_of(f"recipe={recipe}", "lr=1e-9"))
-    assert "in 100 steps: it can NOT be overfitted\n  look at the learning rate (1e-09)" in said
+def test_a_learning_rate_too_low_is_reported(recipe: Path) -> None:
+    output = tried(job_of(f"recipe={recipe}", "lr=1e-9"))
+    assert "in 100 steps: it can NOT be overfitted\n  look at the learning rate (1e-09)" in output
 
 
 def test_parameters_without_gradient_are_named(recipe: Path) -> None:
@@ -238,7 +238,7 @@ def test_several_losses_are_not_tried() -> None:
 
 
 @pytest.mark.slow
-def test_without_a_terminal_the_traceback_is_told_once(recipe: Path, tmp_path: Path) -> None:
+def test_without_a_terminal_the_traceback_is_printed_once(recipe: Path, tmp_path: Path) -> None:
     ended = run_command(f"recipe={recipe}", "debug=true", "inputs=9", cwd=tmp_path)
     assert ended.returncode == 1
     assert ended.stderr.count("rankzero: rank 0 on ") == 1
@@ -259,24 +259,24 @@ def test_a_nan_of_the_backward_pass_is_traced_to_its_line(recipe: Path, tmp_path
 
 @pytest.mark.slow
 def test_pdb_stands_in_the_users_frame(recipe: Path, tmp_path: Path) -> None:
-    said, code = at_a_terminal(
+    output, code = at_a_terminal(
         command_line(f"recipe={recipe}", "debug=true", "inputs=9"), tmp_path, ["p hidden.shape", "q"]
     )
-    assert "small.py(23)forward()" in said
-    assert "torch.Size([4, 8])" in said
-    assert said.count("rankzero: rank 0 on ") == 1
+    assert "small.py(23)forward()" in output
+    assert "torch.Size([4, 8])" in output
+    assert output.count("rankzero: rank 0 on ") == 1
     assert code == 1
 
 
 def at_a_terminal(
-    words: list[str], cwd: Path, answers: list[str], timeout: float = COMMAND_TIMEOUT_S
+    args: list[str], cwd: Path, answers: list[str], timeout: float = COMMAND_TIMEOUT_S
 ) -> tuple[str, int]:
     """Run a command under a pseudo-terminal and answer its debugger's prompts. Returns all that was shown,
     and the exit code.
     """
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
-        words,
+        args,
         cwd=cwd,
         stdin=theirs,
         stdout=theirs,
@@ -285,20 +285,20 @@ def at_a_terminal(
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TERM": "dumb"},
     )
     os.close(theirs)
-    said, read, deadline = b"", 0, time.monotonic() + timeout
+    output, read, deadline = b"", 0, time.monotonic() + timeout
     try:
         while (
             time.monotonic() < deadline
             and select.select([ours], [], [], max(deadline - time.monotonic(), 0))[0]
         ):
             try:
-                said += os.read(ours, 65536)
+                output += os.read(ours, 65536)
             except OSError:  # the other end is closed: the process has ended
                 break
-            if answers and b"(Pdb) " in said[read:]:
-                read = len(said)
+            if answers and b"(Pdb) " in output[read:]:
+                read = len(output)
                 os.write(ours, answers.pop(0).encode() + b"\n")
-        return said.decode(), process.wait(timeout)
+        return output.decode(), process.wait(timeout)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Which run directory: the same for all lives of a run, and none for a run that only fails."""
+"""Which run directory: the same for all attempts of a run, and none for a run that only fails."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.launch.processes import COMMAND_TIMEOUT_S, ROOT, TINY
 
 
 def failed(run_dir: Path, step: int = 5, message: str = "the shelf is empty") -> dict[str, Any]:
-    """The end of a life, and the beginning of the next; what the life has left."""
+    """The failure of an attempt; what it has left in failure.json."""
     failure_report.write_once(
         FailureReport(kind="exception", step=step, error="LookupError", message=message), run_dir
     )
@@ -31,10 +31,10 @@ def failed(run_dir: Path, step: int = 5, message: str = "the shelf is empty") ->
 
 def test_a_run_that_fails_in_the_same_way_again_and_again_is_not_started_again(tmp_path: Path) -> None:
     settings = resolve([f"recipe={TINY}:Fit", "steps=1", f"run_dir={tmp_path / 'run'}"], World())
-    for life in (1, 2, 3):
+    for attempt in (1, 2, 3):
         assert find_run_dir(settings) == tmp_path / "run"
         start_run_dir(tmp_path / "run", settings, World())
-        assert failed(tmp_path / "run")["repeated"] == life
+        assert failed(tmp_path / "run")["repeated"] == attempt
     with pytest.raises(
         ValueError,
         match=r"the last 3 attempts of run_dir=.* all failed at step 5 with LookupError: the shelf .* remove",
@@ -54,20 +54,20 @@ def test_another_failure_is_not_a_loop(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_torchrun_restarts_finds_its_run_again(tmp_path: Path) -> None:
-    def life(number: int, agent: str = "none_xyz", **more: str) -> Path:
+    def run_dir_of_attempt(number: int, agent: str = "none_xyz", **more: str) -> Path:
         path = f"/tmp/torchelastic_abc/{agent}/attempt_{number}/0/error.json"
         return default_run_dir(
             tmp_path, {"TORCHELASTIC_ERROR_FILE": path, "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2", **more}
         )
 
-    first = life(0)
+    first = run_dir_of_attempt(0)
     first.mkdir()
     time.sleep(1.1)  # the name holds the second
-    assert life(1) == first
-    assert life(0, "none_uvw").name != first.name
+    assert run_dir_of_attempt(1) == first
+    assert run_dir_of_attempt(0, "none_uvw").name != first.name
     with pytest.raises(ValueError, match="--max-restarts on several nodes needs run_dir="):
-        life(1, WORLD_SIZE="4", TORCHELASTIC_MAX_RESTARTS="3")
-    assert life(1, WORLD_SIZE="4", TORCHELASTIC_MAX_RESTARTS="0") == first
+        run_dir_of_attempt(1, WORLD_SIZE="4", TORCHELASTIC_MAX_RESTARTS="3")
+    assert run_dir_of_attempt(1, WORLD_SIZE="4", TORCHELASTIC_MAX_RESTARTS="0") == first
 
 
 def test_two_runs_that_start_in_the_same_second_do_not_share_a_directory() -> None:

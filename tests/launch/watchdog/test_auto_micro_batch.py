@@ -46,20 +46,22 @@ def test_sizes_that_cut_the_batch_on_two_ranks(batch: int, now: int, smaller: in
 
 
 @pytest.mark.parametrize(
-    ("found", "ranks", "size"), [(None, 2, 32), (8, 2, 8), (8, 1, 8), (32, 4, 16), ("auto", 1, 64)]
+    ("remembered", "ranks", "size"), [(None, 2, 32), (8, 2, 8), (8, 1, 8), (32, 4, 16), ("auto", 1, 64)]
 )
-def test_a_size_that_was_found_is_begun_with(tmp_path: Path, found: Any, ranks: int, size: int) -> None:
-    if found is not None:
-        (tmp_path / "config.yaml").write_text(yaml.safe_dump({"micro_batch_size": found}))
+def test_a_size_that_was_found_is_started_with(
+    tmp_path: Path, remembered: Any, ranks: int, size: int
+) -> None:
+    if remembered is not None:
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({"micro_batch_size": remembered}))
     assert auto_micro_batch.first_size(Config(batch_size=64), World(world_size=ranks), tmp_path) == size
 
 
 def test_what_is_no_lack_of_memory_or_not_helped_by_a_smaller_batch_stays_a_failure() -> None:
     config, full = Config(batch_size=8, micro_batch_size=8), torch.OutOfMemoryError("CUDA out of memory.")
     here = Phase(step=3, name="backward")
-    found = auto_micro_batch.restart_report(full, config, World(), here)
-    assert found is not None
-    assert found.micro_batch_size == 4
+    report = auto_micro_batch.restart_report(full, config, World(), here)
+    assert report is not None
+    assert report.micro_batch_size == 4
     assert auto_micro_batch.restart_report(RuntimeError("shapes differ"), config, World(), here) is None
     assert auto_micro_batch.restart_report(full, config, World(), Phase(step=3, name="save")) is None
     assert auto_micro_batch.restart_report(full, config, World(), Phase()) is None, (
@@ -70,7 +72,7 @@ def test_what_is_no_lack_of_memory_or_not_helped_by_a_smaller_batch_stays_a_fail
     )
 
 
-def test_lives_are_told_apart_and_counted() -> None:
+def test_attempts_are_told_apart_and_counted() -> None:
     environment = {"TORCHELASTIC_RESTART_COUNT": "1", "RANKZERO_RESTART_COUNT": "2"}
     assert (restart_count({}), restart_count(environment)) == (0, 3)
     assert len({attempt_id({}), attempt_id(environment), attempt_id({"RANKZERO_RESTART_COUNT": "1"})}) == 3
@@ -118,9 +120,7 @@ def test_a_process_that_runs_out_of_memory_goes_on_with_half_the_micro_batch(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "zero3"])  # the other rank waits in backward, or in forward
-def test_all_ranks_under_torchrun_begin_again_together(
-    tmp_path: Path, whole: list[float], strategy: str
-) -> None:
+def test_all_ranks_under_torchrun_restart_together(tmp_path: Path, whole: list[float], strategy: str) -> None:
     ended = run_command(*AUTO, f"strategy={strategy}", "chaos=oom:rank=1,step=5", cwd=tmp_path, ranks=2)
     gone_on(tmp_path, ended, 1, 8, 4)
     assert series(tmp_path / "run") == pytest.approx(whole, rel=1e-5)
@@ -128,17 +128,17 @@ def test_all_ranks_under_torchrun_begin_again_together(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
-def test_ranks_whose_store_is_rank_zeros_own_begin_again_too(tmp_path: Path, rank: int) -> None:
-    """Started without torchrun; `resume=none` is for the first life."""
+def test_ranks_whose_store_is_rank_zeros_own_restart_too(tmp_path: Path, rank: int) -> None:
+    """Started without torchrun; `resume=none` is for the first attempt."""
     phase = {
         "WORLD_SIZE": "2",
         "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
     }
-    words = (*AUTO, "resume=none", f"chaos=oom:rank={rank},step=5")
+    args = (*AUTO, "resume=none", f"chaos=oom:rank={rank},step=5")
     processes = [
-        start_command(*words, cwd=tmp_path, env={**phase, "RANK": str(n), "LOCAL_RANK": str(n)})
+        start_command(*args, cwd=tmp_path, env={**phase, "RANK": str(n), "LOCAL_RANK": str(n)})
         for n in range(2)
     ]
     first, second = (wait_for_command(process) for process in processes)

@@ -27,7 +27,7 @@ from tests.launch.processes import (
 )
 
 
-def fails(cwd: Path, fail: str, *words: str, recipe: str = "Broken", ranks: int = 2) -> CommandResult:
+def fails(cwd: Path, fail: str, *args: str, recipe: str = "Broken", ranks: int = 2) -> CommandResult:
     return run_command(
         f"recipe={TINY}:{recipe}",
         f"fail={fail}",
@@ -35,15 +35,15 @@ def fails(cwd: Path, fail: str, *words: str, recipe: str = "Broken", ranks: int 
         "batch_size=10",
         "epochs=2",
         "log.every=1",
-        *words,
+        *args,
         cwd=cwd,
         ranks=ranks,
     )
 
 
 def failure(cwd: Path) -> dict[str, Any]:
-    verdict: dict[str, Any] = json.loads((cwd / "run" / "failure.json").read_text())
-    return verdict
+    report: dict[str, Any] = json.loads((cwd / "run" / "failure.json").read_text())
+    return report
 
 
 def losses(cwd: Path) -> list[float]:
@@ -51,7 +51,7 @@ def losses(cwd: Path) -> list[float]:
 
 
 @pytest.mark.slow
-def test_an_exception_on_one_rank_is_told_once_and_ends_the_job(tmp_path: Path) -> None:
+def test_an_exception_on_one_rank_is_reported_once_and_ends_the_job(tmp_path: Path) -> None:
     ended = fails(tmp_path, "raise")
     assert ended.returncode == 1
     assert len(ended.messages) == 1, ended.stderr
@@ -62,14 +62,14 @@ def test_an_exception_on_one_rank_is_told_once_and_ends_the_job(tmp_path: Path) 
     assert "step 3, forward: LookupError: the shelf is empty" in of_torchrun, (
         "its report names the cause as well"
     )
-    verdict = failure(tmp_path)
-    assert (verdict["rank"], verdict["step"], verdict["error"]) == (1, 3, "LookupError")
-    failed_after = time.time() - verdict["time"]
+    report = failure(tmp_path)
+    assert (report["rank"], report["step"], report["error"]) == (1, 3, "LookupError")
+    failed_after = time.time() - report["time"]
     assert failed_after < 30, "from the failure to the end of the job"
     assert losses(tmp_path), "the steps before are on record"
 
 
-def test_an_exception_without_launcher_is_told_once(tmp_path: Path) -> None:
+def test_an_exception_without_launcher_is_reported_once(tmp_path: Path) -> None:
     ended = fails(tmp_path, "raise", "fail_rank=0", ranks=0)
     assert (ended.returncode, len(ended.messages)) == (1, 1)
     assert ended.stderr.count('raise LookupError("the shelf is empty")') == 1
@@ -82,28 +82,28 @@ NCCL_DESTROY = Path(__file__).with_name("nccl_destroy.py")
 """leaving the process group waits for all ranks"""
 
 
-def fails_as_with_nccl(cwd: Path, fail: str, *words: str) -> CommandResult:
+def fails_as_with_nccl(cwd: Path, fail: str, *args: str) -> CommandResult:
     common = ("batch_size=8", "steps=8", "log.every=5", f"hang_timeout={PATIENCE * 20:g}", "run_dir=run")
     return run_command(
         f"recipe={NCCL_DESTROY}",
         "strategy=ddp",
         f"fail={fail}",
         *common,
-        *words,
+        *args,
         cwd=cwd,
         ranks=2,
     )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("fail", "words"), [("forward", ()), ("evaluate", ("eval.every=4",))])
-def test_an_exception_is_told_where_leaving_the_group_waits_for_all(
-    tmp_path: Path, fail: str, words: tuple[str, ...]
+@pytest.mark.parametrize(("fail", "args"), [("forward", ()), ("evaluate", ("eval.every=4",))])
+def test_an_exception_is_reported_where_leaving_the_group_waits_for_all(
+    tmp_path: Path, fail: str, args: tuple[str, ...]
 ) -> None:
-    """Else the rank that failed would wait for the others, which wait for it in a collective: told as a
+    """Else the rank that failed would wait for the others, which wait for it in a collective; reported as a
     hang.
     """
-    ended = fails_as_with_nccl(tmp_path, fail, *words)
+    ended = fails_as_with_nccl(tmp_path, fail, *args)
     assert ended.returncode == 1
     assert len(ended.messages) == 1, ended.stderr
     assert re.search(rf"rank 1 on .*, step 4, {fail}: LookupError: the shelf is empty", ended.messages[0])
@@ -162,7 +162,7 @@ def test_a_nan_loss_names_step_rank_and_module(tmp_path: Path) -> None:
         r"at step 3: micro-batch 0 of rank 1, first in module model\.0 \(Poisonable\)", ended.messages[0]
     )
     assert 'Traceback (most recent call last):\n  File "' + str(ROOT) not in ended.stderr, (
-        "a verdict needs no traceback"
+        "a message that says it all needs no traceback"
     )
     assert failure(tmp_path)["step"] == 3
     assert set(re.findall(r"exitcode *: (-?\d+)", ended.stderr)) <= {"1", "-15"}
@@ -201,7 +201,7 @@ def test_a_nan_gradient_of_a_finite_loss_names_the_parameter(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_what_fails_on_all_ranks_before_the_first_step_is_told_once(tmp_path: Path) -> None:
+def test_what_fails_on_all_ranks_before_the_first_step_is_reported_once(tmp_path: Path) -> None:
     ended = fails(tmp_path, "no", recipe="Unbuilt")
     assert ended.returncode == 1
     assert len(ended.messages) == 1, ended.stderr

@@ -1,4 +1,5 @@
-"""Stopping on purpose: all ranks at the same step, saved, exit code 75; the next life goes on as if nothing
+"""Preemption: all ranks stop at the same step, saved, with exit code 75; the next attempt resumes as if
+nothing
 had happened.
 """
 
@@ -34,15 +35,15 @@ from tests.launch.processes import (
 )
 from tests.ranks import CpuWorld, run_ranks
 
-WORDS = ("batch_size=16", "micro_batch_size=4", "steps=12", "held_out=20", "eval.every=5", "optimizer=sgd")
+ARGS = ("batch_size=16", "micro_batch_size=4", "steps=12", "held_out=20", "eval.every=5", "optimizer=sgd")
 
 
-class AfterSo(StopRequest):
-    """Wishes to stop from its Nth question on; a signal comes at any moment."""
+class StopAfter(StopRequest):
+    """Requests a stop from its Nth call on; a signal comes at any moment."""
 
-    def __init__(self, many: int) -> None:
+    def __init__(self, calls: int) -> None:
         super().__init__()
-        self.left = many
+        self.left = calls
 
     def requested(self, by_clock: bool) -> bool:
         del by_clock
@@ -52,14 +53,14 @@ class AfterSo(StopRequest):
         return bool(self.reason)
 
 
-def life(world: CpuWorld, folder: Path, asked: int, who: int) -> tuple[str, int, bool]:
-    """A life in which rank `who` wishes to stop at question `asked`: why and when it ended, and if it owes an
-    evaluation.
+def attempt(world: CpuWorld, folder: Path, asked: int, who: int) -> tuple[str, int, bool]:
+    """An attempt in which rank `who` requests a stop in call `asked`: why and when it ended, and whether an
+    evaluation is still to be made.
     """
-    run = job_of(world, "Fit", *WORDS)
+    run = job_of(world, "Fit", *ARGS)
     resume(run, folder)
     folder.mkdir(exist_ok=True)
-    parts = loop_parts(run, folder, None, AfterSo(asked) if world.rank == who else StopRequest())
+    parts = loop_parts(run, folder, None, StopAfter(asked) if world.rank == who else StopRequest())
     parts.requests.consensus.period = 0.0  # the ranks ask each other after each step, however short it is
     train(run, *parts)
     finish(run, *parts)
@@ -69,8 +70,8 @@ def life(world: CpuWorld, folder: Path, asked: int, who: int) -> tuple[str, int,
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two ranks that nobody stopped."""
-    folder = tmp_path_factory.mktemp("lives") / "whole"
-    run_ranks(2, life, folder, 10**9, 0)
+    folder = tmp_path_factory.mktemp("attempts") / "whole"
+    run_ranks(2, attempt, folder, 10**9, 0)
     return folder
 
 
@@ -78,34 +79,34 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "asked", [2, pytest.param(5, marks=pytest.mark.slow), 6, pytest.param(7, marks=pytest.mark.slow), 8]
 )
 def test_all_ranks_stop_at_the_same_step_and_go_on(tmp_path: Path, whole: Path, asked: int) -> None:
-    """Between steps, and in the evaluation after step 5, which is then made in the next life."""
+    """Between steps, and in the evaluation after step 5, which is then made in the next attempt."""
     never = 10**9
-    first = run_ranks(2, life, tmp_path / "run", asked, 1)
+    first = run_ranks(2, attempt, tmp_path / "run", asked, 1)
     assert len({(step, owed) for _, step, owed in first}) == 1
     assert [why for why, *_ in first] == ["a signal to another rank", "a test"]
     _, step, owed = first[0]
     assert [step_of(path) for path in list_checkpoints(tmp_path / "run")][-1] == step < 12
-    assert owed == (asked in (5, 6)), "the wish is heard one question later, in the evaluation"
-    assert [why for why, *_ in run_ranks(2, life, tmp_path / "run", never, 0)] == ["", ""]
+    assert owed == (asked in (5, 6)), "the request arrives one call later, in the evaluation"
+    assert [why for why, *_ in run_ranks(2, attempt, tmp_path / "run", never, 0)] == ["", ""]
     for name in ("loss", "grad_norm", "eval/loss"):
         assert series(tmp_path / "run", name) == series(whole, name), name
 
 
-def test_an_evaluation_that_is_cut_off_twice_is_made_in_the_third_life(tmp_path: Path) -> None:
-    run_ranks(1, life, tmp_path / "whole", 10**9, 0)
-    assert run_ranks(1, life, tmp_path / "run", 6, 0) == [("a test", 5, True)]
-    assert run_ranks(1, life, tmp_path / "run", 2, 0) == [("a test", 5, True)], "no step is made before it"
-    assert run_ranks(1, life, tmp_path / "run", 10**9, 0) == [("", 12, False)]
+def test_an_evaluation_that_is_cut_off_twice_is_made_in_the_third_attempt(tmp_path: Path) -> None:
+    run_ranks(1, attempt, tmp_path / "whole", 10**9, 0)
+    assert run_ranks(1, attempt, tmp_path / "run", 6, 0) == [("a test", 5, True)]
+    assert run_ranks(1, attempt, tmp_path / "run", 2, 0) == [("a test", 5, True)], "no step is made before it"
+    assert run_ranks(1, attempt, tmp_path / "run", 10**9, 0) == [("", 12, False)]
     for name in ("loss", "eval/loss"):
         assert series(tmp_path / "run", name) == series(tmp_path / "whole", name), name
 
 
 def early(world: CpuWorld, folder: Path, asked: int) -> tuple[int, list[str]]:
-    """A life of a run that no evaluation finds better than the first: it stops early after step 10."""
-    run = job_of(world, "Fit", *WORDS, "lr=1e-12", "eval.patience=1", "batchnorm=false", "checkpoint.keep=9")
+    """An attempt of a run that no evaluation finds better than the first: it stops early after step 10."""
+    run = job_of(world, "Fit", *ARGS, "lr=1e-12", "eval.patience=1", "batchnorm=false", "checkpoint.keep=9")
     resume(run, folder)
     folder.mkdir(exist_ok=True)
-    parts = loop_parts(run, folder, None, AfterSo(asked))
+    parts = loop_parts(run, folder, None, StopAfter(asked))
     train(run, *parts)
     finish(run, *parts)
     return run.progress.step, [path.name for path in list_checkpoints(folder)]
@@ -120,33 +121,36 @@ def test_a_run_that_has_stopped_early_makes_no_further_step(tmp_path: Path) -> N
     assert run_ranks(1, early, tmp_path / "cut", 10**9)[0][0] == 10
 
 
-def hear(world: CpuWorld, requests: list[list[str]]) -> list[set[str]]:
+def exchange(world: CpuWorld, requests: list[list[str]]) -> list[set[str]]:
     consensus = Consensus(LaunchWorld(rank=world.rank, world_size=world.world_size), ["save", "stop"])
-    return [*(consensus.exchange(wish if world.rank == 1 else []) for wish in requests), consensus.close()]
+    return [
+        *(consensus.exchange(request if world.rank == 1 else []) for request in requests),
+        consensus.close(),
+    ]
 
 
-def test_a_wish_of_one_rank_is_heard_by_all_a_step_later() -> None:
-    heard = run_ranks(3, hear, [[], ["stop"], [], ["save", "stop"]])
-    assert heard[0] == heard[1] == heard[2] == [set(), set(), {"stop"}, set(), {"save", "stop"}]
+def test_a_request_of_one_rank_reaches_all_a_step_later() -> None:
+    received = run_ranks(3, exchange, [[], ["stop"], [], ["save", "stop"]])
+    assert received[0] == received[1] == received[2] == [set(), set(), {"stop"}, set(), {"save", "stop"}]
 
 
-def listen(world: CpuWorld, calls: int, period: float) -> list[int]:
-    """In which of `calls` calls a lasting wish of rank one was heard: those after a question."""
+def calls_that_receive(world: CpuWorld, calls: int, period: float) -> list[int]:
+    """In which of `calls` calls a lasting request of rank one was received: those after an exchange."""
     consensus = Consensus(LaunchWorld(rank=world.rank, world_size=world.world_size), ["save", "stop"], period)
-    heard = [
+    received = [
         call for call in range(calls) if consensus.exchange(["stop"] if world.rank == 1 else [], seldom=True)
     ]
     consensus.close()
-    return heard
+    return received
 
 
 def test_short_steps_are_not_asked_after_one_by_one() -> None:
     """Pauses of 1, 3, 7, 15 and then 31 calls, the same ones on both ranks; an answer comes a call later."""
-    assert run_ranks(2, listen, 100, 1e9) == [[1, 3, 7, 15, 31, 63, 95]] * 2
+    assert run_ranks(2, calls_that_receive, 100, 1e9) == [[1, 3, 7, 15, 31, 63, 95]] * 2
 
 
 def test_long_steps_are_asked_after_each() -> None:
-    assert run_ranks(2, listen, 10, 0.0) == [list(range(1, 10))] * 2
+    assert run_ranks(2, calls_that_receive, 10, 0.0) == [list(range(1, 10))] * 2
 
 
 def evaluation_between(world: CpuWorld) -> list[int]:
@@ -192,9 +196,9 @@ BUSY = (
 )
 
 
-def busy(cwd: Path, *words: str, ranks: int = 0) -> subprocess.Popen[str]:
+def busy(cwd: Path, *args: str, ranks: int = 0) -> subprocess.Popen[str]:
     """A run of ten seconds and more, after its first steps."""
-    process = start_command(*BUSY, *words, cwd=cwd, ranks=ranks)
+    process = start_command(*BUSY, *args, cwd=cwd, ranks=ranks)
     deadline = time.monotonic() + COMMAND_TIMEOUT_S
     while not (cwd / "run" / "metrics.jsonl").exists() or len(lines_of(cwd / "run")) < 3:
         assert process.poll() is None, process.communicate()
@@ -214,7 +218,7 @@ def stopped(cwd: Path, ended: CommandResult, reason: str) -> int:
     return int(note["step"])
 
 
-def struck(cwd: Path, name: str) -> int:
+def stop_by_signal(cwd: Path, name: str) -> int:
     """The step at which a run has stopped after the signal of that name."""
     process = busy(cwd)
     os.kill(process.pid, signal.Signals[name])
@@ -224,7 +228,7 @@ def struck(cwd: Path, name: str) -> int:
 
 
 def test_a_signal_stops_saves_and_the_run_goes_on(tmp_path: Path) -> None:
-    step = struck(tmp_path, "SIGTERM")
+    step = stop_by_signal(tmp_path, "SIGTERM")
     again = run_command(*BUSY, "pause=0", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert f"at step {step}" in again.stdout
@@ -235,7 +239,7 @@ def test_a_signal_stops_saves_and_the_run_goes_on(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGINT", "SIGUSR1", "SIGUSR2"])
 def test_other_signals_stop_and_save_too(tmp_path: Path, name: str) -> None:
-    struck(tmp_path, name)
+    stop_by_signal(tmp_path, name)
 
 
 @pytest.mark.slow
@@ -283,7 +287,7 @@ def test_the_clock_stops_it_in_time(tmp_path: Path) -> None:
 
 
 def test_a_data_worker_does_not_inherit_the_patience() -> None:
-    """Forked off with our handlers, it must still end when it is told to."""
+    """Forked off with our handlers, it must still end when it is asked to."""
     request = StopRequest()
     before = {number: signal.getsignal(number) for number in stops.PREEMPTION_SIGNALS}
     request.listen(*stops.PREEMPTION_SIGNALS)

@@ -1,4 +1,4 @@
-"""The watch and the verdict: who died, who hangs where, who failed, told once, within seconds."""
+"""The watchdog and the failure report: who died, who hangs where, who failed; reported once, in seconds."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ HANG = "hang_timeout=20"
 """where a hang is meant: a start, on an idle machine 2 s, must not count as one on a busy machine"""
 
 
-def struck(cwd: Path, chaos: str, *words: str, ranks: int = 2) -> CommandResult:
+def run_with_fault(cwd: Path, chaos: str, *args: str, ranks: int = 2) -> CommandResult:
     """A run that the fault `chaos` meets, in step 9 if it does not say when; nothing may be left of it."""
     ended = run_command(
-        *FIT, f"chaos={chaos}" + ("" if "step" in chaos else ",step=9"), *words, cwd=cwd, ranks=ranks
+        *FIT, f"chaos={chaos}" + ("" if "step" in chaos else ",step=9"), *args, cwd=cwd, ranks=ranks
     )
     assert not descendants(cwd)
     assert len(ended.messages) == 1, ended.stderr
@@ -45,13 +45,13 @@ def struck(cwd: Path, chaos: str, *words: str, ranks: int = 2) -> CommandResult:
 
 
 def failure(cwd: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((cwd / "run" / "failure.json").read_text())
-    return found
+    report: dict[str, Any] = json.loads((cwd / "run" / "failure.json").read_text())
+    return report
 
 
 @pytest.mark.slow
 def test_a_hang_says_who_is_where(tmp_path: Path) -> None:
-    ended = struck(tmp_path, "stall:rank=1", HANG)
+    ended = run_with_fault(tmp_path, "stall:rank=1", HANG)
     assert ended.returncode == 1
     assert re.search(
         r"no rank has made progress for 20 s \(hang_timeout=20\); they are not in the same place",
@@ -66,13 +66,13 @@ def test_a_hang_says_who_is_where(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_hang_of_a_single_process_is_found_too(tmp_path: Path) -> None:
-    ended = struck(tmp_path, "stall:rank=0", HANG, ranks=0)
+    ended = run_with_fault(tmp_path, "stall:rank=0", HANG, ranks=0)
     assert ended.returncode == 1
     assert "no rank has made progress for 20 s" in ended.messages[0]
 
 
 def check_killed(cwd: Path, rank: int) -> None:
-    ended = struck(cwd, f"kill:rank={rank}")
+    ended = run_with_fault(cwd, f"kill:rank={rank}")
     assert re.search(
         rf"rank {rank} on .* ended without a word; rank {1 - rank} is in step 9", ended.messages[0]
     ), ended.stderr
@@ -94,7 +94,7 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_before_it(tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_out_of_memory_comes_with_a_hint(tmp_path: Path) -> None:
-    ended = struck(tmp_path, "oom:rank=1")
+    ended = run_with_fault(tmp_path, "oom:rank=1")
     assert re.search(r"rank 1 on .*, step 9, forward: .*can't allocate memory", ended.messages[0])
     assert "hint    micro_batch_size=auto" in ended.stderr
 
@@ -104,7 +104,7 @@ def test_a_torn_checkpoint_costs_no_more_than_itself(tmp_path: Path) -> None:
     seldom = (
         "checkpoint.every=100"  # none is in flight when it strikes: that one would come after the torn one
     )
-    struck(tmp_path, "torn_checkpoint:rank=1,step=290", seldom)
+    run_with_fault(tmp_path, "torn_checkpoint:rank=1,step=290", seldom)
     again = run_command(*FIT, seldom, "steps=294", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     torn = re.search(
@@ -116,34 +116,34 @@ def test_a_torn_checkpoint_costs_no_more_than_itself(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_torchrun_restarts_a_killed_rank_and_the_run_goes_on_by_itself(tmp_path: Path) -> None:
-    words = [*FIT[:2], "steps=40", *FIT[3:]]
+    args = [*FIT[:2], "steps=40", *FIT[3:]]
     ended = wait_for_command(
-        start_command(*words, "chaos=kill:rank=1,step=9", cwd=tmp_path, ranks=2, restarts=2)
+        start_command(*args, "chaos=kill:rank=1,step=9", cwd=tmp_path, ranks=2, restarts=2)
     )
     assert ended.returncode == 0, ended.stderr
-    assert series(tmp_path / "run") == undisturbed(tmp_path / "whole", *words, ranks=2)
+    assert series(tmp_path / "run") == undisturbed(tmp_path / "whole", *args, ranks=2)
 
 
 # parts ------------------------------------------------------------------------------------------------------
 
 
-def test_a_rank_is_missed_when_its_heart_stops() -> None:
+def test_a_rank_is_lost_when_its_heartbeats_stop() -> None:
     store = HashStore()
     others = Heartbeats(2)
     for count in range(1, 4):
         store.set(heartbeat_key(0), f"{count} 7 5 forward")
         store.set(heartbeat_key(1), "1 1 4 data")
         others.read(store)
-        time.sleep(1.0)  # rank 1 was last heard 3 s ago, rank 0 one second ago
+        time.sleep(1.0)  # rank 1 last beat 3 s ago, rank 0 one second ago
     assert others.silent_ranks(2.5) == [1]
     assert others.silent_ranks(600) == []
     assert others.seconds_without_progress() > 2.5, (
-        "no rank has moved: the heart of rank 0 beats, its step does not change"
+        "no rank has made progress: rank 0 beats, its step does not change"
     )
     assert (others.statuses[1].step, others.statuses[1].phase) == ("4", "data")
     store.set(heartbeat_key(1), FINISHED)
     others.read(store)
-    assert others.silent_ranks(0.05) == [0], "who has come to a good end is not missed"
+    assert others.silent_ranks(0.05) == [0], "a rank that has succeeded is not lost"
 
 
 def of(error: Exception, **phase: Any) -> str:
@@ -179,12 +179,12 @@ def test_the_block_names_rank_host_step_phase_line_and_batch() -> None:
         (OSError(24, "Too many open files"), "ulimit -n"),
     ],
 )
-def test_what_often_helps_is_said(error: Exception, hint: str) -> None:
+def test_what_often_helps_is_printed(error: Exception, hint: str) -> None:
     assert hint in of(error)
     assert "hint" not in of(ValueError("something else"))
 
 
-def test_the_first_verdict_is_kept(tmp_path: Path) -> None:
+def test_the_first_report_is_kept(tmp_path: Path) -> None:
     first, second = (FailureReport(kind="hang", message=text) for text in ("first", "second"))
     assert failure_report.write_once(first, tmp_path)
     assert not failure_report.write_once(second, tmp_path)
