@@ -75,7 +75,7 @@ class Recipe:
 
     def check(self) -> None:
         """Raise ValueError or FileNotFoundError for fields that cannot work together. Called before torch is
-        imported.
+        imported, after types, ranges and each group of options (`OptionGroup.check`) have been checked.
         """
 
     def num_items(self, batch: Batch) -> int | Tensor | None:  # noqa: ARG002

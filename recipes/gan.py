@@ -12,6 +12,7 @@ from recipes.base import Losses, Recipe
 from recipes.parts.data import Splits
 from recipes.parts.images import Images
 from recipes.parts.optim import Optim
+from recipes.parts.options import PositiveInt, Share
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -22,11 +23,11 @@ if TYPE_CHECKING:
 class Model:
     """`model.*`"""
 
-    latent: int = 32
+    latent: PositiveInt = 32
     """size of the noise that the generator makes an image of"""
-    width: int = 32
+    width: PositiveInt = 32
     """channels of both networks at half the resolution; twice as many at a quarter"""
-    dropout: float = 0.5
+    dropout: Share = 0.5
     """share of the discriminator's activations dropped in training: it learns less by heart, the generator
     varies more
     """
@@ -43,16 +44,7 @@ class GAN(Recipe):
     optim: Optim = field(default_factory=lambda: Optim(name="adam", lr=1e-3, betas=(0.5, 0.999)))
 
     def check(self) -> None:
-        """Raise ValueError or FileNotFoundError for fields that cannot work."""
-        super().check()
-        declared = type(self)()
-        self.data.check(declared.data)
-        self.optim.check(declared.optim)
-        for name in ("latent", "width"):
-            if getattr(self.model, name) < 1:
-                raise ValueError(f"model.{name}={getattr(self.model, name)}: give 1 or more")
-        if not 0 <= self.model.dropout < 1:
-            raise ValueError(f"model.dropout={self.model.dropout}: give a share from 0 to below 1")
+        """Raise ValueError for images that cannot be halved twice."""
         if self.data.pixels % 4:
             raise ValueError(
                 f"data.image_size={self.data.pixels}: the generator doubles twice, give a multiple of 4"

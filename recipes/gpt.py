@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from recipes.base import Recipe
 from recipes.parts.data import Splits
 from recipes.parts.optim import Optim, decay_groups
+from recipes.parts.options import OptionGroup, PositiveInt, Share
 from recipes.parts.schedule import Schedule
 from recipes.parts.text import Text
 
@@ -19,29 +20,24 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class Model:
+class Model(OptionGroup):
     """`model.*`"""
 
-    layers: int = 4
+    layers: PositiveInt = 4
     """decoder blocks"""
-    heads: int = 4
+    heads: PositiveInt = 4
     """attention heads of a block"""
-    width: int = 128
+    width: PositiveInt = 128
     """size of a token's vector"""
-    dropout: float = 0.1
+    dropout: Share = 0.1
     """share of activations and attention weights dropped in training"""
 
-    def check(self) -> None:
-        """Raise ValueError for sizes that cannot be."""
-        for name in ("layers", "heads", "width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name}={getattr(self, name)}: give 1 or more")
+    def check(self, declared: Model | None = None) -> None:  # noqa: ARG002  # every option has an effect
+        """Raise ValueError for a width that the heads cannot share."""
         if self.width % self.heads:
             raise ValueError(
                 f"model.width={self.width} over model.heads={self.heads} heads: give a multiple of the heads"
             )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"model.dropout={self.dropout}: give a share from 0 to below 1")
 
 
 @dataclass(kw_only=True)
@@ -57,13 +53,6 @@ class GPT(Recipe):
         default_factory=lambda: Optim(name="adamw", lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
     )
     schedule: Schedule = field(default_factory=lambda: Schedule(name="cosine", warmup=0.1))
-
-    def check(self) -> None:
-        """Raise ValueError or FileNotFoundError for fields that cannot work."""
-        super().check()
-        self.model.check()
-        self.data.check()
-        self.optim.check(type(self)().optim)
 
     def build_data(self) -> Splits:
         """As `data.*` says."""

@@ -10,6 +10,7 @@ from recipes.parts.classification import Classification
 from recipes.parts.data import Splits
 from recipes.parts.images import Images
 from recipes.parts.optim import Optim, decay_groups
+from recipes.parts.options import PositiveInt, Share
 from recipes.parts.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -21,20 +22,12 @@ if TYPE_CHECKING:
 class Model:
     """`model.*`"""
 
-    channels: int = 32
+    channels: PositiveInt = 32
     """channels of the first block; the second has twice as many"""
-    hidden: int = 128
+    hidden: PositiveInt = 128
     """size of the linear layer between"""
-    dropout: float = 0.2
+    dropout: Share = 0.2
     """share of activations dropped before each linear layer in training"""
-
-    def check(self) -> None:
-        """Raise ValueError for sizes that cannot be."""
-        for name in ("channels", "hidden"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name}={getattr(self, name)}: give 1 or more")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"model.dropout={self.dropout}: give a share from 0 to below 1")
 
 
 @dataclass(kw_only=True)
@@ -50,12 +43,7 @@ class MNIST(Classification):
     schedule: Schedule = field(default_factory=lambda: Schedule(name="onecycle"))
 
     def check(self) -> None:
-        """Raise ValueError or FileNotFoundError for fields that cannot work."""
-        super().check()
-        declared = type(self)()
-        self.model.check()
-        self.data.check(declared.data)
-        self.optim.check(declared.optim)
+        """Raise ValueError for images that are too small."""
         if self.data.pixels < 4:
             raise ValueError(f"data.image_size={self.data.pixels}: two poolings need at least 4 pixels")
 

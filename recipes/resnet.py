@@ -44,13 +44,6 @@ class ResNet(Classification):
     optim: Optim = field(default_factory=lambda: Optim(lr=0.02, weight_decay=5e-4, nesterov=True))
     schedule: Schedule = field(default_factory=lambda: Schedule(name="cosine", warmup=0.1))
 
-    def check(self) -> None:
-        """Raise ValueError or FileNotFoundError for fields that cannot work."""
-        super().check()
-        declared = type(self)()
-        self.data.check(declared.data)
-        self.optim.check(declared.optim)
-
     def num_classes(self) -> int:
         """As many as the data has."""
         return self.data.num_classes()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, fields
-
 from launch.cli.config import Config
 from launch.cli.durations import parse_duration
 from launch.cli.faults import parse_fault
 from launch.runtime.world import World
 from recipes.base import Recipe
+from recipes.parts.options import check_groups
 from strategies import OPTIONS_GROUPS, STRATEGIES, missing_package, strategies_with
 from strategies.options import CUDA_GRAPH_MODES
 
@@ -24,8 +23,7 @@ def validate(config: Config, recipe: Recipe, world: World) -> None:
         raise ValueError("clip_norm and clip_value are both set; clip by one of them")
     validate_strategy(config, world)
     validate_accumulation(config, world)
-    factory = next(item.default_factory for item in fields(recipe) if item.name == "schedule")
-    recipe.schedule.check(factory() if factory is not MISSING else None)
+    check_groups(recipe)
     recipe.check()
 
 

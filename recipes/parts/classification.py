@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from recipes.base import Recipe
+from recipes.parts.options import Share
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -20,18 +21,12 @@ class Classification(Recipe):
     monitor: ClassVar[str] = "accuracy"
     monitor_mode: ClassVar[str] = "max"
 
-    label_smoothing: float = 0.0
+    label_smoothing: Share = 0.0
     """share of the target spread over all classes, in training only"""
 
     def num_classes(self) -> int:
         """Number of classes, known without building anything."""
         raise NotImplementedError
-
-    def check(self) -> None:
-        """Raise ValueError for fields that make no sense."""
-        super().check()
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing={self.label_smoothing}: give a share from 0 to below 1")
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Cross entropy, summed over samples."""

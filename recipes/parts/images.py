@@ -25,7 +25,7 @@ from recipes.parts.image_files import (
     read_digits,
     read_mnist,
 )
-from recipes.parts.options import refuse_unused
+from recipes.parts.options import OptionGroup, PositiveInt, Share, refuse_unused
 from recipes.parts.permutation import mix
 from recipes.parts.split import holdout, split
 
@@ -66,7 +66,7 @@ FACTS = {
 
 
 @dataclass(kw_only=True)
-class Images:
+class Images(OptionGroup):
     """`data.*`"""
 
     name: Literal["digits", "mnist", "cifar10", "imagefolder", "synthetic"] = "digits"
@@ -77,38 +77,31 @@ class Images:
     """folder that holds MNIST/raw/, cifar-10-batches-py/, or for imagefolder train/CLASS/*.png (val/, test/
     optional)
     """
-    image_size: int | None = None
+    image_size: PositiveInt | None = None
     """height and width in pixels (default: the set's own; imagefolder 224)"""
     augment: bool = True
     """vary the training images: rotation and translation of digits, crop and mirror of photographs"""
     normalize: Literal["standard", "signed"] = "standard"
     """standard: zero mean and unit variance over the set; signed: from -1 to 1"""
-    val: float = 0.1
+    val: Share = 0.1
     """share of the training images held out for validation, where the set has none"""
-    test: float = 0.1
+    test: Share = 0.1
     """share held out for the test, where the set has none"""
     split_seed: int = 0
     """which images are held out (not the run's seed: they stay held out when a run is repeated)"""
-    size: int = 10_000
+    size: PositiveInt = 10_000
     """synthetic: number of images"""
-    classes: int = 10
+    classes: PositiveInt = 10
     """synthetic: number of classes"""
 
     def check(self, declared: Images | None = None) -> None:
         """Raise ValueError or FileNotFoundError, in one line for the user, without importing torch."""
         declared = declared or Images()
         refuse_unused("data", self, declared, USED_BY)
-        for name in ("val", "test"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"data.{name}={getattr(self, name)}: give a share from 0 to below 1")
         if self.val + self.test >= 1:
             raise ValueError(
                 f"data.val={self.val} and data.test={self.test} leave nothing to train on: their sum must be < 1"
             )
-        for name in ("image_size", "size", "classes"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"data.{name}={value}: give 1 or more")
         if self.name in USED_BY["root"]:
             self._check_root()
         if self.name == "imagefolder":

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from recipes.parts.options import refuse_unused
+from recipes.parts.options import NonNegativeFloat, OptionGroup, Share, refuse_unused
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -16,22 +16,22 @@ USED_BY = {"momentum": ("sgd",), "nesterov": ("sgd",), "betas": ("adam", "adamw"
 
 
 @dataclass(kw_only=True)
-class Optim:
+class Optim(OptionGroup):
     """`optim.*`"""
 
     name: Literal["sgd", "adam", "adamw"] = "sgd"
     """the update rule; adam adds weight decay to the gradient (L2), adamw decouples it"""
-    lr: float = 0.1
+    lr: NonNegativeFloat = 0.1
     """peak learning rate; schedule.* moves it"""
-    weight_decay: float = 0.0
+    weight_decay: NonNegativeFloat = 0.0
     """weight decay"""
-    momentum: float = 0.9
+    momentum: Share = 0.9
     """sgd: momentum"""
     nesterov: bool = False
     """sgd: look ahead along the momentum"""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Share, Share] = (0.9, 0.999)
     """adam, adamw: decay of the running averages of gradient and squared gradient"""
-    eps: float = 1e-8
+    eps: NonNegativeFloat = 1e-8
     """adam, adamw: added to the denominator"""
 
     def check(self, declared: Optim | None = None) -> None:
@@ -39,16 +39,6 @@ class Optim:
         speaks.
         """
         refuse_unused("optim", self, declared or Optim(), USED_BY)
-        for name in ("lr", "weight_decay", "eps"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"optim.{name}={getattr(self, name)}: give 0 or more")
-        for name, value in (
-            ("momentum", self.momentum),
-            ("betas", min(self.betas)),
-            ("betas", max(self.betas)),
-        ):
-            if not 0 <= value < 1:
-                raise ValueError(f"optim.{name}={getattr(self, name)}: running averages need 0 <= value < 1")
         if self.name == "sgd" and self.nesterov and self.momentum == 0:
             raise ValueError(
                 "optim.nesterov=true with optim.momentum=0: Nesterov's step looks along the momentum, give one"

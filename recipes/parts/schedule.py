@@ -9,9 +9,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from recipes.parts.options import refuse_unused
+from annotated_types import Ge, Gt, Le
+
+from recipes.parts.options import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    OptionGroup,
+    PositiveFloat,
+    ZeroToOne,
+    refuse_unused,
+)
 
 USED_BY = {
     "gamma": ("step", "multistep", "plateau"),
@@ -28,34 +37,34 @@ USED_BY = {
 
 
 @dataclass(kw_only=True)
-class Schedule:
+class Schedule(OptionGroup):
     """`schedule.*`: lengths are optimizer steps, or below 1 a fraction of the run, so that they survive
     another `epochs`.
     """
 
     name: Literal["constant", "step", "multistep", "cosine", "onecycle", "noam", "plateau"] = "constant"
     """how the learning rate moves after the warm-up"""
-    warmup: float = 0
+    warmup: NonNegativeFloat = 0
     """linear warm-up in front of it: steps, or a fraction (< 1) of the run"""
-    gamma: float = 0.1
+    gamma: Annotated[float, Gt(0), Le(1)] = 0.1
     """step, multistep, plateau: factor of each decay"""
-    step_size: float = 0
+    step_size: NonNegativeFloat = 0
     """step: decay every so many steps, or fraction (< 1) of the run"""
-    milestones: tuple[float, ...] = ()
+    milestones: tuple[PositiveFloat, ...] = ()
     """multistep: decay at these steps, or fractions (< 1), of the run; warm-up steps count"""
-    min_factor: float = 0.0
+    min_factor: ZeroToOne = 0.0
     """cosine, plateau: the lowest multiplier of the learning rate"""
-    pct_start: float = 0.3
+    pct_start: ZeroToOne = 0.3
     """onecycle: the fraction of the steps after the warm-up in which the learning rate rises"""
-    div_factor: float = 25.0
+    div_factor: Annotated[float, Ge(1)] = 25.0
     """onecycle: it starts at the learning rate divided by this"""
-    final_div_factor: float = 1e4
+    final_div_factor: Annotated[float, Ge(1)] = 1e4
     """onecycle: it ends at that start divided by this"""
-    patience: int = 10
+    patience: NonNegativeInt = 10
     """plateau: evaluations without improvement before a decay"""
-    threshold: float = 1e-4
+    threshold: NonNegativeFloat = 1e-4
     """plateau: relative change of the objective that counts as an improvement"""
-    cooldown: int = 0
+    cooldown: NonNegativeInt = 0
     """plateau: evaluations after a decay in which nothing is counted"""
 
     def check(self, declared: Schedule | None = None) -> None:
@@ -63,10 +72,6 @@ class Schedule:
         speaks.
         """
         refuse_unused("schedule", self, declared or Schedule(), USED_BY)
-        if not self.warmup >= 0:
-            raise ValueError(
-                f"schedule.warmup={self.warmup}: give steps (1, 2, ...), a fraction of the run below 1, or 0"
-            )
         if self.name == "noam" and self.warmup == 0:
             raise ValueError(
                 "schedule.name=noam decays from the end of its warm-up: give schedule.warmup, e.g. 4000 or 0.1"
@@ -75,29 +80,14 @@ class Schedule:
             raise ValueError(
                 f"schedule.step_size={self.step_size}: schedule.name=step needs steps (1, 2, ...) or a fraction below 1"
             )
-        if self.name == "multistep":
-            if not self.milestones:
-                raise ValueError(
-                    "schedule.name=multistep needs schedule.milestones, e.g. [1000, 2000] (steps) or [0.5, 0.8] (of the run)"
-                )
-            if not all(milestone > 0 for milestone in self.milestones):
-                raise ValueError(f"schedule.milestones={list(self.milestones)}: each must be above 0")
-        if not 0 < self.gamma <= 1 or (self.name == "plateau" and self.gamma == 1):
-            raise ValueError(f"schedule.gamma={self.gamma}: a decay needs a factor between 0 and 1")
-        if not 0 <= self.min_factor <= 1:
+        if self.name == "multistep" and not self.milestones:
             raise ValueError(
-                f"schedule.min_factor={self.min_factor}: give a multiplier of the learning rate, from 0 to 1"
+                "schedule.name=multistep needs schedule.milestones, e.g. [1000, 2000] (steps) or [0.5, 0.8] (of the run)"
             )
-        if not 0 <= self.pct_start <= 1:
-            raise ValueError(f"schedule.pct_start={self.pct_start}: give a fraction, from 0 to 1")
-        for name in ("div_factor", "final_div_factor"):
-            if not getattr(self, name) >= 1:
-                raise ValueError(
-                    f"schedule.{name}={getattr(self, name)}: it divides the learning rate: give 1 or more"
-                )
-        for name in ("patience", "cooldown", "threshold"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"schedule.{name}={getattr(self, name)}: give 0 or more")
+        if self.name == "plateau" and self.gamma == 1:
+            raise ValueError(
+                "schedule.gamma=1 with schedule.name=plateau decays nothing: give a factor below 1"
+            )
 
     def factor(self, step: int, total_steps: int) -> float:
         """Multiplier of each group's learning rate at optimizer step `step` (0, 1, ...) of a run of

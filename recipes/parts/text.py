@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from recipes.parts.data import Splits
+from recipes.parts.options import OptionGroup, PositiveInt, Share
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,32 +29,26 @@ STDLIB_BYTES = 2_000_000
 
 
 @dataclass(kw_only=True)
-class Text:
+class Text(OptionGroup):
     """`data.*`"""
 
     path: str | None = None
     """any text file (default: the source code of this Python's standard library, 2 MB of it)"""
     tokens: Literal["bytes", "chars"] = "bytes"
     """bytes: 256 tokens, whatever the file holds; chars: the characters that occur in it, read as UTF-8"""
-    block: int = 128
+    block: PositiveInt = 128
     """tokens of a window: what the model sees at once"""
-    stride: int | None = None
+    stride: PositiveInt | None = None
     """tokens from one window to the next (default: block, so that windows don't overlap)"""
-    val: float = 0.05
+    val: Share = 0.05
     """share of the text, before the test, held out for validation"""
-    test: float = 0.05
+    test: Share = 0.05
     """share of the text, at its end, held out for the test"""
 
-    def check(self) -> None:
+    def check(self, declared: Text | None = None) -> None:  # noqa: ARG002  # every option has an effect
         """Raise ValueError or FileNotFoundError, in one line for the user, without importing torch."""
-        if self.block < 1 or (self.stride is not None and self.stride < 1):
-            raise ValueError(
-                f"data.block={self.block} and data.stride={self.stride} count tokens: give 1 or more"
-            )
-        if not (self.val >= 0 and self.test >= 0 and self.val + self.test < 1):
-            raise ValueError(
-                f"data.val={self.val} and data.test={self.test}: give shares from 0, below 1 together"
-            )
+        if self.val + self.test >= 1:
+            raise ValueError(f"data.val={self.val} and data.test={self.test} must be below 1 together")
         if self.path is not None:
             if not Path(self.path).is_file():
                 raise FileNotFoundError(

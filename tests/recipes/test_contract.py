@@ -64,11 +64,11 @@ def test_importing_the_recipes_imports_neither_torch_nor_numpy() -> None:
 
 
 def test_checking_a_recipe_imports_no_torch() -> None:
-    lines = ["import sys"]
+    lines = ["import sys", "from recipes.parts.options import check_groups"]
     for module in RECIPES.values():
         lines += [
             f"import {module} as m",
-            "[c().check() for c in vars(m).values() if getattr(c, '__module__', 0) == m.__name__",
+            "[(check_groups(c()), c().check()) for c in vars(m).values() if getattr(c, '__module__', 0) == m.__name__",
         ]
         lines[-1] += " and hasattr(c, 'build_data')]"
     lines.append("assert not {'torch', 'numpy', 'sklearn'} & set(sys.modules), 'imported'")

@@ -14,6 +14,7 @@ from PIL import Image
 from recipes.parts.data import Dataset
 from recipes.parts.image_files import CIFAR10_FILES, MNIST_FILES, find_idx, read_digits
 from recipes.parts.images import Images, InMemory
+from tests.recipes.checking import check_options
 
 
 def sample(dataset: Dataset | None, index: int = 0) -> tuple[torch.Tensor, int]:
@@ -270,4 +271,4 @@ def test_a_packed_cifar10_says_how_to_unpack_it(tmp_path: Path) -> None:
 )
 def test_nonsense_is_refused(options: Images, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        options.check()
+        check_options("data", options)

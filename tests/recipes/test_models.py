@@ -25,6 +25,7 @@ from recipes.parts.regression import Regression
 from recipes.parts.text import Text
 from recipes.parts.transformer import Decoder
 from recipes.resnet import Model, ResNet
+from tests.recipes.checking import check_recipe
 
 # resnet -----------------------------------------------------------------------------------------------------
 
@@ -82,7 +83,7 @@ def test_label_smoothing_is_for_training_only() -> None:
     assert smooth.loss(model.eval(), batch) == plain.loss(model.eval(), batch)
     assert smooth.loss(model.train(), batch) != plain.loss(model.train(), batch)
     with pytest.raises(ValueError, match=r"label_smoothing=1\.5"):
-        ResNet(label_smoothing=1.5).check()
+        check_recipe(ResNet(label_smoothing=1.5))
 
 
 # mnist ------------------------------------------------------------------------------------------------------
@@ -185,7 +186,7 @@ def test_gpt_knows_its_vocabulary_before_torch(tmp_path: Path) -> None:
 )
 def test_what_cannot_work_is_refused(recipe: GPT, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        recipe.check()
+        check_recipe(recipe)
 
 
 # gan --------------------------------------------------------------------------------------------------------

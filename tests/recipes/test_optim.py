@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from recipes.parts.optim import Optim, decay_groups
+from tests.recipes.checking import check_options
 
 
 def test_each_name_builds_torchs_optimizer_with_its_options() -> None:
@@ -65,16 +66,16 @@ def test_an_empty_group_is_left_out() -> None:
     [
         (Optim(name="adamw", momentum=0.5), "optim.momentum=0.5 has no effect under optim.name=adamw"),
         (Optim(betas=(0.5, 0.9)), r"optim.betas=\(0.5, 0.9\) has no effect under optim.name=sgd"),
-        (Optim(lr=-1), "optim.lr=-1"),
+        (Optim(lr=-1), r"optim.lr=-1 must be 0 or more \(default: 0.1\)"),
         (Optim(lr=float("nan")), "optim.lr=nan"),
-        (Optim(momentum=1.0), "optim.momentum=1.0"),
-        (Optim(name="adam", betas=(0.9, 1.0)), "optim.betas"),
+        (Optim(momentum=1.0), r"optim.momentum=1.0 must be from 0 to below 1 \(default: 0.9\)"),
+        (Optim(name="adam", betas=(0.9, 1.0)), r"optim.betas=\[0.9,1.0\]: each must be from 0 to below 1"),
         (Optim(momentum=0.0, nesterov=True), "optim.nesterov=true"),
     ],
 )
 def test_nonsense_is_refused(optim: Optim, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        optim.check()
+        check_options("optim", optim)
 
 
 def test_what_the_recipe_declares_is_not_held_against_the_user() -> None:

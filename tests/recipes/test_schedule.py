@@ -15,6 +15,7 @@ from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
 from recipes.parts.schedule import Plateau, Schedule
+from tests.recipes.checking import check_options
 
 LR = 0.3
 
@@ -183,7 +184,7 @@ def test_plateau_understands_negative_objectives_and_nan() -> None:
     ("schedule", "message"),
     [
         (Schedule(name="multistep"), "needs schedule.milestones"),
-        (Schedule(name="multistep", milestones=(0, 10)), "each must be above 0"),
+        (Schedule(name="multistep", milestones=(0, 10)), "each must be greater than 0"),
         (Schedule(name="step"), "schedule.step_size=0"),
         (Schedule(name="noam"), "give schedule.warmup"),
         (Schedule(warmup=-1), "schedule.warmup=-1"),
@@ -201,7 +202,7 @@ def test_plateau_understands_negative_objectives_and_nan() -> None:
 )
 def test_nonsense_is_refused(schedule: Schedule, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        schedule.check()
+        check_options("schedule", schedule)
 
 
 def test_what_the_recipe_declares_is_not_held_against_the_user() -> None:

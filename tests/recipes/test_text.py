@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from recipes.parts.text import Text, Windows, stdlib_source
+from tests.recipes.checking import check_options
 
 
 def written(folder: Path, text: str | bytes) -> str:
@@ -90,6 +91,6 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data.val is 50 tokens of 1000: a window needs"):
         Text(path=written(tmp_path, "x" * 1000)).build()
     with pytest.raises(ValueError, match=r"data.block=0"):
-        Text(block=0).check()
+        check_options("data", Text(block=0))
     with pytest.raises(ValueError, match="below 1 together"):
         Text(val=0.5, test=0.5).check()

@@ -141,7 +141,7 @@ def test_two_ranks_and_a_wrong_number_are_refused(recipe: Path, tmp_path: Path) 
     wrong = run_command(f"recipe={recipe}", "debug=-1", cwd=tmp_path)
     assert (wrong.returncode, wrong.stderr) == (
         2,
-        "rankzero: debug=-1 must be true, false or a number of steps\n",
+        "rankzero: debug=-1 must be 0 or more (default: false)\n",
     )
     two = run_command(f"recipe={recipe}", "debug=true", cwd=tmp_path, env={"RANK": "0", "WORLD_SIZE": "2"})
     assert two.returncode == 2
