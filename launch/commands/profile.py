@@ -46,6 +46,8 @@ def main(argv: list[str]) -> NoReturn:
     options, world = arguments.options, arguments.world
     with report_mistakes(world.rank):
         settings = arguments.settings()
-        profile_run.refuse(settings.config)
+        profile_run.check_config(settings.config)
         trace = profile_run.trace_path(options.trace, settings.config, world)
-    exit_normally(profile_run.run(settings, world, options.profile_steps, options.warmup_steps, trace))
+    exit_normally(
+        profile_run.profile_run(settings, world, options.profile_steps, options.warmup_steps, trace)
+    )

@@ -1,4 +1,4 @@
-"""Steps of a run under torch.profiler, with the figures and the trace of what they do: `rankzero profile`."""
+"""Steps of a run under torch.profiler, with the tables and the trace of what they do: `rankzero profile`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch.profiler import profile
 
 
-def refuse(config: Config) -> None:
+def check_config(config: Config) -> None:
     """Raise ValueError for keys of a run that would be what is measured, or are found by a run."""
     if config.debug:
         raise ValueError("debug= has no meaning here: its checks would be what is measured; drop it")
@@ -28,7 +28,7 @@ def refuse(config: Config) -> None:
 
 
 def trace_path(given: str | None, config: Config, world: World) -> Path | None:
-    """Where the trace of rank zero goes, with its folder made. Raises ValueError for where it cannot go."""
+    """Where the trace of rank zero goes, with its directory made. Raises ValueError if it cannot go there."""
     if given is None:
         return None
     if given == "auto":
@@ -38,29 +38,31 @@ def trace_path(given: str | None, config: Config, world: World) -> Path | None:
     if not given.endswith(".json.gz"):
         raise ValueError(f"trace={given} must end in .json.gz, or be null")
     if world.rank == 0:
-        make_folder(Path(given))
+        make_directory(Path(given))
     return Path(given)
 
 
-def make_folder(trace: Path) -> None:
-    """Make the folder of the trace. Raises ValueError if it cannot be written to: not after the profile, but
-    before.
+def make_directory(trace: Path) -> None:
+    """Make the directory of the trace. Raises ValueError if it cannot be written to: not after the profile,
+    but before.
     """
     try:
         trace.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(trace.parent, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
-        raise ValueError(f"trace={trace}: {error.strerror}; name another place, or null") from None
+        raise ValueError(f"trace={trace}: {error.strerror}; name another file, or null") from None
 
 
-def run(settings: Settings, world: World, steps: int, warmup: int, trace: Path | None) -> int:
-    """Connect, prepare, measure, print; returns the exit code. A failure ends the process, and with it the
-    other ranks.
+def profile_run(settings: Settings, world: World, steps: int, warmup: int, trace: Path | None) -> int:
+    """Connect, prepare, measure, print; returns the exit code. All ranks call it.
+
+    `warmup` steps do not count, `steps` are measured; rank zero writes the `trace`. A failure ends the
+    process, and with it the other ranks.
     """
-    from launch.profiling.events import operations_of, steps_of
-    from launch.profiling.measure import Phases, figures, measured
-    from launch.profiling.report import show
+    from launch.profiling.events import operation_times, step_marks
+    from launch.profiling.measure import ProfiledPhase, gather_step_times, profile_steps
+    from launch.profiling.step_table import print_profile
     from launch.runtime.rendezvous import process_group
     from launch.state.build import prepare
     from launch.training.supervise import supervise
@@ -69,25 +71,26 @@ def run(settings: Settings, world: World, steps: int, warmup: int, trace: Path |
 
     # torch 2.14 reports each start of its profiler, on each rank
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    config, phase = settings.config, Phases()
-    asked = f"{identity(settings)} {steps} {warmup}"
+    config, phase = settings.config, ProfiledPhase()
+    run_id = f"{identity(settings)} {steps} {warmup}"
     with (
         supervise(config, world, phase) as supervisor,
-        process_group(world, config.strategy, config.start_timeout, asked) as world,
+        process_group(world, config.strategy, config.start_timeout, run_id) as world,
     ):
         supervisor.watch(world)
         run = prepare(settings, world, phase)
         supervisor.start()
         fault_injection.install(run, Path(os.devnull))  # which has no checkpoint that could be torn
-        profiler, plain = measured(run, phase, warmup, steps)
+        profiler, unprofiled_s = profile_steps(run, phase, warmup, steps)
         events = profiler.events()  # type: ignore[no-untyped-call]  # torch has left it so
-        rows = figures(run, events, plain)
+        ranks = gather_step_times(run, events, unprofiled_s)
         if world.rank == 0:
-            show(run, rows, operations_of(events, world.device != "cpu"), len(steps_of(events)))
-        return save(profiler, trace) if world.rank == 0 and trace else 0
+            operations = operation_times(events, world.device != "cpu")
+            print_profile(run, ranks, operations, len(step_marks(events)))
+        return write_trace(profiler, trace) if world.rank == 0 and trace else 0
 
 
-def save(profiler: profile, trace: Path) -> int:
+def write_trace(profiler: profile, trace: Path) -> int:
     """Write the trace; returns the exit code."""
     try:
         profiler.export_chrome_trace(str(trace))

@@ -1,5 +1,5 @@
-"""What ran when, as intervals on one clock: how much of a window was computing, and how much nothing but
-waiting. No torch.
+"""What ran when, as intervals on one clock: how much of a window was compute, and how much was exposed
+communication. No torch.
 """
 
 from __future__ import annotations
@@ -7,48 +7,50 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
-Kind = Literal["computing", "communication", "copies"]
+Kind = Literal["compute", "communication", "copies"]
 Interval = tuple[float, float]
 """start and end"""
 
 
-class Split(NamedTuple):
-    """A window, in the unit of its clock. `computing`, `exposed`, `exposed_copies` and `idle` add up to it."""
+class TimeBreakdown(NamedTuple):
+    """How a window was used, in the unit of its clock. `compute`, `exposed_communication`, `exposed_copies`
+    and
+    `idle` add up to it.
+    """
 
-    computing: float
+    compute: float
     communication: float
-    """all of it; what of this is `exposed` has nothing computing at the same time"""
-    exposed: float
+    """all of it"""
+    exposed_communication: float
+    """with no compute at the same time"""
     copies: float
     exposed_copies: float
-    """with neither computing nor communication at the same time"""
+    """with neither compute nor communication at the same time"""
     idle: float
     """nothing at all"""
 
 
-def split(ran: Iterable[tuple[float, float, Kind]], begin: float, end: float) -> Split:
-    """How the window from `begin` to `end` was used by what `ran`: (start, end, kind), in any order,
-    overlapping as it likes.
+def break_down(activities: Iterable[tuple[float, float, Kind]], begin: float, end: float) -> TimeBreakdown:
+    """How the window from `begin` to `end` was used by `activities`: (start, end, kind), in any order, which
+    may overlap.
     """
-    spans: dict[Kind, list[Interval]] = {"computing": [], "communication": [], "copies": []}
-    for start, stop, kind in ran:
-        spans[kind].append((max(start, begin), min(stop, end)))
-    computing, communication, copies = (
-        union(spans[kind]) for kind in ("computing", "communication", "copies")
-    )
-    working = union([*computing, *communication])
-    return Split(
-        computing=length(computing),
-        communication=length(communication),
-        exposed=length(minus(communication, computing)),
-        copies=length(copies),
-        exposed_copies=length(minus(copies, working)),
-        idle=end - begin - length(union([*working, *copies])),
+    intervals: dict[Kind, list[Interval]] = {"compute": [], "communication": [], "copies": []}
+    for start, stop, kind in activities:
+        intervals[kind].append((max(start, begin), min(stop, end)))
+    compute, communication, copies = map(union, intervals.values())
+    working = union([*compute, *communication])
+    return TimeBreakdown(
+        compute=total_length(compute),
+        communication=total_length(communication),
+        exposed_communication=total_length(subtract(communication, compute)),
+        copies=total_length(copies),
+        exposed_copies=total_length(subtract(copies, working)),
+        idle=end - begin - total_length(union([*working, *copies])),
     )
 
 
 def union(intervals: Iterable[Interval]) -> list[Interval]:
-    """The same moments as intervals in order, apart from each other; empty ones are left out."""
+    """The same moments as intervals in order, with gaps between them; empty ones are left out."""
     merged: list[Interval] = []
     for start, end in sorted(intervals):
         if end <= start:
@@ -60,22 +62,22 @@ def union(intervals: Iterable[Interval]) -> list[Interval]:
     return merged
 
 
-def minus(these: list[Interval], those: list[Interval]) -> list[Interval]:
-    """The moments of `these` that are not of `those`; both as `union` gives them."""
-    left: list[Interval] = []
+def subtract(intervals: list[Interval], others: list[Interval]) -> list[Interval]:
+    """The moments of `intervals` that are not of `others`; both as `union` returns them."""
+    rest: list[Interval] = []
     first = 0
-    for start, end in these:
-        while first < len(those) and those[first][1] <= start:
+    for start, end in intervals:
+        while first < len(others) and others[first][1] <= start:
             first += 1
-        place = first
-        while place < len(those) and those[place][0] < end:
-            left.append((start, those[place][0]))
-            start = those[place][1]
-            place += 1
-        left.append((start, end))
-    return union(left)
+        index = first
+        while index < len(others) and others[index][0] < end:
+            rest.append((start, others[index][0]))
+            start = others[index][1]
+            index += 1
+        rest.append((start, end))
+    return union(rest)
 
 
-def length(intervals: list[Interval]) -> float:
-    """Together, of intervals that do not overlap."""
+def total_length(intervals: list[Interval]) -> float:
+    """The sum of the lengths of intervals that do not overlap."""
     return sum(end - start for start, end in intervals)
