@@ -33,7 +33,7 @@ class Recipe:
     defaults: ClassVar[dict[str, Any]] = {}
     """this recipe's defaults for keys of the run: {"batch_size": 64, "micro_batch_size": 16, "epochs": 10}"""
     item_name: ClassVar[str] = "samples"
-    """what the loss is summed over and throughput is reported in, in the plural: `tokens` for a language model"""
+    """what the loss is summed over and throughput is reported in: `tokens` for a language model"""
     channels_last: ClassVar[bool] = False
     """copy images to the GPU in torch's channels_last memory format, which convolutions prefer"""
     monitor: ClassVar[str] = "loss"
@@ -93,7 +93,7 @@ class Recipe:
         return 1
 
     def blocks(self, model: nn.Module) -> Iterable[nn.Module]:  # noqa: ARG002
-        """The repeated layers of the model: the unit of sharding, activation checkpointing and compilation."""
+        """The repeated layers of the model: what is sharded, recomputed and compiled as one."""
         return ()
 
     def eval_step(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

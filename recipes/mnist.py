@@ -6,16 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from recipes.parts.classification import Classification
-from recipes.parts.data import Splits
-from recipes.parts.images import Images
-from recipes.parts.optim import Optim, decay_groups
+from recipes.parts.image_classification import ImageClassification
+from recipes.parts.optim import Optim
 from recipes.parts.options import PositiveInt, Share
 from recipes.parts.schedule import Schedule
 
 if TYPE_CHECKING:
     from torch import nn
-    from torch.optim import Optimizer
 
 
 @dataclass(kw_only=True)
@@ -31,14 +28,12 @@ class Model:
 
 
 @dataclass(kw_only=True)
-class MNIST(Classification):
+class MNIST(ImageClassification):
     """Digits with AdamW and one cycle; the training images are rotated and moved a little."""
 
     defaults: ClassVar[dict[str, Any]] = {"batch_size": 64, "micro_batch_size": 16, "epochs": 20}
-    channels_last: ClassVar[bool] = True
 
     model: Model = field(default_factory=Model)
-    data: Images = field(default_factory=Images)
     optim: Optim = field(default_factory=lambda: Optim(name="adamw", lr=3e-3, weight_decay=0.01))
     schedule: Schedule = field(default_factory=lambda: Schedule(name="onecycle"))
 
@@ -47,16 +42,8 @@ class MNIST(Classification):
         if self.data.pixels < 4:
             raise ValueError(f"data.image_size={self.data.pixels}: two poolings need at least 4 pixels")
 
-    def num_classes(self) -> int:
-        """As many as the data has."""
-        return self.data.num_classes()
-
-    def build_data(self) -> Splits:
-        """As `data.*` says."""
-        return self.data.build()
-
     def build_model(self) -> nn.Module:
-        """Convolution, BatchNorm, ReLU and pooling, twice; then two linear layers with dropout before each."""
+        """Convolution, BatchNorm, ReLU and pooling, twice; then dropout and a linear layer, twice."""
         from torch import nn
 
         width, pixels = self.model.channels, self.data.pixels // 4
@@ -85,10 +72,6 @@ class MNIST(Classification):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         return model
-
-    def build_optimizer(self, model: nn.Module) -> Optimizer:
-        """Weight decay on weights, not on biases and BatchNorm."""
-        return self.optim.build(decay_groups(model))
 
     def blocks(self, model: nn.Module) -> Iterable[nn.Module]:
         """The two convolutional blocks."""

@@ -1,4 +1,4 @@
-"""Residual networks (He et al. 2015) on small or large images: torchvision's, by depth, with a stem to match."""
+"""Residual networks (He et al. 2015): torchvision's, by depth, with a stem for small or large images."""
 
 from __future__ import annotations
 
@@ -6,15 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from recipes.parts.classification import Classification
-from recipes.parts.data import Splits
-from recipes.parts.images import Images
-from recipes.parts.optim import Optim, decay_groups
+from recipes.parts.image_classification import ImageClassification
+from recipes.parts.optim import Optim
 from recipes.parts.schedule import Schedule
 
 if TYPE_CHECKING:
     from torch import nn
-    from torch.optim import Optimizer
 
 SMALL = 64
 """images up to so many pixels get the small stem: the large one would leave them 2 x 2 after a few layers"""
@@ -33,24 +30,14 @@ class Model:
 
 
 @dataclass(kw_only=True)
-class ResNet(Classification):
+class ResNet(ImageClassification):
     """Image classification with SGD and a cosine."""
 
     defaults: ClassVar[dict[str, Any]] = {"batch_size": 64, "micro_batch_size": 16, "epochs": 10}
-    channels_last: ClassVar[bool] = True
 
     model: Model = field(default_factory=Model)
-    data: Images = field(default_factory=Images)
     optim: Optim = field(default_factory=lambda: Optim(lr=0.02, weight_decay=5e-4, nesterov=True))
     schedule: Schedule = field(default_factory=lambda: Schedule(name="cosine", warmup=0.1))
-
-    def num_classes(self) -> int:
-        """As many as the data has."""
-        return self.data.num_classes()
-
-    def build_data(self) -> Splits:
-        """As `data.*` says."""
-        return self.data.build()
 
     def build_model(self) -> nn.Module:
         """torchvision's ResNet, its first convolution fitted to the channels and the size of the images."""
@@ -69,10 +56,6 @@ class ResNet(Classification):
         if small:
             model.maxpool = nn.Identity()
         return model
-
-    def build_optimizer(self, model: nn.Module) -> Optimizer:
-        """Weight decay on convolutions and the head, not on BatchNorm."""
-        return self.optim.build(decay_groups(model))
 
     def blocks(self, model: nn.Module) -> Iterable[nn.Module]:
         """The residual blocks."""

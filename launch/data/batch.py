@@ -31,19 +31,19 @@ def tensors_of(batch: Any) -> Iterator[Tensor]:
             yield from tensors_of(part)
 
 
-def pinned(batch: Batch, device: str) -> Batch:
-    """The batch, in memory from which a copy to `device` need not be waited for."""
+def pin_memory(batch: Batch, device: str) -> Batch:
+    """The batch in pinned memory, from which copies to `device` do not block."""
     if device == "cpu":
         return batch
     return map_tensors(batch, lambda tensor: tensor if tensor.is_cuda else tensor.pin_memory())
 
 
 def to_device(batch: Batch, device: str, channels_last: bool = False) -> Batch:
-    """The batch with its tensors on `device`; copies from pinned memory do not block. Images for a GPU in the
-    layout asked for.
+    """The batch with its tensors on `device`; copies from pinned memory do not block. With `channels_last`,
+    images for a GPU in that memory format.
 
-    The activations follow them. Weights in that layout would not do: FSDP2 refuses them, and ZeRO flattens
-    them.
+    The activations follow the images. Weights in that format would not do: FSDP2 refuses them, and ZeRO
+    flattens them.
     """
     moved = map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
     return map_tensors(moved, to_channels_last) if channels_last and device != "cpu" else moved

@@ -1,4 +1,4 @@
-"""Data that lies in memory: whole micro-batches by one index, on the GPU where they fit, without processes or
+"""Data sets in memory: a whole micro-batch by one index, on the GPU where they fit, without workers or
 collation.
 """
 
@@ -15,12 +15,12 @@ from launch.data.batch import tensors_of
 from recipes.parts.data import InMemoryDataset
 from recipes.parts.split import View
 
-SHARE = 0.1
-"""of a GPU's free memory that data may take: the model comes after it"""
+GPU_MEMORY_FRACTION = 0.1
+"""of a GPU's free memory that a data set may take: the model comes after it"""
 
 
 def as_in_memory(dataset: Any) -> InMemoryDataset | None:
-    """`dataset` as one that gives whole micro-batches; None if it does not lie in memory."""
+    """`dataset` as one that gives whole micro-batches; None if it is not in memory."""
     if isinstance(dataset, InMemoryDataset):
         return dataset
     if type(dataset) is TensorDataset:
@@ -35,12 +35,12 @@ def as_in_memory(dataset: Any) -> InMemoryDataset | None:
 
 def to_device_if_small(dataset: InMemoryDataset, device: str) -> InMemoryDataset:
     """The data set on `device`, if it takes little of its free memory."""
-    if device == "cpu" or dataset.nbytes > SHARE * torch.cuda.mem_get_info(device)[0]:
+    if device == "cpu" or dataset.nbytes > GPU_MEMORY_FRACTION * torch.cuda.mem_get_info(device)[0]:
         return dataset
     return dataset.to(device)
 
 
-def lies_on_gpu(dataset: InMemoryDataset) -> bool:
+def is_on_gpu(dataset: InMemoryDataset) -> bool:
     """Whether its batches come from the memory of a GPU."""
     first = torch.zeros(1, dtype=torch.int64)
     return any(tensor.is_cuda for tensor in tensors_of(dataset.batch(first, lambda: first)))
@@ -73,26 +73,26 @@ class TensorData:
 
 
 class IndexedView:
-    """The samples of `whole` at `order`, int64 on the host."""
+    """The samples of `dataset` at `order`, int64 on the host: a part of it, or all of it permuted."""
 
-    def __init__(self, whole: InMemoryDataset, order: Tensor) -> None:
-        self.whole, self.order = whole, order
+    def __init__(self, dataset: InMemoryDataset, order: Tensor) -> None:
+        self.dataset, self.order = dataset, order
 
     def __len__(self) -> int:
         return len(self.order)
 
     def __getitem__(self, index: int, /) -> object:
-        return self.whole[int(self.order[index])]
+        return self.dataset[int(self.order[index])]
 
     @property
     def nbytes(self) -> int:
-        """Of the whole: its parts share it."""
-        return self.whole.nbytes
+        """Of the whole data set: its views share it."""
+        return self.dataset.nbytes
 
     def to(self, device: str) -> IndexedView:
         """The same samples in the memory of `device`."""
-        return IndexedView(self.whole.to(device), self.order)
+        return IndexedView(self.dataset.to(device), self.order)
 
     def batch(self, indices: Tensor, seeds: Callable[[], Tensor]) -> object:
-        """The samples at `indices` of this part."""
-        return self.whole.batch(self.order[indices], seeds)
+        """The samples at `indices` of this view."""
+        return self.dataset.batch(self.order[indices], seeds)

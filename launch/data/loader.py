@@ -13,12 +13,15 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
-from launch.data.batch import pinned
+from launch.data.batch import pin_memory
 from launch.data.sampler import SampleIndices
 from launch.runtime.cpus import usable_cpus
 from launch.runtime.seeding import sample_seeds, seed_sample
 from launch.runtime.world import World
 from recipes.parts.data import Batch, Dataset, InMemoryDataset
+
+PR_SET_PDEATHSIG = 1
+"""of <linux/prctl.h>"""
 
 
 class SeededDataset(TorchDataset[Any]):
@@ -27,8 +30,8 @@ class SeededDataset(TorchDataset[Any]):
     def __init__(self, dataset: Dataset, seed: int, split: str) -> None:
         self.dataset, self.seed, self.split = dataset, seed, split
 
-    def __getitems__(self, draws: SampleIndices) -> list[Any]:
-        return [self.sample(epoch, index) for epoch, index in draws.T.tolist()]
+    def __getitems__(self, indices: SampleIndices) -> list[Any]:
+        return [self.sample(epoch, index) for epoch, index in indices.T.tolist()]
 
     def sample(self, epoch: int, index: int) -> Any:
         """Sample `index` as it is in `epoch`."""
@@ -37,22 +40,20 @@ class SeededDataset(TorchDataset[Any]):
 
 
 class SeededBatches(TorchDataset[Any]):
-    """The same for data that gives whole micro-batches."""
+    """The same for data sets that give whole micro-batches."""
 
     def __init__(self, dataset: InMemoryDataset, seed: int, split: str) -> None:
         self.dataset, self.seed, self.split = dataset, seed, split
 
-    def __getitems__(self, draws: SampleIndices) -> Batch:
-        epochs, indices = draws
-        seeds = partial(
-            sample_seeds, epochs, indices, self.seed, self.split
-        )  # asked for where something is drawn
+    def __getitems__(self, epochs_and_indices: SampleIndices) -> Batch:
+        epochs, indices = epochs_and_indices
+        seeds = partial(sample_seeds, epochs, indices, self.seed, self.split)  # for what is augmented only
         return self.dataset.batch(torch.from_numpy(indices), seeds)
 
 
 @dataclass(frozen=True)
 class InMemoryLoader:
-    """A loader for data that lies in memory: no processes, no queues."""
+    """A loader for data in memory: no worker processes, no queues."""
 
     batches: SeededBatches
     sampler: Sampler[SampleIndices]
@@ -62,8 +63,8 @@ class InMemoryLoader:
         return len(self.sampler)  # type: ignore[arg-type]  # ours have a length
 
     def __iter__(self) -> Iterator[Batch]:
-        for draws in self.sampler:
-            yield pinned(self.batches.__getitems__(draws), self.device)
+        for indices in self.sampler:
+            yield pin_memory(self.batches.__getitems__(indices), self.device)
 
 
 Loader = DataLoader[Any] | InMemoryLoader
@@ -78,8 +79,8 @@ def build_loader(
     world: World,
     persistent: bool = False,
 ) -> Loader:
-    """Collated micro-batches, pinned if they go to a GPU from the host. Its processes outlast an iteration if
-    `persistent`.
+    """A loader of collated micro-batches, in pinned memory if they go from the host to a GPU. Its workers
+    outlive an iteration if `persistent`.
     """
     batches = SeededBatches(dataset, seed, split) if isinstance(dataset, InMemoryDataset) else None
     if batches and not workers:
@@ -96,15 +97,15 @@ def build_loader(
 
 
 def identity_collate(batch: Batch) -> Batch:
-    """The collation of what is collated."""
+    """Collation for batches that are collated already."""
     return batch
 
 
 def worker_init(worker: int) -> None:  # noqa: ARG001
-    """A data worker ends when its rank does, by whatever way, and not before.
+    """In a new data worker: let it end when its rank does, however that ends, and not before.
 
-    Schedulers and torchrun signal whole process groups: a worker that ended at once would make its rank fail,
-    which is about to stop in good order. And a rank that is killed cannot end its workers: the system does
+    Schedulers and torchrun signal whole process groups: a worker that ended at once would make its rank fail
+    while it saves and stops. And a rank that is killed cannot end its workers: the kernel does
     (`man 2 PR_SET_PDEATHSIG`).
     """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
@@ -112,11 +113,8 @@ def worker_init(worker: int) -> None:  # noqa: ARG001
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-PR_SET_PDEATHSIG = 1
-
-
 def default_workers(world: World) -> int:
-    """Loading processes per rank: the CPUs that this process may use, shared by the node's ranks, one kept
-    for the step.
+    """Data workers per rank: the CPUs that this process may use, divided among the node's ranks, one of them
+    kept for the step; at most 8.
     """
     return max(min(usable_cpus() // world.local_world_size - 1, 8), 0)

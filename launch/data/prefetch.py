@@ -22,14 +22,14 @@ def group_micro_batches(loader: Loader, accumulation_steps: int) -> Iterator[lis
 
 
 def prefetch(steps: Iterator[list[Batch]], device: str, channels_last: bool) -> Iterator[list[Batch]]:
-    """The micro-batches of each step on `device`; on a GPU those of the next one are made ready while this
-    one is computed.
+    """The micro-batches of each step on `device`; on a GPU those of the next step are copied, on a stream of
+    their own, while this one is computed.
     """
     if device == "cpu":
         yield from steps
         return
     side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has left it so
-    side.wait_stream(torch.cuda.current_stream())  # for data that were moved to the GPU
+    side.wait_stream(torch.cuda.current_stream())  # for a data set that was moved to the GPU
     ready = copy_next(side, steps, device, channels_last)
     while ready is not None:
         following = copy_next(side, steps, device, channels_last)
@@ -40,20 +40,18 @@ def prefetch(steps: Iterator[list[Batch]], device: str, channels_last: bool) -> 
 def copy_next(
     side: torch.cuda.Stream, steps: Iterator[list[Batch]], device: str, channels_last: bool
 ) -> tuple[list[Batch], torch.cuda.Event] | None:
-    """The next micro-batches, and when they will be ready. Data on the GPU make theirs there: on the same
-    stream, too.
+    """Start to copy the micro-batches of the next step on the stream `side`: they, and the event of their
+    arrival. A data set on the GPU makes its batches there, on the same stream.
     """
     with torch.cuda.stream(side):
         batches = next(steps, None)
-        return (
-            None
-            if batches is None
-            else ([to_device(b, device, channels_last) for b in batches], side.record_event())
-        )
+        if batches is None:
+            return None
+        return [to_device(batch, device, channels_last) for batch in batches], side.record_event()
 
 
 def wait_for_copy(batches: list[Batch], event: torch.cuda.Event) -> list[Batch]:
-    """The batches, for whose copies the computation waits; their memory is kept until it is done with them."""
+    """Let the computation wait for the copies of `batches`, and keep their memory until it has used them."""
     stream = torch.cuda.current_stream()
     stream.wait_event(event)
     for tensor in tensors_of(batches):

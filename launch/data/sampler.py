@@ -1,9 +1,9 @@
 """The order of the samples: which rank sees what, when.
 
 Samples form one endless stream, epoch after epoch, each epoch a new permutation. Step `s` takes positions
-[s*B, (s+1)*B) for the global batch size B; its micro-batches are cut by position and dealt to the ranks. So
-every global batch is full, no sample is dropped or seen twice in an epoch, order and micro-batches do not
-depend on the number of ranks, and any step is found in O(1).
+[s*B, (s+1)*B) for the global batch size B; its micro-batches are cut by position and dealt to the ranks in
+turn. So every global batch is full, no sample is dropped or seen twice in an epoch, order and micro-batches
+do not depend on the number of ranks, and any step is found in O(1).
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from torch.utils.data import Sampler
 from launch.data.batch_plan import BatchPlan
 from recipes.parts.permutation import Permutation
 
-Numbers = NDArray[np.int64]
+IntArray = NDArray[np.int64]
 
-SampleIndices = Numbers
+SampleIndices = IntArray
 """[2, n]: epoch and index of each sample of a micro-batch"""
 
 INDEX_CHUNK = 4096
-"""samples whose places are computed at a time: numpy takes as long for one"""
+"""samples whose indices are computed by one numpy call, which takes as long for a single one"""
 
 
 class TrainSampler(Sampler[SampleIndices]):
-    """This rank's micro-batches from step `start` to `stop`; a DistributedSampler whose order needs no list
-    of N numbers.
+    """This rank's micro-batches from step `start` to `stop`: a DistributedSampler that starts at any step and
+    keeps no list of N numbers.
     """
 
     def __init__(self, size: int, batch_plan: BatchPlan, seed: int, start: int, stop: int) -> None:
@@ -45,9 +45,9 @@ class TrainSampler(Sampler[SampleIndices]):
                 for micro_step in range(batch_plan.accumulation_steps)
             ]
         )[:, None] + np.arange(micro)
-        ahead = max(INDEX_CHUNK // in_step.size, 1)
-        for first in range(self.start, self.stop, ahead):
-            steps = np.arange(first, min(first + ahead, self.stop))
+        chunk = max(INDEX_CHUNK // in_step.size, 1)
+        for first in range(self.start, self.stop, chunk):
+            steps = np.arange(first, min(first + chunk, self.stop))
             epochs, indices = sample_indices(
                 self.size,
                 self.seed,
@@ -56,21 +56,21 @@ class TrainSampler(Sampler[SampleIndices]):
             yield from np.stack([epochs, indices], axis=1)
 
 
-def sample_indices(size: int, seed: int, positions: Numbers) -> tuple[Numbers, Numbers]:
+def sample_indices(size: int, seed: int, positions: IntArray) -> tuple[IntArray, IntArray]:
     """Epoch and index of the samples at `positions` (any shape) of the stream over a data set of `size`
     samples.
     """
     epochs, within = np.divmod(positions, size)
     indices = np.empty_like(within)
     for epoch in np.unique(epochs).tolist():
-        here = epochs == epoch
-        indices[here] = Permutation(size, seed, epoch)(within[here])
+        in_epoch = epochs == epoch
+        indices[in_epoch] = Permutation(size, seed, epoch)(within[in_epoch])
     return epochs, indices
 
 
 class EvalSampler(Sampler[SampleIndices]):
-    """Micro-batches of each sample once, in order, dealt to the ranks; a short rank repeats the first, which
-    is not counted.
+    """Micro-batches of each sample once, in order, dealt to the ranks in turn; a rank that has one less
+    repeats the first, which does not count.
 
     Repeating keeps the ranks in step: under FSDP and ZeRO-3 a forward pass is a collective.
     """
@@ -88,7 +88,7 @@ class EvalSampler(Sampler[SampleIndices]):
         return -(-self.batches // self.world_size)
 
     def counts(self, micro_step: int) -> bool:
-        """Whether this rank's `micro_step` is a micro-batch of its own, not a repetition."""
+        """Whether this rank's `micro_step`-th micro-batch is one of its own, not a repetition."""
         return micro_step * self.world_size + self.rank < self.batches
 
     def __iter__(self) -> Iterator[SampleIndices]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.filesize import decimal
 
-from launch.data.in_memory import lies_on_gpu
+from launch.data.in_memory import is_on_gpu
 from recipes.parts.data import InMemoryDataset
 from strategies.precision import contract
 
@@ -82,8 +82,8 @@ class Console:
         early = " (stopped early)" if run.stopping_early else ""
         speed = steps * run.batch_plan.batch_size / max(seconds, 1e-9)
         self.print(
-            f"done: step {run.progress.step}{early}, {run.epoch:.1f} epochs, {timedelta(seconds=round(seconds))}, "
-            f"{speed:,.0f} samples/s"
+            f"done: step {run.progress.step}{early}, {run.epoch:.1f} epochs, "
+            f"{timedelta(seconds=round(seconds))}, {speed:,.0f} samples/s"
         )
         if scores := format_scores(metrics.scores):
             self.print(f"  {scores}")
@@ -113,8 +113,8 @@ def describe_setup(run: Run) -> dict[str, str]:
         "device": device_name(world.device),
         "strategy": ", ".join([config.strategy, *enabled_options(run)]),
         "precision": f"{config.precision}: {contract(config.precision, config.ddp.compress)}",
-        "batch": f"{plan.batch_size} = {plan.micro_batch_size} micro x {plan.accumulation_steps} accumulation "
-        f"x {plan.world_size} rank(s)",
+        "batch": f"{plan.batch_size} = {plan.micro_batch_size} micro x "
+        f"{plan.accumulation_steps} accumulation x {plan.world_size} rank(s)",
         "model": ", ".join(f"{name}{count:,} parameters" for name, count in models.items()),
         "data": f"{sizes} samples, {describe_loading(run)}",
         "length": f"{run.total_steps} steps ({epochs} epochs), learning rate {run.recipe.schedule.name}",
@@ -127,7 +127,7 @@ def format_scores(scores: Mapping[str, Any]) -> str:
 
 
 def describe_saves(saves: Sequence[SaveResult]) -> str:
-    """What the checkpoints cost: medians of the time that training was blocked, and of that in the background."""
+    """What the checkpoints cost: the median times that training was blocked, and in the background."""
     blocking = median_high(save.blocking_s for save in saves)
     background = median_high(save.write_s for save in saves)
     return (
@@ -158,7 +158,7 @@ def describe_loading(run: Run) -> str:
         return f"loaded by {workers} worker(s) per rank"
     if not isinstance(run.splits.train, InMemoryDataset):
         return "loaded one by one in the training process"
-    return f"in memory{' on the GPU' if lies_on_gpu(run.splits.train) else ''}"
+    return f"in memory{' on the GPU' if is_on_gpu(run.splits.train) else ''}"
 
 
 def enabled_options(run: Run) -> list[str]:

@@ -86,7 +86,7 @@ class Metrics:
         self.finish_gather()
 
     def start_gather(self, local: bool = False) -> None:
-        """Start to gather the numbers of the pending steps. Collective, unless only this rank's are wanted."""
+        """Start to gather the numbers of the pending steps, or with `local` this rank's alone. Collective."""
         if not self.pending:
             return
         names = list(self.pending[0].losses)

@@ -1,4 +1,4 @@
-"""How fast a run is: step times, throughput (samples or tokens per second), waiting for data, peak memory, and
+"""How fast a run is: step times, throughput (samples or tokens per second), waiting for data, peak memory,
 the parts of the start-up.
 """
 
@@ -134,7 +134,8 @@ class StepTimer:
         if p50:
             waiting = self.waited_s / max(self.busy_s, 1e-9)
             advice = f": {data_advice(self.run)}" if waiting > SLOW_DATA else ""
-            yield f"step p50 {duration(p50)}, p99 {duration(p99)}; {waiting:.1%} of the time waiting for data{advice}"
+            times = f"step p50 {duration(p50)}, p99 {duration(p99)}"
+            yield f"{times}; {waiting:.1%} of the time waiting for data{advice}"
         flops = count_flops(self.run.recipe, self.example) if p50 and self.run.world.rank == 0 else None
         if flops is not None:
             per_second = flops * self.run.batch_plan.accumulation_steps / p50

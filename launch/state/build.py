@@ -27,8 +27,9 @@ from strategies.precision import set_matmul_precision
 
 
 def prepare(settings: Settings, world: World, phase: Phase | None = None) -> Run:
-    """Build data and models. ValueError and FileNotFoundError are the user's to read (an empty data set, a
-    bad option).
+    """Build the data sets and the models of a run. Collective where a strategy shards.
+
+    Raises ValueError and FileNotFoundError in one line for the user: an empty data set, a bad option.
     """
     config, recipe = settings.config, settings.recipe
     set_matmul_precision(config.precision)
@@ -36,18 +37,21 @@ def prepare(settings: Settings, world: World, phase: Phase | None = None) -> Run
         raise ValueError("precision=tf32 has no effect on a CPU; use fp32 or bf16")
     if config.sync_batchnorm and world.device == "cpu":
         raise ValueError(
-            "sync_batchnorm=true needs CUDA; on a CPU a fixed micro_batch_size keeps BatchNorm independent of ranks"
+            "sync_batchnorm=true needs CUDA; on a CPU a fixed micro_batch_size keeps BatchNorm "
+            "independent of ranks"
         )
-    splits = in_memory(recipe.build_data(), world, config.workers)
+    splits = keep_in_memory(recipe.build_data(), world, config.workers)
     for name, split in vars(splits).items():
         if split is not None and len(split) == 0:
             raise ValueError(f"the {name} split of recipe={config.recipe} is empty")
     if splits.val is None:
-        refuse_without_validation(config, recipe)
-    many = accumulation_steps(config, world)
-    micro = config.batch_size // (many * world.world_size)
+        refuse_options_of_validation(config, recipe)
+    accumulation = accumulation_steps(config, world)
     batch_plan = BatchPlan(
-        micro_batch_size=micro, accumulation_steps=many, rank=world.rank, world_size=world.world_size
+        micro_batch_size=config.batch_size // (accumulation * world.world_size),
+        accumulation_steps=accumulation,
+        rank=world.rank,
+        world_size=world.world_size,
     )
     strategies = build_strategies(config, recipe, world)
     return Run(
@@ -64,18 +68,18 @@ def prepare(settings: Settings, world: World, phase: Phase | None = None) -> Run
     )
 
 
-def in_memory(splits: Splits, world: World, workers: int | None) -> Splits:
-    """The splits, those that lie in memory as such; the training data on the GPU, if small and no processes
-    are asked for.
+def keep_in_memory(splits: Splits, world: World, workers: int | None) -> Splits:
+    """The splits, those that are in memory as `InMemoryDataset`; the training data on the GPU, if it is small
+    and no data workers are asked for.
     """
-    found = {name: as_in_memory(split) or split for name, split in vars(splits).items()}
-    if isinstance(found["train"], InMemoryDataset) and not workers:
-        found["train"] = to_device_if_small(found["train"], world.device)
-    return Splits(**found)
+    converted = {name: as_in_memory(split) or split for name, split in vars(splits).items()}
+    if isinstance(converted["train"], InMemoryDataset) and not workers:
+        converted["train"] = to_device_if_small(converted["train"], world.device)
+    return Splits(**converted)
 
 
-def refuse_without_validation(config: Config, recipe: Recipe) -> None:
-    """Raise ValueError for what has no effect on a run that has no validation split."""
+def refuse_options_of_validation(config: Config, recipe: Recipe) -> None:
+    """Raise ValueError for options that have no effect on a run without a validation split."""
     given = {
         "eval.patience": config.eval.patience is not None,
         "checkpoint.best": config.checkpoint.best,
@@ -84,7 +88,8 @@ def refuse_without_validation(config: Config, recipe: Recipe) -> None:
     for name, on in given.items():
         if on:
             raise ValueError(
-                f"{name} has no effect: recipe={config.recipe} has no validation split; hold one out, or drop it"
+                f"{name} has no effect: recipe={config.recipe} has no validation split; "
+                "hold one out, or drop it"
             )
 
 
@@ -96,7 +101,7 @@ def build_strategies(config: Config, recipe: Recipe, world: World) -> dict[str, 
     strategies: dict[str, Strategy] = {}
     for name, build_model in recipe.models().items():
         strategy = strategy_class(config.strategy)(world, config)
-        build = partial(_seeded_model, build_model, config, name)
+        build = partial(_build_model, build_model, config, name)
         strategy.setup(build, optimizers.get(name), recipe.blocks)
         if name in optimizers:
             for group in strategy.optimizer.param_groups:
@@ -105,7 +110,7 @@ def build_strategies(config: Config, recipe: Recipe, world: World) -> dict[str, 
     return strategies
 
 
-def _seeded_model(build_model: Any, config: Config, name: str) -> nn.Module:
+def _build_model(build_model: Any, config: Config, name: str) -> nn.Module:
     seed_device(config.seed, "weights", name)
     model: nn.Module = build_model()
     if config.sync_batchnorm:

@@ -52,8 +52,8 @@ class Run:
 
     @property
     def sync_every_step(self) -> bool:
-        """Look at each loss before its step is made: where that is free (one process on a CPU), or asked for,
-        or needed anyway.
+        """Whether to read each loss on the host before its optimizer step: where that is free (one process on
+        a CPU), asked for, or needed anyway.
 
         Elsewhere it would cost each step a wait for the device and a reduction over the ranks.
         """
@@ -74,12 +74,14 @@ class Run:
 
     @property
     def stopping_early(self) -> bool:
-        """Whether the objective has not become better for `eval.patience` evaluations."""
+        """Early stopping: whether the monitored metric has not improved for `eval.patience` evaluations."""
         patience = self.config.eval.patience
         return patience is not None and self.progress.bad_evaluations >= patience
 
     def due(self, every: int | None) -> bool:
-        """Whether something is to be done after this step: each `every` steps, or each epoch, and at the end."""
+        """Whether something is to be done after this step: every `every` steps (None: every epoch), and at
+        the end.
+        """
         step, size = self.progress.step, len(self.splits.train)
         if step == self.last_step:
             return True
@@ -116,7 +118,7 @@ class Run:
         return prefetch(steps, self.world.device, self.recipe.channels_last)
 
     def to_device(self, batch: Batch) -> Batch:
-        """The batch on this rank's device, in the layout of the recipe."""
+        """The batch on this rank's device, in the memory format of the recipe."""
         return to_device(batch, self.world.device, self.recipe.channels_last)
 
     def train_loader(self) -> Loader:
@@ -128,8 +130,8 @@ class Run:
         return build_loader(self.splits.train, sampler, self.config.seed, "train", workers, self.world)
 
     def eval_loader(self, dataset: Dataset) -> tuple[Loader, EvalSampler]:
-        """Each sample of `dataset` once, over all ranks, and the sampler that knows which micro-batches
-        count.
+        """A loader of each sample of `dataset` once, over all ranks, and its sampler, which knows the
+        micro-batches that count.
         """
         if id(dataset) not in self.eval_loaders:
             sampler = EvalSampler(

@@ -38,7 +38,7 @@ class Requests:
         self.agreed |= self.consensus.close()
 
     def saved(self) -> None:
-        """A save has been made: requests for one from before it, those in flight too, are served. Collective."""
+        """A save has been made: earlier requests for one, those in flight too, are served. Collective."""
         self.close()
         self.agreed.discard("save")
 

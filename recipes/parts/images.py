@@ -1,14 +1,13 @@
-"""Labelled images as options: where they come from, how they are split, normalised and augmented.
+"""Labeled images as options: where they come from, how they are split, normalized and augmented.
 
 A sample is (float32 tensor [channels, height, width], class). Images in memory are augmented a whole batch at
 a time, by the seed of each sample; photographs in files one by one, from the default generators: who seeds
-them gets the same picture anywhere.
+them gets the same image anywhere.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from recipes.parts.augment import crop_and_mirror, rotate_and_move
 from recipes.parts.data import Dataset, Splits
+from recipes.parts.image_datasets import InMemoryImages, SyntheticImages
 from recipes.parts.image_files import (
     CIFAR10_FILES,
     MNIST_FILES,
@@ -26,7 +26,6 @@ from recipes.parts.image_files import (
     read_mnist,
 )
 from recipes.parts.options import OptionGroup, PositiveInt, Share, refuse_unused
-from recipes.parts.permutation import mix
 from recipes.parts.split import holdout, split
 
 if TYPE_CHECKING:
@@ -45,10 +44,8 @@ USED_BY = {
 }
 
 
-class Facts(NamedTuple):
-    """What is known of a set before it is read. Mean and standard deviation per channel, of pixels from 0 to
-    1.
-    """
+class ImageFormat(NamedTuple):
+    """The images of a set, known before it is read; `mean` and `std` per channel, of pixels from 0 to 1."""
 
     channels: int
     size: int
@@ -56,12 +53,12 @@ class Facts(NamedTuple):
     std: tuple[float, ...]
 
 
-FACTS = {
-    "digits": Facts(1, 8, (0.3053,), (0.3760,)),
-    "mnist": Facts(1, 28, (0.1307,), (0.3081,)),
-    "cifar10": Facts(3, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "imagefolder": Facts(3, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "synthetic": Facts(3, 32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
+FORMATS = {
+    "digits": ImageFormat(1, 8, (0.3053,), (0.3760,)),
+    "mnist": ImageFormat(1, 28, (0.1307,), (0.3081,)),
+    "cifar10": ImageFormat(3, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "imagefolder": ImageFormat(3, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "synthetic": ImageFormat(3, 32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
 }
 
 
@@ -80,7 +77,7 @@ class Images(OptionGroup):
     image_size: PositiveInt | None = None
     """height and width in pixels (default: the set's own; imagefolder 224)"""
     augment: bool = True
-    """vary the training images: rotation and translation of digits, crop and mirror of photographs"""
+    """augment the training images: rotation and translation of digits, crop and mirror of photographs"""
     normalize: Literal["standard", "signed"] = "standard"
     """standard: zero mean and unit variance over the set; signed: from -1 to 1"""
     val: Share = 0.1
@@ -100,13 +97,14 @@ class Images(OptionGroup):
         refuse_unused("data", self, declared, USED_BY)
         if self.val + self.test >= 1:
             raise ValueError(
-                f"data.val={self.val} and data.test={self.test} leave nothing to train on: their sum must be < 1"
+                f"data.val={self.val} and data.test={self.test} leave nothing to train on: "
+                "their sum must be < 1"
             )
         if self.name in USED_BY["root"]:
             self._check_root()
         if self.name == "imagefolder":
             for name, given in (("val", (Path(self.root) / "val").is_dir()), ("test", True)):
-                if self._is_divided() and given and getattr(self, name) != getattr(declared, name):
+                if self._has_splits() and given and getattr(self, name) != getattr(declared, name):
                     what = f"data.{name}={getattr(self, name)} has no effect"
                     raise ValueError(
                         f"{what}: {self.root} is divided into train/ and val/ or test/ already; leave it out"
@@ -148,12 +146,12 @@ class Images(OptionGroup):
     @property
     def channels(self) -> int:
         """Channels of an image."""
-        return FACTS[self.name].channels
+        return FORMATS[self.name].channels
 
     @property
     def pixels(self) -> int:
         """Height and width of an image."""
-        return self.image_size or FACTS[self.name].size
+        return self.image_size or FORMATS[self.name].size
 
     def num_classes(self) -> int:
         """Number of classes, without reading an image."""
@@ -169,7 +167,7 @@ class Images(OptionGroup):
         if self.name == "digits":
             return self._split(*self._in_memory(*read_digits()))
         if self.name == "synthetic":
-            return split(Synthetic(self), self.val, self.test)
+            return split(SyntheticImages(self), self.val, self.test)
         if self.name == "imagefolder":
             return self._imagefolder()
         read = read_mnist if self.name == "mnist" else read_cifar10
@@ -183,18 +181,18 @@ class Images(OptionGroup):
 
     def _in_memory(self, images: Tensor, classes: Tensor) -> tuple[Dataset, Dataset]:
         augmentation = self._augmentation() if self.augment else None
-        return tuple(InMemory(images, classes, self, vary) for vary in (augmentation, None))  # type: ignore[return-value]
+        return tuple(InMemoryImages(images, classes, self, vary) for vary in (augmentation, None))  # type: ignore[return-value]
 
     def _augmentation(self) -> Augment:
         if self.name == "cifar10":
             return partial(crop_and_mirror, padding=self.pixels // 8)
         return partial(rotate_and_move, degrees=10, share=0.1)
 
-    def _is_divided(self) -> bool:
+    def _has_splits(self) -> bool:
         return (Path(self.root) / "train").is_dir()
 
     def _train_folder(self) -> Path:
-        return Path(self.root) / "train" if self._is_divided() else Path(self.root)
+        return Path(self.root) / "train" if self._has_splits() else Path(self.root)
 
     def _imagefolder(self) -> Splits:
         from torchvision.datasets import ImageFolder
@@ -202,7 +200,7 @@ class Images(OptionGroup):
         root, train = Path(self.root), self._train_folder()
         augmented = ImageFolder(train, self._photograph(self.augment))
         plain = ImageFolder(train, self._photograph(False))
-        if not self._is_divided():
+        if not self._has_splits():
             return self._split(augmented, plain)
         folders = {name: root / name for name in ("val", "test") if (root / name).is_dir()}
         for folder in folders.values():
@@ -227,81 +225,7 @@ class Images(OptionGroup):
 
     def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """What is subtracted from each channel and what it is divided by, for pixels from 0 to 1."""
-        facts = FACTS[self.name]
+        image_format = FORMATS[self.name]
         if self.normalize == "signed":
-            return (0.5,) * facts.channels, (0.5,) * facts.channels
-        return facts.mean, facts.std
-
-
-class InMemory:
-    """Images held as bytes, [N, channels, height, width], and made floats a batch at a time."""
-
-    def __init__(self, images: Tensor, classes: Tensor, options: Images, augment: Augment | None) -> None:
-        import torch
-
-        self.images, self.classes, self.augment = images, classes, augment
-        self.pixels = options.pixels
-        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in options.mean_std())
-        # (x / 255 - mean) / std in one multiplication and one addition
-        self.scale, self.shift = 1 / (255 * std), -mean / std
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int, /) -> tuple[Tensor, int]:
-        import torch
-
-        images, classes = self.batch(torch.tensor([index]), lambda: torch.randint(2**62, (1,)))
-        return images[0], int(classes)
-
-    @property
-    def nbytes(self) -> int:
-        """Of the images; the classes are little beside them."""
-        return self.images.nbytes
-
-    def to(self, device: str) -> InMemory:
-        """The same images in the memory of `device`."""
-        moved = copy(self)
-        for name in ("images", "classes", "scale", "shift"):
-            setattr(moved, name, getattr(self, name).to(device))
-        return moved
-
-    def batch(self, indices: Tensor, seeds: Callable[[], Tensor]) -> list[Tensor]:
-        """Images [n, channels, height, width] and classes [n]."""
-        from torch.nn import functional as F
-
-        indices = indices.to(self.images.device)
-        images = self.images[indices].float()
-        if images.shape[-1] != self.pixels:
-            size = (self.pixels, self.pixels)
-            images = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
-        if self.augment is not None:
-            images = self.augment(images, seeds())
-        return [images * self.scale + self.shift, self.classes[indices]]
-
-
-class Synthetic:
-    """Noise over a coarse pattern of its class: learnable, and a function of the index, so that a million
-    costs nothing.
-    """
-
-    def __init__(self, options: Images) -> None:
-        import torch
-
-        self.size, self.classes = options.size, options.classes
-        self.shape = (options.channels, options.pixels, options.pixels)
-        generator = torch.Generator().manual_seed(0)
-        self.patterns = torch.randn(options.classes, options.channels, 4, 4, generator=generator)
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: int, /) -> tuple[Tensor, int]:
-        import torch
-        from torch.nn import functional as F
-
-        if not 0 <= index < self.size:
-            raise IndexError(f"image {index} of {self.size}")
-        noise = torch.randn(self.shape, generator=torch.Generator().manual_seed(mix(index + 1)))
-        label = mix(index + 1) % self.classes
-        return noise + F.interpolate(self.patterns[label, None], self.shape[1:])[0], label
+            return (0.5,) * image_format.channels, (0.5,) * image_format.channels
+        return image_format.mean, image_format.std

@@ -41,7 +41,7 @@ class Optim(OptionGroup):
         refuse_unused("optim", self, declared or Optim(), USED_BY)
         if self.name == "sgd" and self.nesterov and self.momentum == 0:
             raise ValueError(
-                "optim.nesterov=true with optim.momentum=0: Nesterov's step looks along the momentum, give one"
+                "optim.nesterov=true with optim.momentum=0: Nesterov's step follows the momentum, give one"
             )
 
     def build(self, parameters: Iterable[Tensor] | Iterable[dict[str, Any]]) -> Optimizer:

@@ -74,15 +74,18 @@ class Schedule(OptionGroup):
         refuse_unused("schedule", self, declared or Schedule(), USED_BY)
         if self.name == "noam" and self.warmup == 0:
             raise ValueError(
-                "schedule.name=noam decays from the end of its warm-up: give schedule.warmup, e.g. 4000 or 0.1"
+                "schedule.name=noam decays from the end of its warm-up: "
+                "give schedule.warmup, e.g. 4000 or 0.1"
             )
         if self.name == "step" and not self.step_size > 0:
             raise ValueError(
-                f"schedule.step_size={self.step_size}: schedule.name=step needs steps (1, 2, ...) or a fraction below 1"
+                f"schedule.step_size={self.step_size}: "
+                "schedule.name=step needs steps (1, 2, ...) or a fraction below 1"
             )
         if self.name == "multistep" and not self.milestones:
             raise ValueError(
-                "schedule.name=multistep needs schedule.milestones, e.g. [1000, 2000] (steps) or [0.5, 0.8] (of the run)"
+                "schedule.name=multistep needs schedule.milestones, "
+                "e.g. [1000, 2000] (steps) or [0.5, 0.8] (of the run)"
             )
         if self.name == "plateau" and self.gamma == 1:
             raise ValueError(

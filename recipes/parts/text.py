@@ -79,8 +79,9 @@ class Text(OptionGroup):
         for name, size in {"train": train, **sizes}.items():
             if 0 < size <= self.block or (size == 0 and getattr(self, name, 1) > 0):
                 raise ValueError(
-                    f"data.{name} is {size} tokens of {len(tokens)}: a window needs data.block + 1 = {self.block + 1}; "
-                    f"give a larger share, a smaller block, or 0 to go without"
+                    f"data.{name} is {size} tokens of {len(tokens)}: "
+                    f"a window needs data.block + 1 = {self.block + 1}; "
+                    "give a larger share, a smaller block, or 0 to go without"
                 )
         return Splits(
             train=self._windows(tokens[:train]),

@@ -1,4 +1,4 @@
-"""A method that belongs to another framework, or an old name, is answered with ours; helpers are left alone."""
+"""Another framework's method, or an old name, is answered with ours; helpers are left alone."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ def test_a_name_that_nothing_calls(tmp_path: Path, base: str, signature: str, ou
         "    def losses(self): return {'model': lambda models, batch: self.forward(models, batch)}\n"
         "    def forward(self, models, batch): ...\n",
         # ours is there too
-        "class Mine(Recipe):\n    def loss(self, model, batch): ...\n    def training_step(self, batch): ...\n",
+        "class Mine(Recipe):\n    def loss(self, model, batch): ...\n"
+        "    def training_step(self, batch): ...\n",
         "class Mine(Recipe):\n    def losses(self): ...\n    def compute_loss(self): ...\n",
         # an option
         "class Mine(Recipe):\n    score: float = 0.5\n    count: int = 3\n",

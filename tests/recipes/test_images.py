@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 from recipes.parts.data import Dataset
+from recipes.parts.image_datasets import InMemoryImages
 from recipes.parts.image_files import CIFAR10_FILES, MNIST_FILES, find_idx, read_digits
-from recipes.parts.images import Images, InMemory
+from recipes.parts.images import Images
 from tests.recipes.checking import check_options
 
 
@@ -49,7 +50,7 @@ def test_splits_hold_each_digit_once() -> None:
     parts = [part for part in (splits.train, splits.val, splits.test) if part]
     held = sorted(tuple(sample(part, i)[0].flatten().tolist()) for part in parts for i in range(len(part)))
     pixels, _ = read_digits()
-    dataset = InMemory(pixels, torch.zeros(len(pixels)), Images(), None)
+    dataset = InMemoryImages(pixels, torch.zeros(len(pixels)), Images(), None)
     assert held == sorted(tuple(dataset[i][0].flatten().tolist()) for i in range(len(dataset)))
 
 
