@@ -25,7 +25,7 @@ class OptionGroup:
     """
 
     def check(self, declared: Self | None = None) -> None:
-        """Raise ValueError or FileNotFoundError for options that cannot work together, without importing torch.
+        """Raise ValueError or FileNotFoundError for options that cannot work together. Imports no torch.
 
         `declared` is what the recipe has for them, which is not held against the user.
         """
