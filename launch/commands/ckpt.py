@@ -1,8 +1,8 @@
 """Look into the checkpoints of a run, and take weights out of them.
 
-PATH, A and B are a checkpoint (runs/a/checkpoints/step-00000100) or a run (runs/a: its newest checkpoint). Works
-while the run goes on, on any machine that sees its files, whatever the strategy and the number of ranks that wrote
-them.
+PATH, A and B are a checkpoint (runs/a/checkpoints/step-00000100) or a run (runs/a: its newest checkpoint).
+Works while the run goes on, on any machine that sees its files, whatever the strategy and the number of ranks
+that wrote them.
 """
 
 from __future__ import annotations

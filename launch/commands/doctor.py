@@ -4,11 +4,12 @@
     srun --ntasks-per-node=1 rankzero doctor                all nodes of a SLURM job
     torchrun --nproc_per_node=8 -m launch doctor            the ranks as a run has them
 
-Tells whether all ranks come, names, interfaces and the port are right, versions and code are equal, which GPU each
-rank gets and who else is on it; shared memory, limits, CPUs, disk, one folder for all nodes, clocks, and how fast
-neighbours exchange data against what the link should give: the ring of the nodes, not every pair. One table, and
-the fix under whatever is not well. Where nodes cannot reach each other torchrun itself waits: srun, or RANK,
-WORLD_SIZE, MASTER_ADDR and MASTER_PORT set by hand on each node, tells why.
+Checks whether all ranks join; host names, network interfaces and the port; whether versions and code are
+equal; which GPU each rank gets, and which other processes use it; shared memory, limits, CPUs, disk, one
+directory for all nodes, clocks; and measures the bandwidth between neighboring ranks (a ring, not every pair)
+against what the link should give. Prints one table, with the fix under each warning and failure. Where nodes
+cannot reach each other torchrun itself waits without a word: srun, or RANK, WORLD_SIZE, MASTER_ADDR and
+MASTER_PORT set by hand on each node, shows why.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ class DoctorOptions:
     """What `rankzero doctor` takes."""
 
     run_dir: str = "."
-    """the folder to try, such as /scratch/me/runs"""
+    """the directory to try, such as /scratch/me/runs"""
     timeout: Annotated[float, Gt(0), Lt(3600)] = 20.0
     """seconds to wait for the other ranks"""
 
 
 def main(argv: list[str]) -> NoReturn:
-    """Check; the process ends with the exit code, the same on all ranks that met."""
+    """Check; the process ends with the exit code, the same on all ranks that joined."""
     check_ranks.end_on_signals()
     arguments = read_command(argv, __doc__, DoctorOptions, name="doctor", on_ranks=True, exits=EXITS)
     options, world, environment = arguments.options, arguments.world, dict(os.environ)

@@ -3,9 +3,10 @@
     rankzero parity recipe=gpt
     rankzero parity recipe=./mine.py precision=bf16 ranks=4 strategies=ddp,fsdp compare=20
 
-Makes the first steps of the run as a single process, then under each strategy on several processes that it starts
-itself, with gradient accumulation over 1 and 4 micro-batches, with clipping and with activation checkpointing, on
-the same global batches; prints how far losses, gradient norms and final weights lie apart. Works without a GPU.
+Makes the first steps of the run as a single process, then under each strategy on several processes that it
+starts itself, with gradient accumulation over 1 and 4 micro-batches, with clipping and with activation
+checkpointing, on the same global batches; prints how far losses, gradient norms and final weights lie apart.
+Works without a GPU.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from annotated_types import Ge
 from launch.cli.command import Arguments, read_command, report_mistakes
 from launch.cli.exits import ExitCode
 from launch.equivalence import parity
-from launch.equivalence.common import choose_strategies, without
 from launch.equivalence.parity_cases import Comparison
+from launch.equivalence.run_arguments import choose_strategies, drop_keys
 from strategies import STRATEGIES
 from strategies.options import PositiveInt
 
@@ -53,4 +54,4 @@ def comparison_of(arguments: Arguments[ParityOptions]) -> tuple[Comparison, list
     everywhere = [name for name in STRATEGIES if name != "single"]
     strategies = choose_strategies(options.strategies, everywhere, everywhere)
     comparison = Comparison(ranks=options.ranks, steps=options.compare, strategies=strategies)
-    return comparison, without(arguments.run_argv, ["strategy"])
+    return comparison, drop_keys(arguments.run_argv, ["strategy"])

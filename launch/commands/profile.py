@@ -4,10 +4,10 @@
     torchrun --nproc_per_node=2 -m launch profile recipe=gpt strategy=fsdp
     srun rankzero profile recipe=gpt strategy=fsdp
 
-Makes real steps of the run, on its real data, under torch.profiler. Tells what share of a step is computing,
-exposed communication (which no computing hides), copies between host and device, and idle, over all ranks; which
-operations take most; which keys may help. The trace opens in https://ui.perfetto.dev. Nothing is saved, evaluated
-or resumed: keys about that have no part in it.
+Makes real steps of the run, on its real data, under torch.profiler. Prints what share of a step is computing,
+exposed communication (no kernel computes at the same time), copies between host and device, and idle, over
+all ranks; the most expensive operations; and the keys that may help. The trace opens in
+https://ui.perfetto.dev. Nothing is saved, evaluated or resumed: keys about that have no effect.
 """
 
 from __future__ import annotations

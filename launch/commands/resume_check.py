@@ -1,22 +1,22 @@
-"""Prove on your own recipe and storage that a killed run goes on as if nothing had happened.
+"""Prove on your own recipe and storage that a killed run resumes as if nothing had happened.
 
     rankzero resume_check recipe=gpt
     rankzero resume_check recipe=./mine.py run_dir=/scratch/me ranks=2,4 all=true
     rankzero resume_check recipe=./mine.py strategies=ddp,fsdp compare=40
 
-Starts the real command (launch/run.py) again and again, shortened to `compare` steps. For each of `strategies`: a
-run without interruption; the same run, ended by `kill -9` behind its first half, at a random moment or in the
-middle of a save; then the same command once more, which resumes. Losses, gradient norms, learning rates and scores
-of all steps must be equal bit by bit, and so must the final weights. Then the checkpoint that the killed run left
-is read by the next strategy on another number of ranks: losses and gradient norms must stay within the tolerance
-of the precision (fp32: 1e-5).
+Starts the real command (launch/run.py) again and again, shortened to `compare` steps. For each of
+`strategies`: a run without interruption; the same run, ended by `kill -9` in its second half, at a random
+moment or in the middle of a save; then the same command once more, which resumes. Losses, gradient norms,
+learning rates and evaluation metrics of all steps must be equal bit by bit, and so must the final weights.
+Then the checkpoint that the killed run left is loaded by the next strategy on another number of ranks: losses
+and gradient norms must stay within the tolerance of the precision (fp32: 1e-5).
 
-Proved is what was run: this recipe, these steps, this storage, processes on this machine. Not proved: that the
-storage keeps what it has confirmed through a loss of power or on another node, nor that a longer run meets no
-state that the first steps lack.
+Proved is what was run: this recipe, these steps, this storage, processes on this machine. Not proved: that
+the storage keeps what it has confirmed through a loss of power or on another node, nor that a longer run has
+no state that the first steps lack.
 
-The check sets steps, epochs, resume, debug, checkpoint.every and log.every itself. Its runs lie in a new folder in
-run_dir (default: runs), removed if all passed.
+The check sets steps, epochs, resume, debug, checkpoint.every and log.every itself. Its runs lie in a new
+directory in run_dir (default: runs), removed if all passed.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from annotated_types import Ge
 from launch.cli.command import Arguments, read_command, report_mistakes
 from launch.cli.exits import ExitCode
 from launch.equivalence import resume_check
-from launch.equivalence.common import choose_strategies, without
 from launch.equivalence.kill_plan import Extent
+from launch.equivalence.run_arguments import choose_strategies, drop_keys
 from strategies import STRATEGIES
 
 EXITS = {ExitCode.DONE: "all passed", ExitCode.FAILED: "a row failed", ExitCode.INTERRUPTED: "interrupted"}
@@ -45,7 +45,7 @@ class ResumeCheckOptions:
     """numbers of processes, separated by commas: the first is that of the killed runs, the others only read
     (single: always one)
     """
-    strategies: list[str] = field(default_factory=lambda: list(resume_check.DEFAULT))
+    strategies: list[str] = field(default_factory=lambda: list(resume_check.DEFAULT_STRATEGIES))
     """those to kill and to read with, separated by commas"""
     compare: Annotated[int, Ge(4)] = 20
     """steps of each run"""
@@ -61,13 +61,13 @@ def main(argv: list[str]) -> int:
     )
     with report_mistakes():
         extent, run_argv = extent_of(arguments)
-        settings, run_argv = resume_check.agree(run_argv, extent)
+        settings, run_argv = resume_check.check_arguments(run_argv, extent)
     return resume_check.check_resume(extent, run_argv, settings)
 
 
 def extent_of(arguments: Arguments[ResumeCheckOptions]) -> tuple[Extent, list[str]]:
-    """How much to check, and the arguments of the run without what the check sets itself. Raises ValueError."""
+    """How much to check, and the arguments of the run without those the check sets. Raises ValueError."""
     options = arguments.options
-    strategies = choose_strategies(options.strategies, list(STRATEGIES), resume_check.DEFAULT)
+    strategies = choose_strategies(options.strategies, list(STRATEGIES), resume_check.DEFAULT_STRATEGIES)
     extent = Extent(options.ranks, strategies, options.compare, options.all)
-    return extent, without(arguments.run_argv, resume_check.REPLACED)
+    return extent, drop_keys(arguments.run_argv, resume_check.OVERRIDDEN_KEYS)

@@ -5,9 +5,9 @@
     rankzero train nproc=2 recipe=gpt strategy=fsdp precision=bf16 steps=500
     torchrun --nproc_per_node=2 launch/run.py recipe=gpt optim.lr=1e-3
 
-`strategy=single|ddp|fsdp|zero1|zero2|zero3` decides how the model is spread over the ranks; the numbers stay the
-same. A run is kept in run_dir (default runs/RECIPE/TIME-MARK); the same command with the same run_dir continues
-it. torchrun, srun and `accelerate launch` start launch/run.py, which is this command on each rank.
+`strategy=single|ddp|fsdp|zero1|zero2|zero3` decides how the model is spread over the ranks; the numbers stay
+the same. A run is kept in run_dir (default runs/RECIPE/TIME-MARK); the same command with the same run_dir
+continues it. torchrun, srun and `accelerate launch` start launch/run.py, which is this command on each rank.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from launch.diagnostics.exchange import Exchange
 from launch.diagnostics.rank_report import RankReport, group_by_node, node_leaders
 from launch.runtime.store import open_store, within
+from launch.runtime.torch_compat import all_gather_single
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]  # torch exports it, its stubs do not
@@ -157,8 +158,7 @@ def measure_collectives(
         def all_gather(size: int) -> Collective:
             tensor = torch.zeros(size // 4, device=device)
             output = torch.zeros(size // 4 * 2, device=device)
-            # the second is what torch calls it before 2.14, and deprecates from then on
-            gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+            gather = all_gather_single()
             return lambda: gather(output, tensor)
 
         return bytes_per_second(all_reduce, device, backend), bytes_per_second(all_gather, device, backend)

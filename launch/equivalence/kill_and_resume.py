@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 from launch.checkpoint.directory import checkpoint_dir
-from launch.equivalence.common import for_strategy
 from launch.equivalence.compare_metrics import same_weights
 from launch.equivalence.kill_plan import Extent, KillPlan, plan_kills
 from launch.equivalence.observed_run import (
@@ -22,6 +21,7 @@ from launch.equivalence.observed_run import (
     step_seconds,
 )
 from launch.equivalence.resume_result import ResumeResult, compare_resumed
+from launch.equivalence.run_arguments import args_for_strategy
 from launch.equivalence.subprocesses import ProcessResult, RankLayout, run_process
 
 MAX_ATTEMPTS = 3
@@ -91,7 +91,7 @@ class ResumeChecker:
         """Make one run, with its line on the screen; if it failed by itself, with its own error."""
         self.run_number += 1
         print(f"{self.run_number:>3}/{self.num_runs}  {f'{layout}, {description}':<58}", end="", flush=True)
-        argv = [*for_strategy(self.argv, layout.strategy), *more]
+        argv = [*args_for_strategy(self.argv, layout.strategy), *more]
         process = run_process(
             argv, layout, run_dir=run_dir, environment=self.environment, kill_when=kill_when
         )

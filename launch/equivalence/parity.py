@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.cli.resolve import Settings
-from launch.equivalence.common import command, environment
 from launch.equivalence.parity_cases import Comparison, ParityCase, plan_cases
 from launch.equivalence.parity_result import compare_case
 from launch.equivalence.parity_table import print_parity
+from launch.equivalence.subprocesses import launch_command, subprocess_environment
 
 if TYPE_CHECKING:
     from launch.equivalence.parity_result import Trajectory
 
 
 def compare_strategies(settings: Settings, argv: list[str], comparison: Comparison) -> int:
-    """Run all cases of `argv`, without `strategy=`, and print how far they lie apart. Returns the exit code."""
+    """Run all cases of `argv` (without `strategy=`), print how far they lie apart; returns the exit code."""
     cases = plan_cases(settings, argv, comparison)
     with tempfile.TemporaryDirectory(prefix="parity-") as folder:
         trajectories = run_cases(cases, comparison, Path(folder))
@@ -48,7 +48,7 @@ def run_together(
 
     content = {"steps": comparison.steps, "cases": {case.name: case.argv for case in cases}}
     (folder / "cases.json").write_text(json.dumps(content))
-    program = command("equivalence/trajectory.py", ranks)
-    subprocess.run([*program, str(folder)], env=environment(comparison.ranks), check=False)
+    program = launch_command("equivalence/trajectory.py", ranks)
+    subprocess.run([*program, str(folder)], env=subprocess_environment(comparison.ranks), check=False)
     paths = {case.name: folder / f"{case.name}.safetensors" for case in cases}
     return {name: load_file(path) for name, path in paths.items() if path.exists()}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from launch.cli.resolve import Settings
-from launch.equivalence.common import for_strategy
+from launch.equivalence.run_arguments import args_for_strategy
 
 DEFAULT_MICRO_BATCH = 4
 """samples, where the recipe fixes none: batches must be equal, whatever the number of ranks"""
@@ -70,7 +70,7 @@ def plan_cases(settings: Settings, argv: Sequence[str], comparison: Comparison) 
             accumulation_steps=accumulation_steps,
             variant=variant,
             argv=(
-                *for_strategy(argv, strategy),
+                *args_for_strategy(argv, strategy),
                 f"strategy={strategy}",
                 f"batch_size={micro * comparison.ranks * accumulation_steps}",
                 f"micro_batch_size={micro}",

@@ -129,8 +129,8 @@ def describe_first_deviation(
         growth = describe_growth(by_step.tolist(), bad_steps[0], compare=bad_steps[0])
         since = f"from step {bad_steps[0] + 1} on{growth}"
     by_parameter = {
-        name: elementwise_deviation(own[f"print/{name}"], reference[f"print/{name}"])
-        for name in names_with(own, "print/")
+        name: elementwise_deviation(own[f"fingerprint/{name}"], reference[f"fingerprint/{name}"])
+        for name in names_with(own, "fingerprint/")
         if name not in noise
     }
     first_steps = [

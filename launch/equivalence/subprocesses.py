@@ -4,7 +4,9 @@ moment. Imports no torch.
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -14,15 +16,29 @@ from typing import Literal, NamedTuple
 
 import psutil
 
-from launch.equivalence.common import command
-
 HANG_TIMEOUT_S = 900.0
-"""without a new line of metrics.jsonl, after which a run counts as hung: longer than any step or evaluation"""
+"""without a new line of metrics.jsonl, after which a run counts as hung: any step or evaluation is shorter"""
 POLL_S = 0.001
 """between two looks at a run: a small checkpoint is written in ten times that"""
 SCAN_S = 0.5
 """between two scans of the processes that a run has started, which cost as much as ten looks each"""
 MAX_ERROR_LINES = 30
+LAUNCHER_VARIABLES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "GROUP_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "ROLE_RANK",
+    "ROLE_WORLD_SIZE",
+    "ROLE_NAME",
+    "SLURM_PROCID",
+    "SLURM_STEP_NUM_TASKS",
+)
+"""by which a launcher gives a process its rank: one around the command must not do so for its runs"""
 
 EndReason = Literal["exited", "killed", "hung"]
 
@@ -65,6 +81,28 @@ class ProcessResult:
         return lines[first:][:limit]
 
 
+def subprocess_environment(ranks: int) -> dict[str, str]:
+    """The environment of runs on at most so many ranks. Imports torch, to count the GPUs."""
+    import torch
+
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in LAUNCHER_VARIABLES and not name.startswith("TORCHELASTIC_")
+    }
+    # the same number of threads everywhere: sums are divided among them, and rounded differently otherwise
+    environment = {**inherited, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    if torch.cuda.device_count() < ranks:
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # fewer GPUs than ranks: all on the CPU
+    return environment
+
+
+def launch_command(program: str, ranks: int) -> list[str]:
+    """How a user starts a file of `launch/`: under python, or on several ranks under torchrun."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return [sys.executable, *(torchrun if ranks > 1 else []), str(Path(__file__).parents[1] / program)]
+
+
 def run_process(
     argv: Sequence[str],
     layout: RankLayout,
@@ -82,7 +120,12 @@ def run_process(
     started, start = time.time(), time.monotonic()
     with log.open("w") as file:
         process = psutil.Popen(
-            [*command("run.py", layout.ranks), *argv, f"strategy={layout.strategy}", f"run_dir={run_dir}"],
+            [
+                *launch_command("run.py", layout.ranks),
+                *argv,
+                f"strategy={layout.strategy}",
+                f"run_dir={run_dir}",
+            ],
             env=dict(environment),
             stdin=subprocess.DEVNULL,
             stdout=file,

@@ -14,7 +14,8 @@ from strategies.world_info import WorldInfo
 
 
 def whole_model(strategy: Strategy, world: WorldInfo) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name, whole, on the host of rank zero; elsewhere empty. Collective.
+    """Parameters and persistent buffers by name, whole, on the host of rank zero; elsewhere empty.
+    Collective.
 
     Put together from `Strategy.state` of all ranks, one tensor at a time.
     """
@@ -32,7 +33,8 @@ def whole_model(strategy: Strategy, world: WorldInfo) -> dict[str, Tensor]:
 
 
 def fingerprints(strategy: Strategy, world: WorldInfo) -> dict[str, Tensor]:
-    """One number (float64) for each floating-point tensor of a model, that moves when any element does. Collective.
+    """One number (float64) for each floating-point tensor of a model, that moves when any element does.
+    Collective.
 
     A weighted sum over all elements, summed over the slices that each rank holds: nothing is gathered.
     """

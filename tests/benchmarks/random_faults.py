@@ -33,7 +33,6 @@ import psutil
 from launch.checkpoint.directory import checkpoints_dir, list_checkpoints
 from launch.cli.faults import FAULT_KINDS
 from launch.cli.keys import read_argv
-from launch.equivalence.common import environment
 from launch.equivalence.compare_metrics import (
     describe_unpaired,
     describe_wrong_steps,
@@ -42,7 +41,7 @@ from launch.equivalence.compare_metrics import (
     training_steps,
 )
 from launch.equivalence.observed_run import is_saving, last_saved_step, read_metrics, resumed_from
-from launch.equivalence.subprocesses import ProcessResult, RankLayout, run_process
+from launch.equivalence.subprocesses import ProcessResult, RankLayout, run_process, subprocess_environment
 
 STEPS, EVERY, HANG = 30, 4, 8
 RECIPE = Path(__file__).parents[1] / "launch" / "tiny.py"
@@ -180,7 +179,7 @@ def life(
     """
     temporary = run_dir.with_name(f"{run_dir.name}.tmp")
     temporary.mkdir(parents=True, exist_ok=True)
-    places = {**environment(layout.ranks), MARK: str(run_dir), "TMPDIR": str(temporary)}
+    places = {**subprocess_environment(layout.ranks), MARK: str(run_dir), "TMPDIR": str(temporary)}
     return run_process([*WORDS, *words], layout, run_dir=run_dir, environment=places, kill_when=kill_when)
 
 

@@ -24,7 +24,6 @@ from launch.checkpoint.directory import list_checkpoints, step_of
 from launch.checkpoint.manifest import DamagedCheckpoint
 from launch.checkpoint.reader import Checkpoint
 from launch.cli.keys import read_argv
-from launch.equivalence.common import environment
 from launch.equivalence.compare_metrics import (
     describe_unpaired,
     describe_wrong_steps,
@@ -40,7 +39,7 @@ from launch.equivalence.observed_run import (
     resumed_from,
     step_seconds,
 )
-from launch.equivalence.subprocesses import ProcessResult, RankLayout, run_process
+from launch.equivalence.subprocesses import ProcessResult, RankLayout, run_process, subprocess_environment
 
 EVERY, KEEP = 3, 2
 WORDS = (
@@ -76,7 +75,7 @@ def main(words: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="kills-") as folder:
         whole, killed = Path(folder) / "whole", Path(folder) / "killed"
         asked = [*WORDS, f"eval.every={kills * STEPS_A_KILL}", f"steps={kills * STEPS_A_KILL}"]
-        one_life = partial(run_process, asked, layout, environment=environment(layout.ranks))
+        one_life = partial(run_process, asked, layout, environment=subprocess_environment(layout.ranks))
         problems = (
             [f"the run that nobody killed: {ended.problem}"]
             if (ended := one_life(run_dir=whole)).problem

@@ -15,11 +15,10 @@ from launch.cli.command import read_arguments
 from launch.cli.resolve import Settings
 from launch.commands.resume_check import ResumeCheckOptions, extent_of
 from launch.equivalence import subprocesses
-from launch.equivalence.common import environment
 from launch.equivalence.kill_plan import Extent, plan_kills
 from launch.equivalence.observed_run import last_logged_step
-from launch.equivalence.resume_check import agree
-from launch.equivalence.subprocesses import RankLayout, run_process
+from launch.equivalence.resume_check import check_arguments
+from launch.equivalence.subprocesses import RankLayout, run_process, subprocess_environment
 from tests.launch.processes import FOLDER_VARIABLE, TINY, descendants, rankzero
 
 FIT = (f"recipe={TINY}:Fit", "workers=0", "batch_size=16")
@@ -68,7 +67,7 @@ def extent(*words: str) -> tuple[Extent, list[str]]:
 def agreed(*words: str) -> tuple[Settings, list[str]]:
     """What would be run."""
     own, others = extent(*words)
-    return agree(others, own)
+    return check_arguments(others, own)
 
 
 # what is asked for ------------------------------------------------------------------------------------------
@@ -151,7 +150,7 @@ def test_all_is_every_pair() -> None:
 def test_a_kill_leaves_nothing_alive(tmp_path: Path) -> None:
     words = (f"recipe={TINY}:Broken", "pause=0.1", "workers=1", "steps=1000", "log.every=1")
     run_dir = tmp_path / "run"
-    marked = environment(2) | {FOLDER_VARIABLE: str(tmp_path)}
+    marked = subprocess_environment(2) | {FOLDER_VARIABLE: str(tmp_path)}
     ended = run_process(
         words,
         RankLayout("ddp", 2),
@@ -165,7 +164,7 @@ def test_a_kill_leaves_nothing_alive(tmp_path: Path) -> None:
 
 def test_a_run_that_makes_no_step_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocesses, "HANG_TIMEOUT_S", 0.5)
-    marked = environment(1) | {FOLDER_VARIABLE: str(tmp_path)}
+    marked = subprocess_environment(1) | {FOLDER_VARIABLE: str(tmp_path)}
     ended = run_process(
         [f"recipe={TINY}:Broken", "steps=1"],
         RankLayout("single", 1),
