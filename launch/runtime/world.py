@@ -34,8 +34,8 @@ class World:
 def find_world(environment: Mapping[str, str], launcher: str = "auto") -> World:
     """The world that the environment describes, in the way of `launcher` if it could be read in several.
 
-    `launcher=environment` is whoever sets RANK and WORLD_SIZE, `python` nobody: one process. Raises ValueError
-    for a world that cannot be.
+    `environment` is whoever sets RANK and WORLD_SIZE, `python` nobody: one process. Raises ValueError for a
+    world that cannot be.
     """
     numbers = {name: int(value) for name, value in environment.items() if value.isdecimal()}
     detected = {

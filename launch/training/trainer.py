@@ -77,8 +77,9 @@ def agree_on_run_dir(config: Config, world: World, run_dir: Path) -> Path:
 def drive(
     run: Run, run_dir: Path, origin: str, stop: StopRequest, watchdog: Watchdog, startup: StartupTimer
 ) -> str:
-    """Train, test, export the weights, summarize. Collective. Returns why the run was stopped before its end;
-    empty if it was not.
+    """Train, then test and export. Collective. Returns why the run was stopped before its end; empty if it
+    was
+    not.
     """
     installed = versions()
     console = Console(run.world.rank == 0, lines=bool(run.config.debug))
@@ -94,23 +95,31 @@ def drive(
     try:
         train(run, metrics, checkpoints, requests)
         finish(run, metrics, checkpoints, requests)
-        if not requests.stop and run.splits.test is not None:
-            scores = evaluate(run, run.splits.test, requests)
-            if scores is not None:
-                metrics.evaluation(scores, "test")
-        if not requests.stop:
-            timing = list(metrics.timer.summary())
-            if run.world.rank == 0:
-                run.phase.enter("export")
-                with Checkpoint(list_checkpoints(run_dir)[-1]) as newest:
-                    export_weights(newest, run_dir / "model.safetensors", on_progress=run.phase.tick)
-            console.summary(run, metrics, timing)
+        evaluate_and_export(run, run_dir, metrics, requests, console)
         metrics.close()
     except Exception:
         metrics.abort()
         checkpoints.wait_briefly()
         raise
     return requests.stop_reason
+
+
+def evaluate_and_export(
+    run: Run, run_dir: Path, metrics: Metrics, requests: Requests, console: Console
+) -> None:
+    """Evaluate the test split, write model.safetensors, print the summary; not after a stop. Collective."""
+    if not requests.stop and run.splits.test is not None:
+        scores = evaluate(run, run.splits.test, requests)
+        if scores is not None:
+            metrics.evaluation(scores, "test")
+    if requests.stop:
+        return
+    timing = list(metrics.timer.summary())
+    if run.world.rank == 0:
+        run.phase.enter("export")
+        with Checkpoint(list_checkpoints(run_dir)[-1]) as newest:
+            export_weights(newest, run_dir / "model.safetensors", on_progress=run.phase.tick)
+    console.summary(run, metrics, timing)
 
 
 def exit_code(why_stopped: str, run: Run, run_dir: Path) -> int:
@@ -120,21 +129,16 @@ def exit_code(why_stopped: str, run: Run, run_dir: Path) -> int:
     if run.world.rank == 0:
         step = run.progress.step
         write_stop_file(run_dir, {"step": step, "reason": why_stopped})
-        print(
-            f"rankzero: stopped ({why_stopped}); step {step} is saved, the same command with "
-            f"run_dir={run_dir} "
-            "goes on",
-            file=sys.stderr,
-        )
+        again = f"the same command with run_dir={run_dir} continues"
+        print(f"rankzero: stopped ({why_stopped}); step {step} is saved, {again}", file=sys.stderr)
     return ExitCode.STOPPED
 
 
 def identity(settings: Settings) -> str:
     """What this rank was asked to do: the same text on all ranks."""
     source = Path(inspect.getsourcefile(type(settings.recipe)) or "")
-    return json.dumps(
-        [to_dict(settings.config), to_dict(settings.recipe), source.read_text() if source.is_file() else ""]
-    )
+    code = source.read_text() if source.is_file() else ""
+    return json.dumps([to_dict(settings.config), to_dict(settings.recipe), code])
 
 
 def load_or_resume(run: Run, run_dir: Path) -> str:

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, NoReturn
 import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]  # its stubs forget it
 
+from launch.cli.exits import ExitCode
+from launch.runtime.process_exit import exit_at_once
 from launch.runtime.rendezvous import RendezvousError, heartbeat_key, meet
 from launch.runtime.restarts import reexec
 from launch.runtime.store import is_open, rendezvous_endpoint, wait_for
@@ -210,7 +212,7 @@ class Watchdog:
                 restart = self.follow(report, store)
         if restart:
             reexec(self.run_dir)
-        exit_failed()
+        exit_at_once(ExitCode.FAILED)
 
     def lead(self, report: FailureReport, store: Store) -> bool:
         """On rank zero: print the report and wait until the others have read it, before the store goes with
@@ -253,7 +255,7 @@ class Watchdog:
             except OSError as error:  # the restarted run would begin with the size that did not fit
                 problem = f"{report.message}; but {self.run_dir} cannot be written to: {error}"
                 print(f"rankzero: {problem}", file=sys.stderr, flush=True)
-                exit_failed()
+                exit_at_once(ExitCode.FAILED)
             print(render(report, None), file=sys.stderr, flush=True)
         elif self.run_dir is None or write_once(report, self.run_dir):
             print(render(report, self.run_dir), file=sys.stderr, flush=True)
@@ -262,10 +264,3 @@ class Watchdog:
 def restarting_key(rank: int) -> str:
     """Where a rank says that it restarts."""
     return f"restarting/{rank}"
-
-
-def exit_failed() -> NoReturn:
-    """End this process with exit code 1, at once: a clean exit would wait for collectives that never end."""
-    with suppress(OSError, ValueError):
-        sys.stdout.flush()
-    os._exit(1)
