@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -42,8 +43,8 @@ class Run:
     """by data set: their processes, if any, last from one evaluation to the next"""
     stop_at: int | None = None
     """a step to end at before the run's full length (debug mode)"""
-    before_backward: Callable[[Tensor], object] | None = None
-    """called with the loss of each micro-batch before its backward pass (debug mode)"""
+    backward_context: Callable[[Tensor], AbstractContextManager[object]] = nullcontext
+    """called with the loss of each micro-batch; its backward pass is made within (debug mode)"""
 
     @property
     def models(self) -> dict[str, nn.Module]:

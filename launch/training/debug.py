@@ -13,7 +13,7 @@ import pdb
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -95,7 +95,7 @@ def examine(run: Run, console: Console) -> None:
     rebuild(run, run.config)
     # fp16 overflows on purpose until its loss scale has settled, and some recipes leave such steps out
     if run.config.precision != "fp16" and not run.recipe.skip_nonfinite:
-        run.before_backward = detect_nan_gradients
+        run.backward_context = detect_nan_gradients
 
 
 def first_micro_batches(split: Dataset | None, run: Run) -> Dataset | None:
@@ -112,14 +112,13 @@ def rebuild(run: Run, config: Config) -> None:
     run.statistics = RunningStatistics(strategy.module for strategy in run.strategies.values())
 
 
-def detect_nan_gradients(loss: Tensor) -> None:
-    """Let the backward pass that follows name the operation whose gradient is the first NaN, if `loss` is
-    finite.
+def detect_nan_gradients(loss: Tensor) -> AbstractContextManager[object]:
+    """Let the backward pass within name the operation whose gradient is the first NaN, if `loss` is finite.
 
     A NaN in the forward pass is left to the loop, which names the module; backward could only blame the loss
     function.
     """
-    torch.autograd.set_detect_anomaly(True, check_nan=bool(loss.isfinite()))
+    return torch.autograd.set_detect_anomaly(True, check_nan=bool(loss.isfinite()))
 
 
 # after an exception -----------------------------------------------------------------------------------------

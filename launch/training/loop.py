@@ -81,9 +81,8 @@ def train_step(run: Run, batches: list[Batch]) -> tuple[dict[str, Tensor], dict[
                 loss = loss_function(run.models, batch)
                 run.phase.enter("backward")
                 num_items = items.wait()
-                if run.before_backward is not None:
-                    run.before_backward(loss)
-                strategy.backward(loss / num_items)
+                with run.backward_context(loss):
+                    strategy.backward(loss / num_items)
             loss_sum += loss.detach()
         losses[name] = loss_sum / num_items
         if run.sync_every_step and not check_loss(run, name, all_reduce_sum(losses[name]), batches):
