@@ -14,8 +14,8 @@ import pytest
 
 from launch.cli.config import Config
 from launch.cli.keys import keys_of
-from tests.launch.jobs import undisturbed
 from tests.launch.processes import COMMAND_TIMEOUT_S, ROOT, run_command
+from tests.launch.runs import uninterrupted_losses
 
 README = (ROOT / "README.md").read_text()
 SHORT = {  # nothing is evaluated, and the largest model is small
@@ -55,7 +55,7 @@ def test_the_recipe_has_about_forty_lines() -> None:
 
 def test_the_recipe_trains_alike_on_one_and_two_ranks(folder: Path) -> None:
     words = (f"recipe={folder / 'mine.py'}", "steps=20")
-    one, two = (undisturbed(folder / str(ranks), *words, ranks=ranks) for ranks in (1, 2))
+    one, two = (uninterrupted_losses(folder / str(ranks), *words, ranks=ranks) for ranks in (1, 2))
     assert len(one) == 20
     assert two == pytest.approx(one, rel=1e-5)
 

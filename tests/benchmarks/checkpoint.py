@@ -35,7 +35,7 @@ from launch.runtime.files import CHUNK
 from launch.state.run import Run
 from launch.training.loop import between_steps, finish, save, set_learning_rate, train_step
 from tests.benchmarks.dense_run import Dense, prepared
-from tests.launch.jobs import LoopParts
+from tests.launch.runs import LoopParts
 
 ROOT = Path(__file__).resolve().parents[2]
 WIDTH = 2048

@@ -25,7 +25,7 @@ from launch.state.run import Run
 from launch.training.loop import finish
 from recipes.base import Recipe
 from recipes.parts.data import Batch, Splits
-from tests.launch.jobs import LoopParts, loop_parts
+from tests.launch.runs import LoopParts, loop_parts
 
 
 @dataclass(kw_only=True)

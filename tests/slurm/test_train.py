@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.jobs import series, undisturbed
 from tests.launch.processes import ROOT, TINY
+from tests.launch.runs import metric_values, uninterrupted_losses
 from tests.slurm.cluster import SCRIPT, Cluster, until
 
 WORDS = ("batch_size=32", "micro_batch_size=16", "workers=0", "checkpoint.every_minutes=null")
@@ -21,12 +21,12 @@ NODES = "--nodes=2 --cpus-per-task=1"
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     """The losses of one process without SLURM."""
-    return undisturbed(tmp_path_factory.mktemp("alone") / "run", *FIT)
+    return uninterrupted_losses(tmp_path_factory.mktemp("alone") / "run", *FIT)
 
 
 def steps(run_dir: Path) -> int:
     """The optimizer steps that are recorded."""
-    return len(series(run_dir)) if (run_dir / "metrics.jsonl").exists() else 0
+    return len(metric_values(run_dir)) if (run_dir / "metrics.jsonl").exists() else 0
 
 
 def begun(cluster: Cluster, folder: Path, *words: str, options: str = NODES) -> str:
@@ -47,7 +47,7 @@ def test_two_nodes_train_as_one_process(
     number = cluster.submit(*FIT, "run_dir=run", *words, cwd=tmp_path, options=NODES)
     printed = cluster.done(number)
     assert "2 rank(s) on 2 node(s)" in printed
-    assert series(tmp_path / "run") == pytest.approx(
+    assert metric_values(tmp_path / "run") == pytest.approx(
         alone, rel=1e-5
     )  # fp32: the ranks' sums are added in another order
 
@@ -64,7 +64,7 @@ def test_srun_within_salloc(cluster: Cluster, alone: list[float], tmp_path: Path
     )
     ended = cluster.call("salloc", "--nodes=2", *run, cwd=tmp_path)
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert series(tmp_path / "run") == pytest.approx(alone, rel=1e-5)
+    assert metric_values(tmp_path / "run") == pytest.approx(alone, rel=1e-5)
 
 
 def test_a_requeued_run_goes_on_bit_by_bit(cluster: Cluster, tmp_path: Path) -> None:
@@ -80,7 +80,9 @@ def test_a_requeued_run_goes_on_bit_by_bit(cluster: Cluster, tmp_path: Path) -> 
     until(lambda: steps(tmp_path / "run") > before, "the run goes on")
     cluster.ask("scancel", "--signal=USR1", number)
     assert cluster.wait(number, "COMPLETED")["Restarts"] == "2"
-    assert series(tmp_path / "run") == undisturbed(tmp_path / "straight", *LONG, *words, ranks=2)
+    assert metric_values(tmp_path / "run") == uninterrupted_losses(
+        tmp_path / "straight", *LONG, *words, ranks=2
+    )
 
 
 def test_a_cancelled_run_is_over(cluster: Cluster, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ from tests.benchmarks.gpu_rows.optimizations import (
 from tests.benchmarks.gpu_rows.timing import free_gpu_memory, timed_window
 from tests.benchmarks.loops import CLIP_NORM
 from tests.benchmarks.loops.paired_runs import redirect_output
-from tests.launch.jobs import LoopParts, loop_parts
+from tests.launch.runs import LoopParts, loop_parts
 
 COMPARISONS = (("gpt", "single"), ("gpt", "ddp"), ("gpt", "fsdp"), ("gpt", "zero2"), ("resnet", "single"))
 AIM = "<= 1.005"

@@ -20,7 +20,7 @@ from launch.training.loop import finish, train
 from launch.watchdog.watchdog import Watchdog
 from tests.benchmarks.loops import CLIP_NORM, Setting
 from tests.benchmarks.loops.workloads import Workload
-from tests.launch.jobs import loop_parts
+from tests.launch.runs import loop_parts
 
 NEVER = 10**9
 BARE: dict[str, Any] = {

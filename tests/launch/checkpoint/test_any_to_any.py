@@ -20,8 +20,8 @@ from launch.state.build import prepare
 from launch.state.run import Run
 from launch.training.loop import finish, save, set_learning_rate, train_step
 from tests import ranks
-from tests.launch.jobs import loop_parts
 from tests.launch.processes import TINY
+from tests.launch.runs import loop_parts
 from tests.ranks import run_ranks
 
 Phase = tuple[str, int]

@@ -24,7 +24,15 @@ from launch.checkpoint.writer import SaveError
 from launch.reporting.console import Console
 from launch.state.run import Run
 from launch.training.loop import finish, save, train
-from tests.launch.jobs import LoopParts, alone, job_of, lines_of, loop_parts, series, trained
+from tests.launch.runs import (
+    LoopParts,
+    loop_parts,
+    make_run,
+    metric_values,
+    read_metrics,
+    single_rank,
+    train_run,
+)
 from tests.ranks import CpuWorld, run_ranks
 
 WORDS = ("batch_size=16", "micro_batch_size=4", "steps=6", "checkpoint.every=2", "checkpoint.keep=2")
@@ -34,7 +42,7 @@ WORDS = ("batch_size=16", "micro_batch_size=4", "steps=6", "checkpoint.every=2",
 
 
 def life(world: CpuWorld, folder: Path, *words: str) -> None:
-    trained(job_of(world, "Fit", *WORDS, *words), folder)
+    train_run(make_run(world, "Fit", *WORDS, *words), folder)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +111,7 @@ DAMAGES: list[Callable[[Path, Path, random.Random], None]] = [
 def test_fifty_corruptions_are_found_before_a_tensor_is_read(
     run_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = job_of(alone(), "Fit", *WORDS)
+    run = make_run(single_rank(), "Fit", *WORDS)
     asked: list[Path] = []
     read = Checkpoint.read
     monkeypatch.setattr(
@@ -127,7 +135,7 @@ def test_fifty_corruptions_are_found_before_a_tensor_is_read(
 
 
 def resumed(world: CpuWorld, folder: Path, *words: str) -> int:
-    run = job_of(world, "Fit", *WORDS, *words)
+    run = make_run(world, "Fit", *WORDS, *words)
     resume(run, folder)
     return run.progress.step
 
@@ -149,13 +157,13 @@ def test_without_a_whole_one_the_run_does_not_start_afresh(run_dir: Path, tmp_pa
         with pytest.raises(
             ValueError, match=r"rank-0000\d.safetensors is missing .* no intact checkpoint is left"
         ):
-            resume(job_of(alone(), "Fit", *WORDS), tmp_path / "run")
+            resume(make_run(single_rank(), "Fit", *WORDS), tmp_path / "run")
 
 
 def test_going_back_within_a_run_is_refused(run_dir: Path) -> None:
     older, newest = directory.list_checkpoints(run_dir)
     with pytest.raises(ValueError, match=f"would mix two runs.* remove {newest}"):
-        resume(job_of(alone(), "Fit", *WORDS, f"resume={older}"), run_dir)
+        resume(make_run(single_rank(), "Fit", *WORDS, f"resume={older}"), run_dir)
 
 
 @pytest.mark.parametrize(
@@ -187,20 +195,20 @@ def test_a_manifest_that_cannot_be_true_is_refused(
 
 
 def test_saves_are_recorded_with_their_times(run_dir: Path) -> None:
-    lines = [line for line in lines_of(run_dir) if "checkpoint/blocking" in line]
+    lines = [line for line in read_metrics(run_dir) if "checkpoint/blocking" in line]
     assert [line["step"] for line in lines] == [2, 4, 6]
     assert all(line["checkpoint/bytes"] > 0 and line["checkpoint/write"] > 0 for line in lines)
 
 
 def test_what_is_saved_is_the_state_at_its_step(tmp_path: Path) -> None:
     """Training goes on while it is written: the copy must be complete before the next step."""
-    run = trained(
-        job_of(alone(), "Fit", *WORDS, "checkpoint.every=1", "checkpoint.keep=6"), tmp_path / "often"
+    run = train_run(
+        make_run(single_rank(), "Fit", *WORDS, "checkpoint.every=1", "checkpoint.keep=6"), tmp_path / "often"
     )
     for folder in directory.list_checkpoints(tmp_path / "often"):
-        stopped = job_of(alone(), "Fit", *WORDS)
+        stopped = make_run(single_rank(), "Fit", *WORDS)
         stopped.stop_at = directory.step_of(folder)
-        trained(stopped, tmp_path / folder.name)
+        train_run(stopped, tmp_path / folder.name)
         again = directory.list_checkpoints(tmp_path / folder.name)[-1]
         assert Manifest.read(folder).files[0].digest == Manifest.read(again).files[0].digest
     assert run.progress.step == 6
@@ -208,7 +216,7 @@ def test_what_is_saved_is_the_state_at_its_step(tmp_path: Path) -> None:
 
 def on_the_clock(world: CpuWorld, folder: Path) -> list[str]:
     words = ("checkpoint.every=1000", "checkpoint.every_minutes=0.00001", "checkpoint.keep=9")
-    trained(job_of(world, "Fit", *WORDS, *words), folder, period=0.0)
+    train_run(make_run(world, "Fit", *WORDS, *words), folder, period=0.0)
     return [path.name for path in directory.list_checkpoints(folder)]
 
 
@@ -222,7 +230,7 @@ def test_it_saves_by_the_clock_too(tmp_path: Path, world_size: int) -> None:
 
 
 def once_overdue(world: CpuWorld, folder: Path) -> list[str]:
-    run = job_of(world, "Fit", *WORDS, "checkpoint.every=1000", "checkpoint.keep=9")
+    run = make_run(world, "Fit", *WORDS, "checkpoint.every=1000", "checkpoint.keep=9")
     if world.rank == 0:
         folder.mkdir()
     parts = loop_parts(run, folder)
@@ -252,7 +260,7 @@ def interrupted(world: CpuWorld, folder: Path, trouble: str) -> tuple[list[str],
     """A save before, one during and one after some trouble; the checkpoints after the second and after the
     third.
     """
-    run = job_of(world, "Fit", *WORDS)
+    run = make_run(world, "Fit", *WORDS)
     parts = loop_parts(run, folder, Console(world.rank == 0))
     step(run, parts)
     parts.metrics.checkpoint(parts.checkpoints.wait())
@@ -290,7 +298,7 @@ def test_a_save_that_fails_costs_nothing_but_itself(tmp_path: Path, trouble: str
 
 
 def test_a_run_whose_last_save_fails_does_not_end_well(tmp_path: Path) -> None:
-    run = job_of(alone(), "Fit", *WORDS, "checkpoint.every=4", "steps=6")
+    run = make_run(single_rank(), "Fit", *WORDS, "checkpoint.every=4", "steps=6")
     parts = loop_parts(run, tmp_path, Console(True))
     run.stop_at = 4
     train(run, *parts)
@@ -304,7 +312,7 @@ def test_a_run_whose_last_save_fails_does_not_end_well(tmp_path: Path) -> None:
         ):
             finish(run, *parts)
     assert [path.name for path in directory.list_checkpoints(tmp_path)] == ["step-00000004"]
-    assert len(series(tmp_path)) == 6
+    assert len(metric_values(tmp_path)) == 6
 
 
 # kept -------------------------------------------------------------------------------------------------------
@@ -325,10 +333,10 @@ def test_the_newest_is_kept_whatever_lies_behind_it(run_dir: Path, tmp_path: Pat
     """A run that went back must not lose its only good checkpoint to a newer one that is damaged."""
     shutil.copytree(run_dir, tmp_path / "run")
     os.truncate(directory.list_checkpoints(tmp_path / "run")[-1] / "rank-00000.safetensors", 10)
-    run = job_of(alone(), "Fit", *WORDS, "checkpoint.every=5", "checkpoint.keep=1")
+    run = make_run(single_rank(), "Fit", *WORDS, "checkpoint.every=5", "checkpoint.keep=1")
     resume(run, tmp_path / "run")
     run.stop_at = 5
-    trained(run, tmp_path / "run")
+    train_run(run, tmp_path / "run")
     assert [path.name for path in directory.list_checkpoints(tmp_path / "run")] == ["step-00000005"]
 
 
@@ -339,8 +347,8 @@ def test_what_a_kill_left_is_swept_up(run_dir: Path, tmp_path: Path) -> None:
         (directory.checkpoints_dir(tmp_path / "run") / name / "rank-00000.safetensors").write_bytes(
             b"half of i"
         )
-    assert resumed(alone(), tmp_path / "run") == 6
-    loop_parts(job_of(alone(), "Fit", *WORDS), tmp_path / "run")
+    assert resumed(single_rank(), tmp_path / "run") == 6
+    loop_parts(make_run(single_rank(), "Fit", *WORDS), tmp_path / "run")
     assert sorted(path.name for path in directory.checkpoints_dir(tmp_path / "run").iterdir()) == [
         "step-00000004",
         "step-00000006",

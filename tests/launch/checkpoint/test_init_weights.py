@@ -19,7 +19,7 @@ from launch.checkpoint.init_weights import load_initial_weights
 from launch.equivalence.whole_model import whole_model
 from launch.state.run import Run
 from recipes.parts.data import Splits
-from tests.launch.jobs import alone, job_of, trained
+from tests.launch.runs import make_run, single_rank, train_run
 from tests.launch.tiny import FEATURES, Fit, Points
 from tests.ranks import CpuWorld, RanksFailed, run_ranks
 
@@ -29,8 +29,12 @@ Tensors = dict[str, Tensor]
 
 def tiny(recipe: str, *words: str, place: CpuWorld | None = None) -> Run:
     """A run of one of the recipes below."""
-    return job_of(
-        place or alone(), "", f"recipe=tests.launch.checkpoint.test_init_weights:{recipe}", *WORDS, *words
+    return make_run(
+        place or single_rank(),
+        "",
+        f"recipe=tests.launch.checkpoint.test_init_weights:{recipe}",
+        *WORDS,
+        *words,
     )
 
 
@@ -207,7 +211,7 @@ def test_a_tied_tensor_may_have_either_name(tmp_path: Path, name: str) -> None:
 
 
 def run_of(world: CpuWorld, recipe: str, strategy: str, folder: Path) -> Tensors:
-    return weights_of(trained(tiny(recipe, f"strategy={strategy}", place=world), folder))
+    return weights_of(train_run(tiny(recipe, f"strategy={strategy}", place=world), folder))
 
 
 def init_of(world: CpuWorld, recipe: str, strategy: str, path: Path, *words: str) -> tuple[str, Tensors]:
@@ -224,7 +228,7 @@ def test_a_run_or_its_checkpoint(tmp_path: Path) -> None:
         assert str(checkpoints[-1]) in said
         same(found, expected)
     # one model of two; and a model that ties no longer what was tied
-    said, found = init_of(alone(), "Untied", "single", tmp_path, "init_partial=true")
+    said, found = init_of(single_rank(), "Untied", "single", tmp_path, "init_partial=true")
     assert (
         "12 of 12 tensors, its names without 'student.'; not used by the model: 2 (teacher.bias, teacher.weight)"
         in said
@@ -246,14 +250,14 @@ def test_one_model_of_several(tmp_path: Path) -> None:
         ValueError,
         match=r"its names put under 'student.'; not in the file: 2 \(teacher.weight, teacher.bias\)",
     ):
-        init_of(alone(), "Two", "single", path)
-    _, found = init_of(alone(), "Two", "single", path, "init_partial=true")
+        init_of(single_rank(), "Two", "single", path)
+    _, found = init_of(single_rank(), "Two", "single", path, "init_partial=true")
     same(found, before | prefixed("student.", unique(elsewhere())))
     with pytest.raises(ValueError, match=r"fits in two ways, .*'student.' and .*'teacher.'"):
-        init_of(alone(), "Twins", "single", path, "init_partial=true")
+        init_of(single_rank(), "Twins", "single", path, "init_partial=true")
     torch.manual_seed(3)
     both = {"student": elsewhere().state_dict(), "teacher": nn.Linear(FEATURES, 1).state_dict()}
-    said, found = init_of(alone(), "Two", "single", saved(tmp_path / "both.pt", both))
+    said, found = init_of(single_rank(), "Two", "single", saved(tmp_path / "both.pt", both))
     assert "both.pt[student, teacher] (13 of 13 tensors)" in said
     same(found, prefixed("student.", unique(elsewhere())) | prefixed("teacher.", both["teacher"]))
 

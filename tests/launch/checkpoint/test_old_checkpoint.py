@@ -13,7 +13,7 @@ import pytest
 from launch.checkpoint.manifest import FORMAT_VERSION, Manifest
 from launch.checkpoint.reader import Checkpoint
 from launch.checkpoint.resume import resume
-from tests.launch.jobs import job_of, series, trained
+from tests.launch.runs import make_run, metric_values, train_run
 from tests.ranks import CpuWorld, run_ranks
 
 OLD = Path(__file__).with_name("data") / "checkpoints" / "step-00000003"
@@ -25,10 +25,10 @@ EVAL_LOSSES = [2.6141606171925864, 2.358227292696635]
 
 def continue_old(world: CpuWorld, strategy: str, run_dir: Path) -> int:
     """The rest of the run, in `run_dir`; returns the step from which on."""
-    run = job_of(world, "Fit", *KEYS, f"strategy={strategy}", f"resume={OLD}")
+    run = make_run(world, "Fit", *KEYS, f"strategy={strategy}", f"resume={OLD}")
     assert resume(run, run_dir) == OLD
     start = run.progress.step
-    trained(run, run_dir)
+    train_run(run, run_dir)
     return start
 
 
@@ -36,9 +36,9 @@ def continue_old(world: CpuWorld, strategy: str, run_dir: Path) -> int:
 def test_it_is_resumed_with_the_same_losses(tmp_path: Path, strategy: str, world_size: int) -> None:
     """Within 1e-5: another machine or number of ranks rounds otherwise."""
     assert run_ranks(world_size, continue_old, strategy, tmp_path) == [3] * world_size
-    assert series(tmp_path, "loss") == pytest.approx(LOSSES, rel=1e-5)
-    assert series(tmp_path, "grad_norm") == pytest.approx(GRAD_NORMS, rel=1e-5)
-    assert series(tmp_path, "eval/loss") == pytest.approx(EVAL_LOSSES, rel=1e-5)
+    assert metric_values(tmp_path, "loss") == pytest.approx(LOSSES, rel=1e-5)
+    assert metric_values(tmp_path, "grad_norm") == pytest.approx(GRAD_NORMS, rel=1e-5)
+    assert metric_values(tmp_path, "eval/loss") == pytest.approx(EVAL_LOSSES, rel=1e-5)
 
 
 def test_it_is_of_the_format_that_is_written_today() -> None:

@@ -15,8 +15,8 @@ from launch.checkpoint.directory import list_checkpoints
 from launch.checkpoint.manifest import Manifest
 from launch.checkpoint.reader import Checkpoint
 from launch.checkpoint.resume import resume
-from tests.launch.jobs import alone, job_of, lines_of, series, trained
 from tests.launch.processes import TINY, CommandResult, run_command, start_command, wait_for_command
+from tests.launch.runs import make_run, metric_values, read_metrics, single_rank, train_run
 from tests.launch.tiny import FEATURES
 from tests.ranks import CpuWorld, run_ranks
 
@@ -69,7 +69,7 @@ def test_the_killed_run_goes_on_bit_by_bit(
     expected, found = (
         [
             {name: value for name, value in line.items() if name not in changing}
-            for line in lines_of(folder / run)
+            for line in read_metrics(folder / run)
             if "checkpoint/write" not in line
         ]
         for run in ("whole", "killed")
@@ -134,7 +134,7 @@ def test_resume_path_starts_another_run_from_a_checkpoint(
     checkpointed = folder / "whole" / "checkpoints" / "step-00000010"
     ended = run_command(*COMMAND, "run_dir=branch", f"resume={checkpointed}", cwd=folder)
     assert ended.returncode == 0, ended.stderr
-    assert series(folder / "branch") == series(folder / "whole")[10:]
+    assert metric_values(folder / "branch") == metric_values(folder / "whole")[10:]
 
 
 WORDS = (
@@ -154,10 +154,10 @@ BATCHNORM, ADAM = ("optimizer=sgd",), ("batchnorm=false",)
 
 def life(world: CpuWorld, folder: Path, words: tuple[str, ...], stop_at: int | None) -> str:
     """A life of the run in `folder`, to its end or to `stop_at`; says where it started."""
-    run = job_of(world, "Fit", *WORDS, *words)
+    run = make_run(world, "Fit", *WORDS, *words)
     found = resume(run, folder)
     run.stop_at = stop_at
-    trained(run, folder)
+    train_run(run, folder)
     return "new" if found is None else found.name
 
 
@@ -182,10 +182,10 @@ def test_the_next_life_may_have_another_number_of_ranks(
     assert run_ranks(before, life, tmp_path / "run", words, 6)[0] == "new"
     assert run_ranks(after, life, tmp_path / "run", words, None)[0] == "step-00000006"
     for name in ("loss", "grad_norm", "eval/loss"):
-        assert series(tmp_path / "run", name) == pytest.approx(series(tmp_path / "whole", name), rel=1e-5), (
-            name
-        )
-    assert len(series(tmp_path / "whole")) == 10
+        assert metric_values(tmp_path / "run", name) == pytest.approx(
+            metric_values(tmp_path / "whole", name), rel=1e-5
+        ), name
+    assert len(metric_values(tmp_path / "whole")) == 10
     found, expected = progress(tmp_path / "run"), progress(tmp_path / "whole")
     assert found["best"] == pytest.approx(expected["best"], rel=1e-5)
     assert (found["step"], found["best_step"]) == (expected["step"], expected["best_step"])
@@ -204,8 +204,8 @@ def test_a_checkpoint_holds_the_running_statistics_of_all_ranks(tmp_path: Path) 
 
 
 def test_the_optimizer_comes_along(tmp_path: Path) -> None:
-    run = trained(job_of(alone(), "Fit", *WORDS), tmp_path)
-    again = job_of(alone(), "Fit", *WORDS)
+    run = train_run(make_run(single_rank(), "Fit", *WORDS), tmp_path)
+    again = make_run(single_rank(), "Fit", *WORDS)
     resume(again, tmp_path)
     for mine, theirs in zip(
         again.models["model"].parameters(), run.models["model"].parameters(), strict=True
@@ -227,21 +227,25 @@ def test_the_optimizer_comes_along(tmp_path: Path) -> None:
 def test_a_run_that_would_not_continue_the_curve_is_refused(
     tmp_path: Path, words: tuple[str, ...], message: str
 ) -> None:
-    trained(job_of(alone(), "Fit", *WORDS), tmp_path)
+    train_run(make_run(single_rank(), "Fit", *WORDS), tmp_path)
     with pytest.raises(ValueError, match=message):
-        resume(job_of(alone(), "Fit", *WORDS, *words), tmp_path)
+        resume(make_run(single_rank(), "Fit", *WORDS, *words), tmp_path)
 
 
 def test_the_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
-    trained(job_of(alone(), "Fit", *WORDS), tmp_path)
+    train_run(make_run(single_rank(), "Fit", *WORDS), tmp_path)
     with pytest.raises(ValueError, match=r"belongs to recipe=tests.launch.tiny:Fit, not tests"):
-        resume(job_of(alone(), "Sort", "steps=1", f"resume={tmp_path}"), tmp_path / "other")
+        resume(make_run(single_rank(), "Sort", "steps=1", f"resume={tmp_path}"), tmp_path / "other")
     with pytest.raises(ValueError, match="is not a checkpoint"):
-        resume(job_of(alone(), "Fit", "steps=1", f"resume={tmp_path / 'nowhere'}"), tmp_path / "other")
+        resume(
+            make_run(single_rank(), "Fit", "steps=1", f"resume={tmp_path / 'nowhere'}"), tmp_path / "other"
+        )
 
 
 def test_only_the_newest_are_kept_and_the_best(tmp_path: Path) -> None:
-    trained(job_of(alone(), "Fit", *WORDS, "checkpoint.every=1", "checkpoint.keep=2"), tmp_path / "newest")
+    train_run(
+        make_run(single_rank(), "Fit", *WORDS, "checkpoint.every=1", "checkpoint.keep=2"), tmp_path / "newest"
+    )
     assert [path.name for path in list_checkpoints(tmp_path / "newest")] == ["step-00000009", "step-00000010"]
     words = (
         "eval.every=2",
@@ -251,7 +255,7 @@ def test_only_the_newest_are_kept_and_the_best(tmp_path: Path) -> None:
         "checkpoint.best=true",
         "batchnorm=false",
     )
-    trained(
-        job_of(alone(), "Fit", *WORDS, *words), tmp_path / "best"
+    train_run(
+        make_run(single_rank(), "Fit", *WORDS, *words), tmp_path / "best"
     )  # no evaluation is better than the first
     assert [path.name for path in list_checkpoints(tmp_path / "best")] == ["step-00000002", "step-00000010"]

@@ -20,8 +20,8 @@ from launch.equivalence.trajectory import follow
 from launch.runtime.world import World
 from strategies.precision import contract
 from tests import ranks
-from tests.launch.jobs import world_of
 from tests.launch.processes import rankzero
+from tests.launch.runs import world_of
 
 THEIRS = """
 import os

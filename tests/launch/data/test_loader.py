@@ -18,13 +18,15 @@ from launch.data.loader import build_loader, default_workers
 from launch.data.prefetch import group_micro_batches
 from launch.data.sampler import EvalSampler, TrainSampler
 from launch.runtime.world import World
-from tests.launch.jobs import Draw, draws, pairs
+from tests.launch.runs import StreamSample, as_samples, stream_samples
 
 RANKS_AND_ACCUMULATION = [(1, 4), (2, 2), (4, 1)]
 BATCH, MICRO = 12, 3
 
 
-def global_batches(size: int, ranks: int, start: int, stop: int, seed: int = 0) -> list[list[list[Draw]]]:
+def global_batches(
+    size: int, ranks: int, start: int, stop: int, seed: int = 0
+) -> list[list[list[StreamSample]]]:
     """The micro-batches of each global batch by position, collected from the samplers of all ranks."""
     cuts = [
         BatchPlan(
@@ -33,7 +35,8 @@ def global_batches(size: int, ranks: int, start: int, stop: int, seed: int = 0) 
         for r in range(ranks)
     ]
     dealt = [
-        [pairs(draws) for draws in TrainSampler(size, batch_plan, seed, start, stop)] for batch_plan in cuts
+        [as_samples(draws) for draws in TrainSampler(size, batch_plan, seed, start, stop)]
+        for batch_plan in cuts
     ]
     batches = []
     for step in range(stop - start):
@@ -51,7 +54,7 @@ def global_batches(size: int, ranks: int, start: int, stop: int, seed: int = 0) 
 @pytest.mark.parametrize("size", [31, 36, 50, 5, 1])
 def test_the_order_does_not_depend_on_the_ranks_and_each_epoch_is_a_permutation(size: int) -> None:
     steps = -(-2 * size // BATCH) + 1
-    expected = draws(size, 0, 0, steps * BATCH)
+    expected = stream_samples(size, 0, 0, steps * BATCH)
     for ranks, _ in RANKS_AND_ACCUMULATION:
         batches = global_batches(size, ranks, 0, steps)
         assert all([len(micro) for micro in batch] == [MICRO] * (BATCH // MICRO) for batch in batches)
@@ -65,7 +68,9 @@ def test_the_order_does_not_depend_on_the_ranks_and_each_epoch_is_a_permutation(
     if size > 30:
         assert epochs[0] != epochs[1]
         assert epochs[0] != list(range(size))
-        assert epochs[0] != [index for _, index in draws(size, 1, 0, size)], "another seed, another order"
+        assert epochs[0] != [index for _, index in stream_samples(size, 1, 0, size)], (
+            "another seed, another order"
+        )
 
 
 @pytest.mark.parametrize("start", range(1, 9))
@@ -78,7 +83,7 @@ def test_any_step_is_where_the_stream_would_be(start: int) -> None:
 def test_a_huge_data_set_costs_nothing() -> None:
     batch_plan = BatchPlan(micro_batch_size=16, accumulation_steps=2, rank=3, world_size=64)
     sampler = TrainSampler(10**12, batch_plan, 0, 4 * 10**8, 5 * 10**8)  # in its first epoch, and far into it
-    draws(1000, 0, 0, 10)  # numpy is imported before we measure
+    stream_samples(1000, 0, 0, 10)  # numpy is imported before we measure
     tracemalloc.start()
     found = [index for draws in islice(sampler, 200) for index in draws[1].tolist()]
     _, peak = tracemalloc.get_traced_memory()
@@ -144,7 +149,7 @@ def test_evaluation_counts_each_sample_once(ranks: int, micro: int) -> None:
         assert len({len(sampler) for sampler in samplers}) == 1, "ranks in step"
         counted = []
         for sampler in samplers:
-            batches = [pairs(draws) for draws in sampler]
+            batches = [as_samples(draws) for draws in sampler]
             assert len(batches) == len(sampler)
             assert all(0 < len(batch) <= micro for batch in batches), (
                 "none is empty: a forward pass is a collective"

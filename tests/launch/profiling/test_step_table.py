@@ -11,7 +11,7 @@ from launch.profiling.step_table import explanations, step_table
 from launch.profiling.suggestions import suggest
 from launch.state.run import Run
 from strategies.options import StrategyName
-from tests.launch.jobs import alone, job_of
+from tests.launch.runs import make_run, single_rank
 
 
 def step_times(**given: float) -> StepTimes:
@@ -26,7 +26,7 @@ def suggestions(run: Run, *rows: StepTimes, gpu: bool = True) -> str:
 
 @pytest.fixture(scope="module")
 def run() -> Run:
-    return job_of(alone(), "Fit", "batch_size=32", "micro_batch_size=8", "steps=5")
+    return make_run(single_rank(), "Fit", "batch_size=32", "micro_batch_size=8", "steps=5")
 
 
 def test_a_step_that_computes_needs_nothing(run: Run) -> None:

@@ -18,7 +18,6 @@ import psutil
 import pytest
 
 from tests.launch.hosts import Host, launcher_env, start_on_host, two_hosts
-from tests.launch.jobs import series, undisturbed
 from tests.launch.processes import (
     COMMAND_TIMEOUT_S,
     PATIENCE,
@@ -27,6 +26,7 @@ from tests.launch.processes import (
     CommandResult,
     wait_for_command,
 )
+from tests.launch.runs import metric_values, uninterrupted_losses
 
 pytestmark = pytest.mark.slow
 
@@ -49,7 +49,7 @@ SLOWLY = "pause=0.2"
 @pytest.fixture(scope="module")
 def losses(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     """Those of a single process that nothing happened to."""
-    return undisturbed(tmp_path_factory.mktemp("whole") / "run", *ARGS)
+    return uninterrupted_losses(tmp_path_factory.mktemp("whole") / "run", *ARGS)
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def in_step(step: int, cwd: Path, processes: Sequence[subprocess.Popen[str]]) ->
     run_dir = cwd / "run"
     while (
         not (run_dir / "metrics.jsonl").exists()
-        or len(series(run_dir)) < step
+        or len(metric_values(run_dir)) < step
         or not list(run_dir.glob("checkpoints/step-*"))
     ):
         assert all(process.poll() is None for process in processes), [
@@ -163,7 +163,7 @@ def goes_on(hosts: Sequence[Host], cwd: Path, losses: Sequence[float]) -> None:
     done = ends(hosts, without_launcher(hosts, cwd))
     assert [ended.returncode for ended in done] == [0, 0], done
     assert re.search(r"continues run/checkpoints/step-\d+ at step \d+", done[0].stdout)
-    assert series(cwd / "run") == pytest.approx(losses, rel=1e-5)
+    assert metric_values(cwd / "run") == pytest.approx(losses, rel=1e-5)
 
 
 def test_two_hosts_train_as_one_process(tmp_path: Path, hosts: list[Host], losses: list[float]) -> None:
@@ -171,7 +171,7 @@ def test_two_hosts_train_as_one_process(tmp_path: Path, hosts: list[Host], losse
     assert [ended.returncode for ended in done] == [0, 0], done
     assert "2 rank(s) on 2 node(s)" in done[0].stdout
     assert not done[1].stdout
-    assert series(tmp_path / "run") == pytest.approx(losses, rel=1e-5)
+    assert metric_values(tmp_path / "run") == pytest.approx(losses, rel=1e-5)
 
 
 def test_a_host_that_does_not_come_is_named(tmp_path: Path, hosts: list[Host]) -> None:
@@ -247,4 +247,4 @@ def test_the_host_that_is_left_goes_on_by_itself(
     assert first.returncode == 0
     assert "rank 1 on n2, last seen in step" in first.stderr
     assert "1 rank(s) on 1 node(s)" in first.stdout
-    assert series(tmp_path / "run") == pytest.approx(losses, rel=1e-5)
+    assert metric_values(tmp_path / "run") == pytest.approx(losses, rel=1e-5)

@@ -151,7 +151,7 @@ def test_two_ranks_and_a_wrong_number_are_refused(recipe: Path, tmp_path: Path) 
 # the table --------------------------------------------------------------------------------------------------
 
 
-def job_of(*args: str) -> Run:
+def make_run(*args: str) -> Run:
     return prepare(resolve(["epochs=1", "debug=true", *args], World()), World())
 
 
@@ -162,7 +162,7 @@ def table(run: Run) -> list[list[str]]:
 
 
 def test_the_table_tells_module_shape_dtype_and_parameters() -> None:
-    found = table(job_of(f"recipe={TINY}:Fit", "batch_size=10", "precision=bf16"))
+    found = table(make_run(f"recipe={TINY}:Fit", "batch_size=10", "precision=bf16"))
     assert ["model", "class", "output", "dtype", "parameters"] in found
     assert ["model", "Sequential", "10 x 1", "bfloat16", "57"] in found
     assert ["0", "Linear", "10 x 8", "bfloat16", "48"] in found
@@ -171,13 +171,13 @@ def test_the_table_tells_module_shape_dtype_and_parameters() -> None:
 
 
 def test_each_model_has_its_table() -> None:
-    found = table(job_of(f"recipe={TINY}:Pair", "batch_size=10"))
+    found = table(make_run(f"recipe={TINY}:Pair", "batch_size=10"))
     assert [row[0] for row in found if row[-1] == "parameters"] == ["model student", "model judge"]
     assert ["judge", "Linear", "10 x 1", "(2 calls)", "float32", "6"] in found
 
 
 def test_equal_blocks_are_one_row(recipe: Path) -> None:
-    found = table(job_of(f"recipe={recipe}"))
+    found = table(make_run(f"recipe={recipe}"))
     assert ["0 to 11, 12 alike", "Sequential", "4 x 8", "float32", "72"] in found
 
 
@@ -194,7 +194,7 @@ def test_what_is_not_called_frozen_or_tied_is_named() -> None:
 
 @pytest.mark.parametrize(("depth", "blocks"), [(18, 8), (34, 16)])
 def test_a_resnet_fits_one_screen_and_each_block_shows(depth: int, blocks: int) -> None:
-    run = job_of("recipe=resnet", f"model.depth={depth}", "batch_size=2", "micro_batch_size=2")
+    run = make_run("recipe=resnet", f"model.depth={depth}", "batch_size=2", "micro_batch_size=2")
     lines = list(tables(run, next(iter(run.train_loader()))))
     assert len(lines) <= TABLE_ROWS + 5
     assert sum(" BasicBlock " in line for line in lines) == blocks
@@ -208,30 +208,30 @@ def tried(run: Run) -> str:
 
 
 def test_a_loss_that_ignores_the_parameters_is_reported(recipe: Path) -> None:
-    output = tried(job_of(f"recipe={recipe}", "fail=ignores"))
+    output = tried(make_run(f"recipe={recipe}", "fail=ignores"))
     assert "it can NOT be overfitted, no gradient reaches the parameters" in output
     assert "look at the loss" in output
 
 
 def test_a_learning_rate_too_high_is_reported(recipe: Path) -> None:
-    output = tried(job_of(f"recipe={recipe}", "lr=100"))
+    output = tried(make_run(f"recipe={recipe}", "lr=100"))
     assert "it can NOT be overfitted, the loss grows" in output
     assert "learning rate (100)" in output
 
 
 def test_a_learning_rate_too_low_is_reported(recipe: Path) -> None:
-    output = tried(job_of(f"recipe={recipe}", "lr=1e-9"))
+    output = tried(make_run(f"recipe={recipe}", "lr=1e-9"))
     assert "in 100 steps: it can NOT be overfitted\n  look at the learning rate (1e-09)" in output
 
 
 def test_parameters_without_gradient_are_named(recipe: Path) -> None:
-    run = job_of(f"recipe={recipe}")
+    run = make_run(f"recipe={recipe}")
     run.strategies["model"].module.register_parameter("extra", nn.Parameter(torch.ones(1)))
     assert "  no gradient reaches extra: is it used?" in tried(run)
 
 
 def test_several_losses_are_not_tried() -> None:
-    assert "does not apply: judge and student" in tried(job_of(f"recipe={TINY}:Pair", "batch_size=10"))
+    assert "does not apply: judge and student" in tried(make_run(f"recipe={TINY}:Pair", "batch_size=10"))
 
 
 # exceptions -------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torchmetrics import classification, regression
 
 from launch.training.evaluate import evaluate
-from tests.launch.jobs import alone, job_of
+from tests.launch.runs import make_run, single_rank
 from tests.launch.tiny import CLASSES, Points
 from tests.ranks import CpuWorld, run_ranks
 
@@ -23,7 +23,7 @@ CUT = ("batch_size=36", "micro_batch_size=3", "steps=1")
 
 
 def scores(world: CpuWorld, recipe: str, sizes: list[int]) -> list[dict[str, Any]]:
-    run = job_of(world, recipe, "held_out=2", *CUT)
+    run = make_run(world, recipe, "held_out=2", *CUT)
     with warnings.catch_warnings():
         warnings.simplefilter(
             "error", UserWarning
@@ -35,7 +35,7 @@ def by_hand(recipe: str, size: int) -> dict[str, Any]:
     """The whole data set in one batch, raw PyTorch and torchmetrics, in float64."""
     points, model = (
         Points(size, classes=recipe == "Sort"),
-        job_of(alone(), recipe, *CUT).models["model"].eval(),
+        make_run(single_rank(), recipe, *CUT).models["model"].eval(),
     )
     with torch.no_grad():
         outputs = model(points.inputs).double()
@@ -86,11 +86,11 @@ def test_any_number_of_ranks_gives_the_numbers_of_one_exactly(recipe: str, tried
 
 def test_metrics_work_without_a_process_group() -> None:
     assert not torch.distributed.is_initialized()
-    found = scores(alone(), "Sort", [7])[0]
+    found = scores(single_rank(), "Sort", [7])[0]
     assert sum(map(sum, found["confusion"])) == 7
 
 
 def test_the_models_are_in_training_mode_again() -> None:
-    run = job_of(alone(), "Fit", "held_out=4", *CUT)
+    run = make_run(single_rank(), "Fit", "held_out=4", *CUT)
     evaluate(run, Points(4))
     assert run.models["model"].training

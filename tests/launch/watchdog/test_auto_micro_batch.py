@@ -18,7 +18,6 @@ from launch.runtime.phase import Phase
 from launch.runtime.restarts import attempt_id, restart_count
 from launch.runtime.world import World
 from launch.watchdog import auto_micro_batch
-from tests.launch.jobs import lines_of, series, undisturbed
 from tests.launch.processes import (
     TINY,
     CommandResult,
@@ -28,6 +27,7 @@ from tests.launch.processes import (
     start_command,
     wait_for_command,
 )
+from tests.launch.runs import metric_values, read_metrics, uninterrupted_losses
 
 FIT = (f"recipe={TINY}:Fit", "batch_size=16", "steps=8", "checkpoint.every=3", "dropout=0", "workers=0")
 AUTO = (*FIT, "micro_batch_size=auto", "run_dir=run")
@@ -98,14 +98,14 @@ def gone_on(cwd: Path, ended: CommandResult, rank: int, was: int, now: int) -> N
     assert "(continues run/checkpoints/step-00000003 at step 3)" in ended.stdout
     assert yaml.safe_load((cwd / "run" / "config.yaml").read_text())["micro_batch_size"] == now
     assert not (cwd / "run" / "failure.json").exists()
-    assert [line["step"] for line in lines_of(cwd / "run") if "loss" in line] == list(range(1, 9))
+    assert [line["step"] for line in read_metrics(cwd / "run") if "loss" in line] == list(range(1, 9))
     assert not descendants(cwd)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     """The losses of a process that had memory enough."""
-    return undisturbed(tmp_path_factory.mktemp("whole") / "run", *FIT)
+    return uninterrupted_losses(tmp_path_factory.mktemp("whole") / "run", *FIT)
 
 
 @pytest.mark.slow
@@ -113,7 +113,7 @@ def test_a_process_that_runs_out_of_memory_goes_on_with_half_the_micro_batch(
     tmp_path: Path, whole: list[float]
 ) -> None:
     gone_on(tmp_path, run_command(*AUTO, "chaos=oom:rank=0,step=5", cwd=tmp_path), 0, 16, 8)
-    assert series(tmp_path / "run") == pytest.approx(whole, rel=1e-6), "the curve is the same"
+    assert metric_values(tmp_path / "run") == pytest.approx(whole, rel=1e-6), "the curve is the same"
     again = run_command(*AUTO, "steps=9", cwd=tmp_path)
     assert "16 = 8 micro x 2 accumulation" in again.stdout, "the size is remembered"
 
@@ -123,7 +123,7 @@ def test_a_process_that_runs_out_of_memory_goes_on_with_half_the_micro_batch(
 def test_all_ranks_under_torchrun_restart_together(tmp_path: Path, whole: list[float], strategy: str) -> None:
     ended = run_command(*AUTO, f"strategy={strategy}", "chaos=oom:rank=1,step=5", cwd=tmp_path, ranks=2)
     gone_on(tmp_path, ended, 1, 8, 4)
-    assert series(tmp_path / "run") == pytest.approx(whole, rel=1e-5)
+    assert metric_values(tmp_path / "run") == pytest.approx(whole, rel=1e-5)
 
 
 @pytest.mark.slow
@@ -159,7 +159,7 @@ def test_memory_that_really_runs_out_is_halved_until_it_suffices(tmp_path: Path)
     assert ended.returncode == 0, ended.stderr
     assert [line.rpartition(" ")[2] for line in ended.messages] == ["8", "4"]
     assert "16 = 4 micro x 4 accumulation" in ended.stdout
-    assert [line["step"] for line in lines_of(tmp_path / "run") if "loss" in line] == [1, 2, 3]
+    assert [line["step"] for line in read_metrics(tmp_path / "run") if "loss" in line] == [1, 2, 3]
 
 
 @pytest.mark.slow

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from tests.launch.jobs import series
 from tests.launch.processes import (
     COMMAND_TIMEOUT_S,
     PATIENCE,
@@ -25,6 +24,7 @@ from tests.launch.processes import (
     start_command,
     wait_for_command,
 )
+from tests.launch.runs import metric_values
 
 
 def fails(cwd: Path, fail: str, *args: str, recipe: str = "Broken", ranks: int = 2) -> CommandResult:
@@ -47,7 +47,7 @@ def failure(cwd: Path) -> dict[str, Any]:
 
 
 def losses(cwd: Path) -> list[float]:
-    return series(cwd / "run")
+    return metric_values(cwd / "run")
 
 
 @pytest.mark.slow

@@ -22,7 +22,6 @@ from launch.training.loop import finish, train
 from launch.watchdog import stop as stops
 from launch.watchdog.consensus import Consensus
 from launch.watchdog.stop import StopRequest
-from tests.launch.jobs import job_of, lines_of, loop_parts, series, undisturbed
 from tests.launch.processes import (
     COMMAND_TIMEOUT_S,
     PATIENCE,
@@ -33,6 +32,7 @@ from tests.launch.processes import (
     start_command,
     wait_for_command,
 )
+from tests.launch.runs import loop_parts, make_run, metric_values, read_metrics, uninterrupted_losses
 from tests.ranks import CpuWorld, run_ranks
 
 ARGS = ("batch_size=16", "micro_batch_size=4", "steps=12", "held_out=20", "eval.every=5", "optimizer=sgd")
@@ -57,7 +57,7 @@ def attempt(world: CpuWorld, folder: Path, asked: int, who: int) -> tuple[str, i
     """An attempt in which rank `who` requests a stop in call `asked`: why and when it ended, and whether an
     evaluation is still to be made.
     """
-    run = job_of(world, "Fit", *ARGS)
+    run = make_run(world, "Fit", *ARGS)
     resume(run, folder)
     folder.mkdir(exist_ok=True)
     parts = loop_parts(run, folder, None, StopAfter(asked) if world.rank == who else StopRequest())
@@ -89,7 +89,7 @@ def test_all_ranks_stop_at_the_same_step_and_go_on(tmp_path: Path, whole: Path, 
     assert owed == (asked in (5, 6)), "the request arrives one call later, in the evaluation"
     assert [why for why, *_ in run_ranks(2, attempt, tmp_path / "run", never, 0)] == ["", ""]
     for name in ("loss", "grad_norm", "eval/loss"):
-        assert series(tmp_path / "run", name) == series(whole, name), name
+        assert metric_values(tmp_path / "run", name) == metric_values(whole, name), name
 
 
 def test_an_evaluation_that_is_cut_off_twice_is_made_in_the_third_attempt(tmp_path: Path) -> None:
@@ -98,12 +98,12 @@ def test_an_evaluation_that_is_cut_off_twice_is_made_in_the_third_attempt(tmp_pa
     assert run_ranks(1, attempt, tmp_path / "run", 2, 0) == [("a test", 5, True)], "no step is made before it"
     assert run_ranks(1, attempt, tmp_path / "run", 10**9, 0) == [("", 12, False)]
     for name in ("loss", "eval/loss"):
-        assert series(tmp_path / "run", name) == series(tmp_path / "whole", name), name
+        assert metric_values(tmp_path / "run", name) == metric_values(tmp_path / "whole", name), name
 
 
 def early(world: CpuWorld, folder: Path, asked: int) -> tuple[int, list[str]]:
     """An attempt of a run that no evaluation finds better than the first: it stops early after step 10."""
-    run = job_of(world, "Fit", *ARGS, "lr=1e-12", "eval.patience=1", "batchnorm=false", "checkpoint.keep=9")
+    run = make_run(world, "Fit", *ARGS, "lr=1e-12", "eval.patience=1", "batchnorm=false", "checkpoint.keep=9")
     resume(run, folder)
     folder.mkdir(exist_ok=True)
     parts = loop_parts(run, folder, None, StopAfter(asked))
@@ -200,7 +200,7 @@ def busy(cwd: Path, *args: str, ranks: int = 0) -> subprocess.Popen[str]:
     """A run of ten seconds and more, after its first steps."""
     process = start_command(*BUSY, *args, cwd=cwd, ranks=ranks)
     deadline = time.monotonic() + COMMAND_TIMEOUT_S
-    while not (cwd / "run" / "metrics.jsonl").exists() or len(lines_of(cwd / "run")) < 3:
+    while not (cwd / "run" / "metrics.jsonl").exists() or len(read_metrics(cwd / "run")) < 3:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -233,7 +233,7 @@ def test_a_signal_stops_saves_and_the_run_goes_on(tmp_path: Path) -> None:
     assert again.returncode == 0, again.stderr
     assert f"at step {step}" in again.stdout
     assert not (tmp_path / "run" / "stopped.json").exists()
-    assert series(tmp_path / "run") == undisturbed(tmp_path / "whole", *BUSY, "pause=0")
+    assert metric_values(tmp_path / "run") == uninterrupted_losses(tmp_path / "whole", *BUSY, "pause=0")
 
 
 @pytest.mark.slow

@@ -19,7 +19,6 @@ from launch.watchdog import failure_report
 from launch.watchdog.exception_report import from_exception
 from launch.watchdog.failure_report import FailureReport
 from launch.watchdog.heartbeats import FINISHED, Heartbeats
-from tests.launch.jobs import series, undisturbed
 from tests.launch.processes import (
     TINY,
     CommandResult,
@@ -28,6 +27,7 @@ from tests.launch.processes import (
     start_command,
     wait_for_command,
 )
+from tests.launch.runs import metric_values, uninterrupted_losses
 
 FIT = (f"recipe={TINY}:Fit", "batch_size=16", "steps=3000", "checkpoint.every=4", "run_dir=run", "workers=1")
 HANG = "hang_timeout=20"
@@ -121,7 +121,7 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_goes_on_by_itself(tmp_path:
         start_command(*args, "chaos=kill:rank=1,step=9", cwd=tmp_path, ranks=2, restarts=2)
     )
     assert ended.returncode == 0, ended.stderr
-    assert series(tmp_path / "run") == undisturbed(tmp_path / "whole", *args, ranks=2)
+    assert metric_values(tmp_path / "run") == uninterrupted_losses(tmp_path / "whole", *args, ranks=2)
 
 
 # parts ------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Runs inside a test: the loop, the record and the checkpoints, without the command around them."""
+"""Runs inside a test: the loop, the metrics and the checkpoints, without the command around them."""
 
 from __future__ import annotations
 
@@ -24,35 +24,33 @@ from launch.watchdog.stop import StopRequest
 from tests import ranks
 from tests.ranks import run_ranks
 
-Draw = tuple[int, int]
+StreamSample = tuple[int, int]
 """(epoch, index): one sample of the stream"""
 
 
-def job_of(phase: ranks.CpuWorld, recipe: str, *words: str) -> Run:
+def make_run(cpu_world: ranks.CpuWorld, recipe: str, *args: str) -> Run:
     """The run that the command line describes, of a recipe of `tests.launch.tiny`, on this rank."""
-    return made(phase, f"recipe=tests.launch.tiny:{recipe}", "workers=0", *words)
+    return run_from_argv(cpu_world, f"recipe=tests.launch.tiny:{recipe}", "workers=0", *args)
 
 
-def made(phase: ranks.CpuWorld, *words: str) -> Run:
-    """The run that the command line `words` describes, on this rank."""
-    world = world_of(phase)
-    return prepare(resolve(list(words), world), world)
+def run_from_argv(cpu_world: ranks.CpuWorld, *args: str) -> Run:
+    """The run that the command line `args` describes, on this rank."""
+    world = world_of(cpu_world)
+    return prepare(resolve(list(args), world), world)
 
 
-def world_of(phase: ranks.CpuWorld) -> World:
-    """The place as a run knows it."""
+def world_of(cpu_world: ranks.CpuWorld) -> World:
+    """The world as a run knows it."""
     return World(
-        rank=phase.rank,
-        local_rank=phase.local_rank,
-        world_size=phase.world_size,
-        local_world_size=phase.local_world_size,
+        rank=cpu_world.rank,
+        local_rank=cpu_world.local_rank,
+        world_size=cpu_world.world_size,
+        local_world_size=cpu_world.local_world_size,
     )
 
 
-def trained(run: Run, folder: Path, period: float = PERIOD_S) -> Run:
-    """The job after `launch.training.loop.train`, its record in `folder`. `period`: as the ranks agree,
-    between steps, in seconds.
-    """
+def train_run(run: Run, folder: Path, period: float = PERIOD_S) -> Run:
+    """The run after `launch.training.loop.train`, its metrics in `folder`; `period` is that of `Consensus`."""
     if run.world.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
     parts = loop_parts(run, folder)
@@ -79,38 +77,38 @@ def loop_parts(
     return LoopParts(metrics, checkpoints, Requests(metrics, checkpoints, stop_request))
 
 
-def undisturbed(folder: Path, *words: str, ranks: int = 1) -> list[float]:
-    """The losses of the run that the command line `words` describes and that nothing happens to, without
+def uninterrupted_losses(folder: Path, *args: str, ranks: int = 1) -> list[float]:
+    """The losses of the run that the command line `args` describes and that nothing happens to, without
     starting a command.
     """
-    run_ranks(ranks, straight, folder, words)
-    return series(folder)
+    run_ranks(ranks, train_uninterrupted, folder, args)
+    return metric_values(folder)
 
 
-def straight(phase: ranks.CpuWorld, folder: Path, words: tuple[str, ...]) -> None:
-    trained(made(phase, *words, "workers=0"), folder)
+def train_uninterrupted(cpu_world: ranks.CpuWorld, folder: Path, args: tuple[str, ...]) -> None:
+    train_run(run_from_argv(cpu_world, *args, "workers=0"), folder)
 
 
-def lines_of(folder: Path) -> list[dict[str, Any]]:
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def series(folder: Path, name: str = "loss") -> list[float]:
+def metric_values(folder: Path, name: str = "loss") -> list[float]:
     """One number of the training lines, by step."""
-    return [line[name] for line in lines_of(folder) if name in line]
+    return [line[name] for line in read_metrics(folder) if name in line]
 
 
-def alone() -> ranks.CpuWorld:
-    """The place of a process without others."""
+def single_rank() -> ranks.CpuWorld:
+    """The world of a single process."""
     return ranks.CpuWorld(rank=0, local_rank=0, world_size=1, local_world_size=1)
 
 
-def draws(size: int, seed: int, start: int, stop: int) -> list[Draw]:
+def stream_samples(size: int, seed: int, start: int, stop: int) -> list[StreamSample]:
     """The samples at positions [start, stop) of the stream over a data set of `size` samples."""
-    return pairs(np.stack(sample_indices(size, seed, np.arange(start, stop))))
+    return as_samples(np.stack(sample_indices(size, seed, np.arange(start, stop))))
 
 
-def pairs(draws: SampleIndices) -> list[Draw]:
-    """Sample by sample."""
-    return [(epoch, index) for epoch, index in draws.T.tolist()]
+def as_samples(indices: SampleIndices) -> list[StreamSample]:
+    """The columns of a sampler's array, sample by sample."""
+    return [(epoch, index) for epoch, index in indices.T.tolist()]
