@@ -1,5 +1,5 @@
-"""The options of strategies. Plain dataclasses, no torch: the docstring under a field is its line in `--help`,
-the annotated type its range.
+"""The options of strategies. Plain dataclasses, no torch: the docstring under a field is its line in
+`--help`, the annotated type its range.
 """
 
 from __future__ import annotations

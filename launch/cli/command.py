@@ -1,9 +1,9 @@
-"""What every command does with its command line: `--help`, its own options, positional arguments, the keys of a
-run, one line for a mistake. No torch.
+"""What every command does with its command line: `--help`, its own options, positional arguments, the keys of
+a run, one line for a mistake. No torch.
 
-A command's own options are a dataclass: the docstring under a field is its line in `--help`, the annotated type
-its range. `read_command` is all that a command or a script needs; `run_subcommand` is for those that have
-several, such as `ckpt`.
+A command's own options are a dataclass: the docstring under a field is its line in `--help`, the annotated
+type its range. `read_command` is all that a command or a script needs; `run_subcommand` is for those that
+have several, such as `ckpt`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class Arguments(Generic[T]):
     """of this process; of one alone where the command is not started on ranks"""
 
     def settings(self, *overrides: str, world: World | None = None) -> Settings:
-        """The run that was asked for, with `overrides` (key=value) behind; its world is this one unless given.
+        """The run that was asked for, with `overrides` (key=value) behind; its world is this one unless
+        given.
 
         Raises ValueError or FileNotFoundError, in one line for the user.
         """
@@ -77,9 +78,10 @@ def read_command(
 ) -> Arguments[T]:
     """The command line of a command. Ends the process after `--help` (0) or a mistake (2, in one line).
 
-    `name`: what messages call it. `positional`: the names of its positional arguments. `takes_run`: the keys of a run are its keys too.
-    `on_ranks`: it may be started by torchrun or srun, one process a rank; rank zero reports a mistake for all.
-    `exits`: what its exit codes mean, where it is not what `exits.MEANINGS` says.
+    `name`: what messages call it. `positional`: the names of its positional arguments. `takes_run`: the keys
+    of a run are its keys too. `on_ranks`: it may be started by torchrun or srun, one process a rank; rank
+    zero reports a mistake for all. `exits`: what its exit codes mean, where it is not what `exits.MEANINGS`
+    says.
     """
     if any(argument in HELP for argument in argv):
         recipe = next((word.partition("=")[2] for word in argv if word.startswith("recipe=")), "")

@@ -1,4 +1,6 @@
-"""The keys of a run, apart from those of its recipe: each field with its type, range, default and help. No torch."""
+"""The keys of a run, apart from those of its recipe: each field with its type, range, default and help. No
+torch.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ class Config(Options):
     run_dir: str | None = None
     """where the run is kept (default: runs/RECIPE/TIME-MARK)"""
     resume: str = "auto"
-    """auto: continue the run in run_dir if there is one; none: start afresh; PATH: start from that checkpoint"""
+    """auto: continue the run in run_dir if there is one; none: start afresh; PATH: start from that
+    checkpoint
+    """
     init: str | None = None
     """weights to start a new run from: a .safetensors or torch file, a checkpoint, or a run; no optimizer
     state is taken

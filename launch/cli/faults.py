@@ -1,4 +1,4 @@
-"""The syntax of `chaos=KIND:rank=R,step=S`, the fault to inject. No torch; `launch.watchdog.fault_injection` injects it."""
+"""The syntax of `chaos=KIND:rank=R,step=S`, which `launch.watchdog.fault_injection` injects. No torch."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ def parse_fault(text: str) -> Fault:
     known = kind in FAULT_KINDS and set(values) == {"rank", "step"}
     if not known or not all(value.isdecimal() for value in values.values()):
         raise ValueError(
-            f"chaos={text} is not KIND:rank=R,step=S, such as kill:rank=1,step=50; kinds: {', '.join(FAULT_KINDS)}"
+            f"chaos={text} is not KIND:rank=R,step=S, such as kill:rank=1,step=50; "
+            f"kinds: {', '.join(FAULT_KINDS)}"
         )
     return Fault(kind, int(values["rank"]), int(values["step"]))

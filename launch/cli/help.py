@@ -97,7 +97,7 @@ def reflow(text: str, width: int) -> str:
 
 
 def key_table(keys: Sequence[Key], width: int) -> list[str]:
-    """One paragraph a key: name and default, type, and its docstring; in three columns where there is room."""
+    """A paragraph for each key: name and default, type, docstring; in three columns where there is room."""
     left = min(max((len(assignment(key)) for key in keys), default=0), 34)
     middle = min(max((len(key.type_name) for key in keys), default=0), 20)
     indent = " " * (left + middle + 6 if width >= NARROW else 6)
@@ -136,7 +136,9 @@ def meaning(key: Key) -> str:
 
 
 def docstrings(owner: type) -> dict[str, str]:
-    """The docstring under each field of a class: Python does not keep them, so they are read from its source."""
+    """The docstring under each field of a class: Python does not keep them, so they are read from its
+    source.
+    """
     if owner not in _DOCSTRINGS:
         body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]
         assert isinstance(body, ast.ClassDef)

@@ -1,11 +1,11 @@
-"""A dataclass as dotted keys, key=value: what there is, and how it is read, parsed, checked, suggested and written.
+"""A dataclass as dotted keys, key=value: what there is, and how it is read, parsed, checked, suggested and
+written.
 
 No torch; pydantic is imported by `build` alone, so that `--help` and an unknown key are answered without it.
 """
 
 from __future__ import annotations
 
-import difflib
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_or
 import yaml
 
 from launch.cli.ranges import OUT_OF_RANGE, describe_range
+from launch.cli.suggestions import suggest
 from launch.cli.synonyms import explain
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def read_argv(argv: Sequence[str]) -> dict[str, str]:
 
 
 def read_yaml(path: str) -> dict[str, Any]:
-    """The keys of a YAML file, flattened to dotted names. Raises ValueError if it is not a mapping of keys."""
+    """The keys of a YAML file, flattened to dotted names. Raises ValueError if it is no mapping of keys."""
     if not Path(path).is_file():
         raise ValueError(f"config={path}: there is no such file")
     try:
@@ -145,27 +146,15 @@ def parse_value(text: str, key: Key) -> Any:
 def check_known(values: Mapping[str, Any], known: Mapping[str, Key], where: str) -> None:
     """Raise ValueError for the first key that nobody declares, with its name here or the nearest names."""
     for name, value in values.items():
-        if name in known:
-            continue
-        if explained := explain(name, format_value(value), known):
-            raise ValueError(explained)
-        hint = f"did you mean {' or '.join(near)}?" if (near := nearest(name, known)) else ""
-        if group := [key for key in known if key.startswith(name + ".")]:
-            hint = f"it is a group: {', '.join(group)}"
-        raise ValueError(f"{name} is not a key of {where}; {hint or '`--help` lists the keys'}")
-
-
-def nearest(name: str, known: Mapping[str, Key]) -> list[str]:
-    """The keys that `name` may have been meant for, at most three."""
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    # the right name under the wrong group, or without one: `lr` for optim.lr
-    last = name.rpartition(".")[2]
-    near += [key for key in known if key.rpartition(".")[2] == last and key not in near]
-    return near[:3]
+        if name not in known:
+            text = format_value(value)
+            hint = suggest(name, text, known) or "`--help` lists the keys"
+            raise ValueError(explain(name, text, known) or f"{name} is not a key of {where}; {hint}")
 
 
 def build(owner: type[T], values: Mapping[str, Any]) -> T:
-    """An instance of the dataclass `owner` from dotted keys, each checked against its declared type and range.
+    """An instance of the dataclass `owner` from dotted keys, each checked against its declared type and
+    range.
 
     Raises ValueError, in one line for the user.
     """
@@ -186,7 +175,7 @@ def build(owner: type[T], values: Mapping[str, Any]) -> T:
 
 
 def refuse_text_for_bool(key: Key, value: Any) -> None:
-    """Raise ValueError for `yes`, `on`, `t`, ... where a key takes true or false: pydantic would take them."""
+    """Raise ValueError for `yes`, `on`, ... where a key takes true or false: pydantic would take them."""
     parts = get_args(key.hint) or (key.hint,)
     if isinstance(value, str) and bool in parts and str not in parts:
         raise ValueError(type_message(key, value))

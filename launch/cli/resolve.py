@@ -32,8 +32,8 @@ class Settings:
 
 
 def resolve(argv: Sequence[str], world: World, own: Mapping[str, Key] | None = None) -> Settings:
-    """The run that `argv` (key=value) describes. Recipe defaults, then the `config=` file, then argv; the last
-    wins.
+    """The run that `argv` (key=value) describes. Recipe defaults, then the `config=` file, then argv; the
+    last wins.
 
     `own` are the command's own keys, which a misspelt key may have been meant for. Raises ValueError or
     FileNotFoundError, in one line for the user.
@@ -52,7 +52,8 @@ def resolve(argv: Sequence[str], world: World, own: Mapping[str, Key] | None = N
     known = recipe_keys | run_keys
     if clash := sorted(recipe_keys.keys() & run_keys.keys()):
         raise ValueError(
-            f"{owner.__name__}.{clash[0]} of recipe {name} is also a key of every run; give the field another name"
+            f"{owner.__name__}.{clash[0]} of recipe {name} is also a key of every run; "
+            "give the field another name"
         )
     check_known(file, known, f"recipe {name}, in {line.get('config')}")
     check_known(line, known | dict(own or {}), f"recipe {name}")

@@ -1,9 +1,10 @@
-"""The keys of HF Trainer, Accelerate, Lightning, DeepSpeed, nanoGPT and torchtitan, answered with ours. No torch."""
+"""The keys of HF Trainer, Accelerate, Lightning, DeepSpeed, nanoGPT and torchtitan, answered with ours. No
+torch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
 
 THEIR_NAMES = {
     "optim.name": "optimizer optimizer_name",
@@ -78,9 +79,13 @@ NOTES = {
 """what one should know of our key"""
 
 LAUNCHER = (
-    "the launcher's here: rankzero train nproc=2 on this machine, torchrun --nproc_per_node=2 launch/run.py"
+    "the launcher's here: rankzero train nproc={value} on this machine, or torchrun "
+    "--nproc_per_node={value} launch/run.py"
 )
-ACCUMULATION = "derived here, as batch_size = micro_batch_size x accumulation x ranks: give batch_size and micro_batch_size"
+ACCUMULATION = (
+    "derived here, as batch_size = micro_batch_size x accumulation x ranks: give batch_size and "
+    "micro_batch_size"
+)
 ELSEWHERE = {
     **dict.fromkeys(
         ["gradient_accumulation_steps", "accumulate_grad_batches", "grad_accum", "grad_accum_steps"],
@@ -89,7 +94,7 @@ ELSEWHERE = {
     **dict.fromkeys(["devices", "nproc_per_node", "num_processes", "gpus", "n_gpu", "world_size"], LAUNCHER),
     **dict.fromkeys(
         ["num_nodes", "nnodes", "num_machines"],
-        "the launcher's here: torchrun --nnodes=2, or rankzero submit nodes=2 on SLURM",
+        "the launcher's here: torchrun --nnodes={value}, or rankzero submit nodes={value} on SLURM",
     ),
     **dict.fromkeys(
         ["accelerator", "device", "use_cpu", "no_cuda"],
@@ -112,7 +117,7 @@ ELSEWHERE = {
     "pretrained_model_name_or_path": "init=PATH here: weights to start from",
     "deepspeed": "strategy=zero1|zero2|zero3 here, with options zero.*",
 }
-"""what others have a key for, and where it is said here"""
+"""what others have a key for, and where it is given here; `{value}` is their value"""
 
 SYNONYMS = {name: key for key, names in THEIR_NAMES.items() for name in names.split()} | dict.fromkeys(
     ELSEWHERE, ""
@@ -120,24 +125,17 @@ SYNONYMS = {name: key for key, names in THEIR_NAMES.items() for name in names.sp
 """their key -> ours, or "" where the answer is in ELSEWHERE"""
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What a key of another framework is here."""
-
-    theirs: str
-    text: str
-
-
 def explain(name: str, value: str, known: Collection[str]) -> str:
-    """What the key `name` of another framework, given as `value`, is called here; "" if it is none of theirs, or if
-    ours is none of the `known` keys.
+    """What the key `name` of another framework, given as `value`, is called here; "" if it is none of theirs,
+    or if ours is none of the `known` keys.
     """
     theirs = name if name in SYNONYMS else name.rpartition(".")[2]
     if theirs not in SYNONYMS:
         return ""
     key = SYNONYMS[theirs]
     if not key:
-        return f"{name} is {ELSEWHERE[theirs]}" if keys_named_in(ELSEWHERE[theirs]) <= set(known) else ""
+        text = ELSEWHERE[theirs].replace("{value}", value if value.isdecimal() else "N")
+        return f"{name} is {text}" if keys_named_in(text) <= set(known) else ""
     if key not in known:
         return ""
     ours = VALUES.get(theirs, {}).get(value, value)

@@ -13,7 +13,7 @@ from strategies.options import CUDA_GRAPH_MODES
 
 
 def validate(config: Config, recipe: Recipe, world: World) -> None:
-    """Raise ValueError (FileNotFoundError for data) for values that are each right but cannot work together."""
+    """Raise ValueError (FileNotFoundError for data) for values that are right but cannot work together."""
     validate_length(config)
     if config.chaos is not None and (rank := parse_fault(config.chaos).rank) >= world.world_size:
         raise ValueError(f"chaos={config.chaos}: there is no rank {rank} among {world.world_size}")
@@ -35,7 +35,8 @@ def validate_length(config: Config) -> None:
         raise ValueError("say how long to train: epochs=N or steps=N")
     if config.epochs is not None and config.steps is not None:
         raise ValueError(
-            f"epochs={config.epochs} and steps={config.steps} are both set; say how long to train by one of them"
+            f"epochs={config.epochs} and steps={config.steps} are both set; "
+            "say how long to train by one of them"
         )
 
 
@@ -72,7 +73,8 @@ def validate_accumulation(config: Config, world: World) -> None:
     if config.micro_batch_size == "auto" and (config.ddp.static_graph or config.compile in CUDA_GRAPH_MODES):
         fixed = "ddp.static_graph=true" if config.ddp.static_graph else f"compile={config.compile}"
         raise ValueError(
-            f"micro_batch_size=auto may lead to accumulation, and {fixed} does not go with it; drop one of the two"
+            f"micro_batch_size=auto may lead to accumulation, and {fixed} does not go with it; "
+            "drop one of the two"
         )
 
 

@@ -19,7 +19,9 @@ from tests.launch.processes import RUN_SCRIPT, run_command
 HIDE_DEEPSPEED = """
 from importlib.machinery import PathFinder
 find = PathFinder.find_spec
-PathFinder.find_spec = classmethod(lambda cls, name, *rest: None if name == "deepspeed" else find(name, *rest))
+def hide(cls, name, *rest):
+    return None if name == "deepspeed" else find(name, *rest)
+PathFinder.find_spec = classmethod(hide)
 """
 TELL_TORCH = """
 import atexit, os, sys
