@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from launch.cli import help
-from launch.cli.exits import ExitCode, exit_with_mistake
+from launch.cli.exits import exit_with_mistake
 from launch.cli.keys import Key, build, check_known, keys_of, parse_value, read_argv
 from launch.cli.resolve import Settings, resolve
+from launch.runtime.exit_codes import ExitCode
 from launch.runtime.world import World, find_world
 
 T = TypeVar("T")

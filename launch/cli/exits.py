@@ -1,25 +1,13 @@
-"""How a command ends: the exit codes, in one table, and the one line for a mistake. No torch."""
+"""How a command ends: what the exit codes mean, and the one line for a mistake. No torch."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Callable
-from enum import IntEnum
 from typing import NoReturn
 
-from launch.runtime import exit_codes
-
-
-class ExitCode(IntEnum):
-    """The exit codes of all commands, as an enumeration."""
-
-    DONE = exit_codes.DONE
-    FAILED = exit_codes.FAILED
-    MISTAKE = exit_codes.MISTAKE
-    STOPPED = exit_codes.STOPPED
-    INTERRUPTED = exit_codes.INTERRUPTED
-
+from launch.runtime.exit_codes import ExitCode
 
 MEANINGS = {
     ExitCode.DONE: "done",

@@ -14,9 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
 
 from launch.cli.config import HEADINGS, Config
-from launch.cli.exits import MEANINGS, ExitCode
+from launch.cli.exits import MEANINGS
 from launch.cli.keys import Key, format_value, keys_of
 from launch.cli.resolve import find_recipe
+from launch.runtime.exit_codes import ExitCode
 from recipes import RECIPES
 
 NARROW = 100

@@ -102,16 +102,20 @@ def read_argv(argv: Sequence[str]) -> dict[str, str]:
     return values
 
 
-def read_yaml(path: str) -> dict[str, Any]:
-    """The keys of a YAML file, flattened to dotted names. Raises ValueError if it is no mapping of keys."""
+def read_yaml(path: str, key: str = "config", as_text: bool = False) -> dict[str, Any]:
+    """The keys of a YAML file, which `key` names, flattened to dotted names; `as_text`: values as written.
+
+    Raises ValueError if it is not a mapping of keys.
+    """
     if not Path(path).is_file():
-        raise ValueError(f"config={path}: there is no such file")
+        raise ValueError(f"{key}={path}: there is no such file")
+    loader = yaml.BaseLoader if as_text else yaml.SafeLoader
     try:
-        content = yaml.safe_load(Path(path).read_text()) or {}
+        content = yaml.load(Path(path).read_text(), loader) or {}
     except yaml.YAMLError as error:
-        raise ValueError(f"config={path} is not YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{key}={path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, Mapping):
-        raise ValueError(f"config={path} must hold `key: value` lines, not a {type(content).__name__}")
+        raise ValueError(f"{key}={path} must hold `key: value` lines, not a {type(content).__name__}")
     return dict(flatten({name: value for name, value in content.items() if name != "made_with"}))
 
 

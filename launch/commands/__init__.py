@@ -9,7 +9,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from launch.cli.exits import ExitCode, exit_with_mistake
+from launch.cli.exits import exit_with_mistake
+from launch.runtime.exit_codes import ExitCode
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.DONE
     except KeyboardInterrupt:
-        print("rankzero: interrupted", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # once for all ranks
+            print("rankzero: interrupted", file=sys.stderr)
         return ExitCode.INTERRUPTED
 
 

@@ -18,7 +18,7 @@ from annotated_types import Gt, Lt
 from launch.checkpoint import inspection
 from launch.checkpoint.manifest import DamagedCheckpoint
 from launch.cli.command import Arguments, Subcommand, run_subcommand
-from launch.cli.exits import ExitCode
+from launch.runtime.exit_codes import ExitCode
 from strategies.options import PositiveInt
 
 EXITS = {

@@ -23,8 +23,8 @@ from typing import Annotated, NoReturn
 from annotated_types import Gt, Lt
 
 from launch.cli.command import read_command, report_mistakes
-from launch.cli.exits import ExitCode
 from launch.diagnostics import check_ranks
+from launch.runtime.exit_codes import ExitCode
 from launch.runtime.store import rendezvous_endpoint
 
 EXITS = {ExitCode.DONE: "all checks pass, or warn", ExitCode.FAILED: "a check fails"}

@@ -17,10 +17,10 @@ from typing import Annotated
 from annotated_types import Ge
 
 from launch.cli.command import Arguments, read_command, report_mistakes
-from launch.cli.exits import ExitCode
 from launch.equivalence import parity
 from launch.equivalence.parity_cases import Comparison
 from launch.equivalence.run_arguments import choose_strategies, drop_keys
+from launch.runtime.exit_codes import ExitCode
 from strategies import STRATEGIES
 from strategies.options import PositiveInt
 

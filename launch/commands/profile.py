@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from launch.cli.command import read_command, report_mistakes
-from launch.cli.exits import ExitCode
 from launch.profiling import profile_run
+from launch.runtime.exit_codes import ExitCode
 from launch.runtime.process_exit import exit_normally
 from strategies.options import PositiveInt
 

@@ -28,10 +28,10 @@ from typing import Annotated
 from annotated_types import Ge
 
 from launch.cli.command import Arguments, read_command, report_mistakes
-from launch.cli.exits import ExitCode
 from launch.equivalence import resume_check
 from launch.equivalence.kill_plan import Extent
 from launch.equivalence.run_arguments import choose_strategies, drop_keys
+from launch.runtime.exit_codes import ExitCode
 from strategies import STRATEGIES
 
 EXITS = {ExitCode.DONE: "all passed", ExitCode.FAILED: "a row failed", ExitCode.INTERRUPTED: "interrupted"}

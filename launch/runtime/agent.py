@@ -17,13 +17,13 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 
 from launch.runtime.cpus import usable_cpus
-from launch.runtime.exit_codes import DONE, FAILED, INTERRUPTED, MISTAKE, STOPPED
+from launch.runtime.exit_codes import ExitCode
 
 AGENT_PID = "RANKZERO_AGENT_PID"
 """the environment variable that tells a rank which process must outlive it"""
-ON_PURPOSE = (MISTAKE, STOPPED, INTERRUPTED)
+ON_PURPOSE = (ExitCode.MISTAKE, ExitCode.STOPPED, ExitCode.INTERRUPTED)
 """exit codes after which the ranks are not restarted: it would end the same way, or is not wanted"""
-REPORTED = (DONE, FAILED, *ON_PURPOSE)
+REPORTED = (ExitCode.DONE, ExitCode.FAILED, *ON_PURPOSE)
 """exit codes of ranks that have explained themselves"""
 PR_SET_PDEATHSIG = 1
 
@@ -88,11 +88,11 @@ def exit_code_of(codes: Iterable[int], forwarded: Iterable[int] = ()) -> int:
     another signal ended has failed. A failure outweighs a stop, a mistake or Ctrl-C outweighs both.
     """
     signaled = {-number for number in forwarded}
-    kinds = {128 - code if code in signaled else FAILED if code < 0 else code for code in codes}
-    for code in (INTERRUPTED, MISTAKE, FAILED):
+    kinds = {128 - code if code in signaled else ExitCode.FAILED if code < 0 else code for code in codes}
+    for code in (ExitCode.INTERRUPTED, ExitCode.MISTAKE, ExitCode.FAILED):
         if code in kinds:
             return code
-    return max(kinds, default=DONE)
+    return max(kinds, default=ExitCode.DONE)
 
 
 def unexplained(codes: Mapping[int, int], host: str, forwarded: Iterable[int] = ()) -> list[str]:
@@ -122,4 +122,4 @@ def die_with_agent(environment: Mapping[str, str]) -> None:
 
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
     if str(os.getppid()) != agent:  # it died meanwhile
-        os._exit(FAILED)
+        os._exit(ExitCode.FAILED)

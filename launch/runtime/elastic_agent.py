@@ -26,7 +26,7 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from launch.runtime.agent import ON_PURPOSE, exit_code_of, unexplained
-from launch.runtime.exit_codes import DONE, FAILED, STOPPED
+from launch.runtime.exit_codes import ExitCode
 from launch.runtime.store import UnreachableError, check_own_endpoint, wait_until_open
 
 FORWARDED = (
@@ -79,11 +79,10 @@ class RankAgent(LocalElasticAgent):
         running = [rank for rank in pids if rank not in self.ended]
         now = {rank: code for rank in running if (code := peek_exit_code(pids[rank])) is not None}
         self.ended |= now
-        stopped = STOPPED in self.ended.values()
-        saving = stopped and len(self.ended) < len(pids) and {*self.ended.values()} <= {DONE, STOPPED}
-        if (
-            not now or saving
-        ):  # others may still write their part of the checkpoint: torch would terminate them
+        codes = set(self.ended.values())
+        stopped = ExitCode.STOPPED in codes
+        saving = stopped and codes <= {ExitCode.DONE, ExitCode.STOPPED} and len(self.ended) < len(pids)
+        if saving or not now:  # torch would terminate ranks that still write their part of a checkpoint
             return RunResult(state=WorkerState.HEALTHY)
         result: RunResult = super()._monitor_workers(worker_group)
         if not any(self.ended.values()):  # a rank that failed since the look at them
@@ -143,7 +142,7 @@ def run_ranks(
             print_line(
                 f"node {node_rank} ({socket.gethostname()}) did not meet the others: {one_line(error)}"
             )
-            return FAILED
+            return ExitCode.FAILED
 
 
 def supervise(agent: RankAgent) -> int:
@@ -154,6 +153,9 @@ def supervise(agent: RankAgent) -> int:
         pass
     except SignalException as error:  # between the start of the ranks and our own handlers
         return 128 + int(error.sigval)
+    finally:
+        for number in FORWARDED:  # Python's shutdown would let them change the exit code
+            signal.signal(number, signal.SIG_IGN)
     agent.report()
     return exit_code_of(agent.ended.values(), agent.forwarded)
 

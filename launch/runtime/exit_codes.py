@@ -1,12 +1,18 @@
-"""Exit codes of all commands and of every rank, in one table."""
+"""Exit codes of all commands and of every rank, in one table. No torch."""
 
 from __future__ import annotations
 
-DONE = 0
-FAILED = 1
-MISTAKE = 2
-"""a mistake in the command, reported in one line"""
-STOPPED = 75
-"""EX_TEMPFAIL of sysexits.h: stopped on purpose and saved; the same command continues the run"""
-INTERRUPTED = 130
-"""ended at once by Ctrl-C: 128 + SIGINT, as a shell reports it"""
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """The exit codes of all commands."""
+
+    DONE = 0
+    FAILED = 1
+    MISTAKE = 2
+    """a mistake in the command, reported in one line"""
+    STOPPED = 75
+    """EX_TEMPFAIL of sysexits.h: stopped on purpose and saved; schedulers start such a job again"""
+    INTERRUPTED = 130
+    """128 + SIGINT, as shells count"""

@@ -26,7 +26,8 @@ import torch.distributed as dist
 
 from launch.checkpoint.writer import SaveError
 from launch.cli.config import Config
-from launch.cli.exits import RANK_ZERO_GRACE_S, ExitCode, exit_with_mistake
+from launch.cli.exits import RANK_ZERO_GRACE_S, exit_with_mistake
+from launch.runtime.exit_codes import ExitCode
 from launch.runtime.phase import Phase
 from launch.runtime.process_exit import exit_at_once
 from launch.runtime.rendezvous import RendezvousError

@@ -16,13 +16,13 @@ from launch.checkpoint.reader import Checkpoint
 from launch.checkpoint.resume import resume
 from launch.checkpoint.writer import CheckpointWriter
 from launch.cli.config import Config
-from launch.cli.exits import ExitCode
 from launch.cli.keys import to_dict
 from launch.cli.resolve import Settings
 from launch.reporting.console import Console
 from launch.reporting.metrics import Metrics
 from launch.reporting.throughput import StartupTimer
 from launch.runtime.collectives import broadcast_object
+from launch.runtime.exit_codes import ExitCode
 from launch.runtime.phase import Phase
 from launch.runtime.rendezvous import process_group
 from launch.runtime.versions import versions

@@ -20,7 +20,7 @@ from types import FrameType
 from typing import Any
 
 from launch.cli.durations import parse_duration
-from launch.cli.exits import ExitCode
+from launch.runtime.exit_codes import ExitCode
 from launch.runtime.files import write_text_atomically
 from launch.runtime.slurm_env import job_end_time
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]  # its stubs forget it
 
-from launch.cli.exits import ExitCode
+from launch.runtime.exit_codes import ExitCode
 from launch.runtime.process_exit import exit_at_once
 from launch.runtime.rendezvous import RendezvousError, heartbeat_key, meet
 from launch.runtime.restarts import reexec

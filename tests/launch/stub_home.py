@@ -1,4 +1,4 @@
-"""A folder for PYTHONPATH in which `launch` is the real package, except that launch/run.py is stub_run.py."""
+"""A folder for PYTHONPATH in which `launch` is the real package, but for launch/run.py and its __main__."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.launch.processes import ROOT
 
-STUB = Path(__file__).with_name("stub_run.py")
+HERE = Path(__file__).parent
 
 
 def make_stub_home(home: Path) -> Path:
@@ -15,5 +15,6 @@ def make_stub_home(home: Path) -> Path:
     package.mkdir(parents=True)
     real = str(ROOT / "launch")
     (package / "__init__.py").write_text(f"__path__.append({real!r})\n")
-    (package / "run.py").symlink_to(STUB)
+    (package / "run.py").symlink_to(HERE / "stub_run.py")
+    (package / "__main__.py").symlink_to(HERE / "stub_main.py")
     return home

@@ -61,9 +61,11 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10
 SCRIPT = ROOT / "slurm" / "train.sbatch"
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 TIMEOUT_S = PATIENCE * 60.0
-"""until a job, a daemon or a command counts as hanging: on an idle machine a training job ends within a minute"""
-KILL_WAIT = 5
-"""seconds between SLURM's SIGTERM and its SIGKILL; sites have 30"""
+"""until a job, a daemon or a command counts as hanging: on an idle machine a training ends within a minute"""
+KILL_WAIT = 60
+"""seconds between SLURM's SIGTERM and its SIGKILL: sites have 30; nothing waits for it that ends by itself"""
+NOT_OURS = ("Traceback", "ChildFailedError", "torch.distributed.elastic", "OMP_NUM_THREADS")
+"""what no log of a job may hold: the reports of torchrun"""
 
 
 def missing() -> str:
@@ -104,23 +106,23 @@ class Cluster:
         }
 
     def call(
-        self, *words: str, cwd: Path, home: Path = ROOT, timeout: float = TIMEOUT_S
+        self, *args: str, cwd: Path, home: Path = ROOT, timeout: float = TIMEOUT_S
     ) -> subprocess.CompletedProcess[str]:
         """Run a command to its end as a user of this SLURM, launch/ being in `home`."""
         env = {**self.env, "RANKZERO_HOME": str(home)}
         return subprocess.run(
-            words, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout, check=False
+            args, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout, check=False
         )
 
-    def ask(self, *words: str, cwd: Path = ROOT, home: Path = ROOT) -> str:
+    def ask(self, *args: str, cwd: Path = ROOT, home: Path = ROOT) -> str:
         """What a command prints; it must succeed."""
-        ended = self.call(*words, cwd=cwd, home=home)
-        assert ended.returncode == 0, f"{words}\n{ended.stdout}{ended.stderr}"
+        ended = self.call(*args, cwd=cwd, home=home)
+        assert ended.returncode == 0, f"{args}\n{ended.stdout}{ended.stderr}"
         return ended.stdout.strip()
 
-    def submit(self, *words: str, cwd: Path, home: Path = ROOT, options: str = "") -> str:
-        """`sbatch OPTIONS slurm/train.sbatch WORDS`: the job's number."""
-        return self.ask("sbatch", "--parsable", *options.split(), str(SCRIPT), *words, cwd=cwd, home=home)
+    def submit(self, *args: str, cwd: Path, home: Path = ROOT, options: str = "") -> str:
+        """`sbatch OPTIONS slurm/train.sbatch ARGS`: the job's number."""
+        return self.ask("sbatch", "--parsable", *options.split(), str(SCRIPT), *args, cwd=cwd, home=home)
 
     def job(self, number: str) -> dict[str, str]:
         """What SLURM knows of a job: JobState, ExitCode, Restarts, ..."""
@@ -136,13 +138,13 @@ class Cluster:
             if time.monotonic() > end or job["JobState"] in ENDED:
                 out = Path(job["StdOut"])
                 printed = out.read_text() if out.exists() else ""
+                wanted = " or ".join(states)
                 raise AssertionError(
-                    f"job {number} is {job['JobState']}, {job['Reason']}, not {' or '.join(states)}\n{printed}"
+                    f"job {number} is {job['JobState']}, {job['Reason']}, not {wanted}\n{printed}"
                 )
             if job["Reason"] == "BeginTime" and job["Restarts"] not in hurried:
-                hurried.add(
-                    job["Restarts"]
-                )  # at once is too early: slurmd would refuse it ("credential revoked")
+                # at once is too early: slurmd would refuse it ("credential revoked")
+                hurried.add(job["Restarts"])
                 self.call("scontrol", "update", f"JobId={number}", "StartTime=now+2", cwd=ROOT)
             time.sleep(0.2)
         return job
@@ -150,6 +152,12 @@ class Cluster:
     def done(self, number: str, timeout: float = TIMEOUT_S) -> str:
         """What a job has printed, once it has succeeded."""
         return Path(self.wait(number, "COMPLETED", timeout=timeout)["StdOut"]).read_text()
+
+    def messages(self, number: str) -> list[str]:
+        """What rankzero has said in the log of a job, in which torchrun says nothing."""
+        log = Path(self.job(number)["StdOut"]).read_text()
+        assert not [name for name in NOT_OURS if name in log], log
+        return [line for line in log.splitlines() if line.startswith("rankzero: ")]
 
     def idle(self) -> bool:
         """Whether nothing runs and all could."""
@@ -261,7 +269,7 @@ def write_files(folder: Path) -> None:
     (folder / "hosts").write_text(f"127.0.0.1 localhost {host} n1 n2\n")
 
 
-def start(cluster: Cluster, program: str, *words: str) -> subprocess.Popen[bytes]:
+def start(cluster: Cluster, program: str, *args: str) -> subprocess.Popen[bytes]:
     """Start a daemon that finds the nodes' names, and that does not outlive this process, however it ends."""
     inside = 'mount --bind "$0" /etc/hosts && exec "$@"'
     command = [
@@ -274,7 +282,7 @@ def start(cluster: Cluster, program: str, *words: str) -> subprocess.Popen[bytes
         inside,
         str(cluster.folder / "hosts"),
         str(which(program)),
-        *words,
+        *args,
     ]
     with (cluster.folder / f"{program}.out").open("ab") as out:
         return subprocess.Popen(command, env=cluster.env, stdout=out, stderr=out, start_new_session=True)

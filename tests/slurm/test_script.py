@@ -1,5 +1,5 @@
-"""slurm/train.sbatch under a real SLURM: what it starts, and which ends lead back into the queue. The ranks
-are stub.py.
+"""slurm/train.sbatch under a real SLURM: what it starts, and after which ends it is requeued. The ranks are
+stub_run.py.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ import pytest
 
 from tests.slurm.cluster import CPUS, DEVICES, Cluster, environment, until
 
-NASTY = ("a=a'; rm -rf x", 'b=$(touch x) `touch x` "', "c=two  words\ttab *", "d=\\n\\", "e=ä#;&|<>")
-"""words that a shell would take for something else"""
+SPECIAL = ("a=a'; rm -rf x", 'b=$(touch x) `touch x` "', "c=two  words\ttab *", "d=\\n\\", "e=ä#;&|<>")
+"""arguments that a shell would take for something else"""
 
 
-def told(run_dir: Path) -> list[dict[str, Any]]:
+def rank_records(run_dir: Path) -> list[dict[str, Any]]:
     """What each rank was given."""
     return [json.loads(path.read_text()) for path in sorted(run_dir.glob("rank*.json"))]
 
 
-def begun(
-    cluster: Cluster, stub: Path, folder: Path, *words: str, options: str = "--nodes=2", ranks: int = 2
+def start_waiting(
+    cluster: Cluster, stub: Path, folder: Path, *args: str, options: str = "--nodes=2", ranks: int = 2
 ) -> str:
-    """A job whose ranks wait for a signal; without torchrun, that they start at once."""
+    """A job whose ranks wait for a signal; without the agent: its import of torch takes seconds."""
     number = cluster.submit(
-        "launcher=srun", "stay=true", "run_dir=run", *words, cwd=folder, home=stub, options=options
+        "launcher=srun", "stay=true", "run_dir=run", *args, cwd=folder, home=stub, options=options
     )
-    until(lambda: len(told(folder / "run")) == ranks, "all ranks are there")
+    until(lambda: len(rank_records(folder / "run")) == ranks, "all ranks are there")
     return number
 
 
@@ -55,24 +55,24 @@ def test_a_rank_for_each_gpu_or_task(
     cluster: Cluster, stub: Path, tmp_path: Path, launcher: str, options: str, ranks: int, threads: int
 ) -> None:
     number = cluster.submit(
-        f"launcher={launcher}", "run_dir=run", *NASTY, cwd=tmp_path, home=stub, options=options
+        f"launcher={launcher}", "run_dir=run", *SPECIAL, cwd=tmp_path, home=stub, options=options
     )
     cluster.done(number)
     nodes = 2 if "--nodes=2" in options else 1
-    said = told(tmp_path / "run")
-    assert len(said) == nodes * ranks
-    for index, rank in enumerate(said):
-        found = rank["environment"]
-        assert rank["argv"] == [f"launcher={launcher}", "run_dir=run", *NASTY, "run_dir=run"]
-        assert (found["MASTER_ADDR"], found["MASTER_PORT"]) == ("n1", str(10000 + int(number)))
-        assert found["OMP_NUM_THREADS"] == str(threads)
-        assert found["SLURM_NODEID"] == str(index // ranks)
+    records = rank_records(tmp_path / "run")
+    assert len(records) == nodes * ranks
+    for index, rank in enumerate(records):
+        environ = rank["environment"]
+        assert rank["argv"] == [f"launcher={launcher}", "run_dir=run", *SPECIAL, "run_dir=run"]
+        assert (environ["MASTER_ADDR"], environ["MASTER_PORT"]) == ("n1", str(10000 + int(number)))
+        assert environ["OMP_NUM_THREADS"] == str(threads)
+        assert environ["SLURM_NODEID"] == str(index // ranks)
         if launcher == "torchrun":
-            assert (found["RANK"], found["LOCAL_RANK"]) == (str(index), str(index % ranks))
-            assert (found["WORLD_SIZE"], found["LOCAL_WORLD_SIZE"]) == (str(nodes * ranks), str(ranks))
+            assert (environ["RANK"], environ["LOCAL_RANK"]) == (str(index), str(index % ranks))
+            assert (environ["WORLD_SIZE"], environ["LOCAL_WORLD_SIZE"]) == (str(nodes * ranks), str(ranks))
         else:
-            assert (found["SLURM_PROCID"], found["SLURM_LOCALID"]) == (str(index), str(index % ranks))
-            assert found["SLURM_STEP_NUM_TASKS"] == str(nodes * ranks)
+            assert (environ["SLURM_PROCID"], environ["SLURM_LOCALID"]) == (str(index), str(index % ranks))
+            assert environ["SLURM_STEP_NUM_TASKS"] == str(nodes * ranks)
     assert {path.name for path in tmp_path.iterdir()} == {"run", f"rankzero-{number}.out"}
 
 
@@ -81,25 +81,24 @@ def test_a_port_that_is_taken_is_passed_over(cluster: Cluster, stub: Path, tmp_p
     with socket.create_server(("0.0.0.0", 10000 + int(number))):
         cluster.ask("scontrol", "release", number)
         cluster.done(number)
-    (rank,) = told(tmp_path / "runs" / f"slurm-{number}")
+    (rank,) = rank_records(tmp_path / "runs" / f"slurm-{number}")
     assert rank["environment"]["MASTER_PORT"] == str(10001 + int(number))
 
 
 def test_an_image_is_run_in(
     cluster: Cluster, stub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """apptainer is not in Debian: what stands in for it notes its words and does without the image."""
+    """apptainer is not in Debian: what stands in for it notes its arguments and does without the image."""
     stand_in = tmp_path / "bin" / "apptainer"
     stand_in.parent.mkdir()
-    stand_in.write_text(
-        f'#!/bin/bash\necho "$@" > {tmp_path}/said\nuntil [[ $1 == *.sif ]]; do shift; done\nshift\nexec "$@"\n'
-    )
+    lines = ("#!/bin/bash", f'echo "$@" > {tmp_path}/arguments', "until [[ $1 == *.sif ]]; do shift; done")
+    stand_in.write_text("\n".join([*lines, "shift", 'exec "$@"', ""]))
     stand_in.chmod(0o755)
     monkeypatch.setenv("PATH", f"{stand_in.parent}:{os.environ['PATH']}")
     monkeypatch.setenv("RANKZERO_CONTAINER", "torch.sif")
     cluster.done(cluster.submit("launcher=srun", "run_dir=run", cwd=tmp_path, home=stub))
     assert (tmp_path / "said").read_text().startswith(f"exec --nv --bind {tmp_path} torch.sif python ")
-    assert len(told(tmp_path / "run")) == 1
+    assert len(rank_records(tmp_path / "run")) == 1
 
 
 def test_an_unknown_launcher_is_a_mistake(cluster: Cluster, stub: Path, tmp_path: Path) -> None:
@@ -111,13 +110,13 @@ def test_an_unknown_launcher_is_a_mistake(cluster: Cluster, stub: Path, tmp_path
 # stopping ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("said", ["USR1", "USR2", "TERM", "USR1 --batch", "TERM --batch"])
-def test_a_stop_on_purpose_is_requeued(cluster: Cluster, stub: Path, tmp_path: Path, said: str) -> None:
-    number = begun(cluster, stub, tmp_path)
-    cluster.ask("scancel", *f"--signal={said}".split(), number)
+@pytest.mark.parametrize("sent", ["USR1", "USR2", "TERM", "USR1 --batch", "TERM --batch"])
+def test_a_stop_on_purpose_is_requeued(cluster: Cluster, stub: Path, tmp_path: Path, sent: str) -> None:
+    number = start_waiting(cluster, stub, tmp_path)
+    cluster.ask("scancel", *f"--signal={sent}".split(), number)
     job = cluster.wait(number, "COMPLETED")
     assert job["Restarts"] == "1"
-    assert {rank["attempt"] for rank in told(tmp_path / "run")} == {"second"}
+    assert {rank["attempt"] for rank in rank_records(tmp_path / "run")} == {"second"}
     assert not (tmp_path / "run" / "stopped.json").exists()
 
 
@@ -125,8 +124,8 @@ def test_a_run_that_misses_its_time_limit_saves_after_it(
     cluster: Cluster, stub: Path, tmp_path: Path
 ) -> None:
     """SLURM says TERM then, and kills KillWait seconds later."""
-    number = begun(cluster, stub, tmp_path, options="--nodes=2 --time=5")
-    end = int(told(tmp_path / "run")[0]["environment"]["SLURM_JOB_END_TIME"])
+    number = start_waiting(cluster, stub, tmp_path, options="--nodes=2 --time=5")
+    end = int(rank_records(tmp_path / "run")[0]["environment"]["SLURM_JOB_END_TIME"])
     assert end == pytest.approx(time.time() + 300, abs=30)
     cluster.ask("scontrol", "update", f"JobId={number}", "EndTime=now+1seconds")
     assert cluster.wait(number, "COMPLETED")["Restarts"] == "1"
@@ -134,17 +133,17 @@ def test_a_run_that_misses_its_time_limit_saves_after_it(
 
 
 def test_a_preempted_run_saves_and_comes_back(cluster: Cluster, stub: Path, tmp_path: Path) -> None:
-    number = begun(
+    number = start_waiting(
         cluster, stub, tmp_path, options="--nodes=2 --exclusive", ranks=2 * len(DEVICES)
     )  # the GPUs, too
     urgent = cluster.submit(cwd=tmp_path, home=stub, options="--partition=urgent --nodes=2 --exclusive")
     cluster.done(urgent)
     assert cluster.wait(number, "COMPLETED")["Restarts"] == "1"
-    assert {rank["attempt"] for rank in told(tmp_path / "run")} == {"second"}
+    assert {rank["attempt"] for rank in rank_records(tmp_path / "run")} == {"second"}
 
 
 def test_a_cancelled_run_does_not_come_back(cluster: Cluster, stub: Path, tmp_path: Path) -> None:
-    number = begun(cluster, stub, tmp_path)
+    number = start_waiting(cluster, stub, tmp_path)
     cluster.ask("scancel", number)
     job = cluster.wait(number, "CANCELLED")
     assert (tmp_path / "run" / "saved").exists()
@@ -166,12 +165,12 @@ def test_a_failure_is_not_requeued(cluster: Cluster, stub: Path, tmp_path: Path)
 
 
 def test_a_job_that_may_not_come_back_says_so(cluster: Cluster, stub: Path, tmp_path: Path) -> None:
-    number = begun(cluster, stub, tmp_path, options="--nodes=2 --no-requeue")
+    number = start_waiting(cluster, stub, tmp_path, options="--nodes=2 --no-requeue")
     cluster.ask("scancel", "--signal=USR1", number)
     job = cluster.wait(number, "FAILED")
     assert (job["ExitCode"], job["Restarts"]) == ("75:0", "0")
     assert (
-        "not requeued; the same words with run_dir=run continue it"
+        "not requeued; the same command with run_dir=run continues it"
         in (tmp_path / f"rankzero-{number}.out").read_text()
     )
 
@@ -183,7 +182,7 @@ def test_one_task_of_an_array_stops_alone(cluster: Cluster, stub: Path, tmp_path
     )
     runs = [tmp_path / "runs" / f"slurm-{number}_{index}" for index in range(3)]
     until(lambda: all((run / "rank0.json").exists() for run in runs), "all tasks are there")
-    ports = {told(run)[0]["environment"]["MASTER_PORT"] for run in runs}
+    ports = {rank_records(run)[0]["environment"]["MASTER_PORT"] for run in runs}
     assert len(ports) == 3
     cluster.ask("scancel", "--signal=USR1", f"{number}_2")
     assert cluster.wait(f"{number}_2", "COMPLETED")["Restarts"] == "1"
