@@ -1,1 +1,1 @@
-"""Queue runs on SLURM: the batch script, and `rankzero submit`, which fills it in."""
+"""Runs as SLURM jobs: `train.sbatch`, and `rankzero submit`, which makes scripts of it. No torch."""

@@ -1,248 +1,170 @@
 """Queue a run, or a sweep of runs, on SLURM.
 
-    python slurm/submit.py nodes=2 gpus=8 time=24:00:00 recipe=gpt strategy=zero3
-    python slurm/submit.py nodes=2 gpus=8 recipe=gpt dry_run=true           print the script, queue nothing
-    python slurm/submit.py sweep gpus=1 recipe=gpt optim.lr=1e-3,3e-4 seed=1,2        four runs, one array job
-    python slurm/submit.py status runs/gpt/20260101-120000                  what SLURM and the run itself say
-    python slurm/submit.py cancel runs/gpt/20260101-120000
+    rankzero submit nodes=2 gpus=8 time=24:00:00 recipe=gpt batch_size=256 strategy=zero3
+    rankzero submit nodes=2 gpus=8 recipe=gpt batch_size=256 dry_run=true    print the script, queue nothing
+    rankzero submit sweep gpus=1 recipe=gpt optim.lr=1e-3,3e-4 seed=1,2        four runs, one array job
+    rankzero submit status runs/gpt/20260101-120000                  what SLURM and the run itself say
+    rankzero submit cancel runs/gpt/20260101-120000
 
-These words are for SLURM, all others go to launch/run.py, which checks them before anything is queued:
-
-    nodes=1           number of nodes
-    gpus=0            GPUs of each node; each gets a rank
-    ranks=1           without GPUs: ranks of each node
-    cpus=N            CPUs of each rank (default: the site's)
-    time=24:00:00     time limit (default: the site's). The run stops before it and goes back into the queue.
-    partition= account= name=     as sbatch calls them; name= is by default that of the recipe
-    sbatch='--qos=high --exclusive'     any other option of sbatch
-    launcher=torchrun    or srun: a task a rank, without torchrun
-    container=IMAGE   run in it: a .sif file with apptainer, another image with pyxis
-    after=JOB         begin when this job, or that of this run directory, has succeeded; never if it fails. A job that stops and
-                      goes on later has not ended yet. after=afterany:JOB, or another of sbatch's dependencies, is taken as it is.
-    follow=true       print what the run prints until it ends; Ctrl-C leaves the job alone
-    check=false       do not check the words first: where this machine lacks what the nodes have
-    dry_run=true      print the script that would be queued
-    site=FILE         YAML with this cluster's own values (default: ~/.config/rankzero/slurm.yaml, if it is there)
-
-The site's file holds any of the words above, which the command line overrides, and two lists:
-
-    partition: gpu
-    account: physics
-    modules: [cuda/12.4, python/3.12]     # module load ...
-    setup: [source ~/venv/bin/activate]   # lines of bash, before the run starts on its first node
+All keys but the options below are those of `rankzero train`, which are checked before anything is queued.
 
 In a sweep each value with commas is a list (brackets protect them: optim.betas=[0.9,0.95] is one value), and
-each combination a run of its own below run_dir. The script is kept as RUN_DIR/job.sbatch; `sbatch
-RUN_DIR/job.sbatch` continues the run. Exit codes: 0 queued, or with follow=true done; 1 the job that was
-followed failed; 2 a mistake, told in one line.
+each combination a run of its own below run_dir. The script is kept as RUN_DIR/job.sbatch;
+`sbatch RUN_DIR/job.sbatch` continues the run. The site's file holds any of the options, lists as YAML writes
+them: `modules: [cuda/12.4]`.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import yaml
-from batch import HOME, NUMBER, Job, Run, number_of, script  # beside this file, which is run as it stands
+from launch.cli import help
+from launch.cli.command import HELP, Arguments, NoOptions, read_arguments, report_mistakes
+from launch.cli.keys import build, check_known, keys_of, parse_value, read_argv, read_yaml
+from launch.cli.resolve import resolve
+from launch.runtime.exit_codes import ExitCode
+from launch.runtime.world import World
+from launch.training.run_dir import find_run_dir
+from slurm.job_status import call_slurm, follow_job, query_job, run_progress
+from slurm.script import JOB_ID_FILE, SCRIPT_FILE, JobOptions, QueuedRun, job_id_of, make_script
 
-SITE = Path("~/.config/rankzero/slurm.yaml")
-ALIVE = {
-    "PENDING",
-    "CONFIGURING",
-    "RUNNING",
-    "COMPLETING",
-    "SUSPENDED",
-    "REQUEUED",
-    "RESIZING",
-    "SIGNALING",
-    "STOPPED",
+SITE_FILE = Path("~/.config/rankzero/slurm.yaml")
+EXITS = {
+    ExitCode.DONE: "queued; with follow=true, the job succeeded",
+    ExitCode.FAILED: "the job that was followed failed",
+    ExitCode.INTERRUPTED: "Ctrl-C while following; the job goes on",
 }
-POLL = 2.0
-"""seconds between questions to SLURM, whose controller serves everybody"""
 
 
-def main(words: list[str]) -> int:
-    """Do what `words` say; returns the exit code."""
-    if not words or "--help" in words or "-h" in words:
-        print((__doc__ or "").strip())
-        return 0
-    try:
-        if words[0] in COMMANDS:
-            return COMMANDS[words[0]](words[1:])
-        return submit(words)
-    except (ValueError, OSError) as error:
-        print(f"rankzero: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+def main(argv: list[str]) -> int:
+    """Do what `argv` asks for; returns the exit code."""
+    if not argv or any(argument in HELP for argument in argv):
+        print(help.page(__doc__ or "", JobOptions, exits=EXITS))
+        return ExitCode.DONE
+    with report_mistakes(kinds=(ValueError, OSError)):
+        if argv[0] in ("status", "cancel"):
+            arguments = read_arguments(argv[1:], NoOptions, name=argv[0], positional=("RUN_DIR",))
+            return status(arguments) if argv[0] == "status" else cancel(arguments)
+        is_sweep = "sweep" in argv
+        options, values = read_options([argument for argument in argv if argument != "sweep"])
+        return submit(options, values, is_sweep)
 
 
-# the commands -----------------------------------------------------------------------------------------------
-
-
-def submit(words: Sequence[str], many: bool = False) -> int:
-    """Check the words, write the script, queue it."""
-    job, theirs = read(words)
-    folder, runs = runs_of(theirs, many)
-    job.name = job.name or name_of(theirs)
-    for run in runs if job.check else ():
-        check(run, job)
-    for place in {folder, *(run.folder for run in runs)}:
-        if (
-            not job.after
-            and (number := number_of(place))
-            and (alive := [row for row in rows(number) if row["state"] in ALIVE])
-        ):
-            raise ValueError(
-                f"{place} is in use by job {number}, which is {alive[0]['state']}; wait, cancel it, or say after={number}"
-            )
-    text = script(job, folder, runs, many)
-    if job.dry_run:
-        print(text, end="")
-        return 0
+def submit(options: JobOptions, values: dict[str, str], is_sweep: bool = False) -> int:
+    """Check the runs, write the script, queue it; returns the exit code."""
+    folder, runs = plan_runs(values, is_sweep)
+    options.name = options.name or recipe_name(values)
+    for run in runs if options.check else ():
+        check_run(run, options)
+    for run_dir in {folder, *(run.folder for run in runs)} if not options.after else ():
+        refuse_busy(run_dir)
+    script = make_script(options, folder, runs, is_sweep)
+    if options.dry_run:
+        print(script, end="")
+        return ExitCode.DONE
     for run in runs:
         run.folder.mkdir(parents=True, exist_ok=True)
-    (folder / "job.sbatch").write_text(text)
-    number = slurm("sbatch", "--parsable", str(folder / "job.sbatch")).partition(";")[0]
-    (folder / NUMBER).write_text(f"{number}\n")
-    for index, run in enumerate(runs):
-        if many:
-            (run.folder / NUMBER).write_text(f"{number}_{index}\n")
-    print(f"job {number}: {f'{len(runs)} runs below {folder}' if many else folder}", flush=True)
-    return follow(number, folder) if job.follow else 0
+    (folder / SCRIPT_FILE).write_text(script)
+    job_id = call_slurm("sbatch", "--parsable", str(folder / SCRIPT_FILE)).partition(";")[0]
+    (folder / JOB_ID_FILE).write_text(f"{job_id}\n")
+    for index, run in enumerate(runs if is_sweep else ()):
+        (run.folder / JOB_ID_FILE).write_text(f"{job_id}_{index}\n")
+    print(f"job {job_id}: {f'{len(runs)} runs below {folder}' if is_sweep else folder}", flush=True)
+    return follow_job(job_id, folder) if options.follow else ExitCode.DONE
 
 
-def sweep(words: Sequence[str]) -> int:
-    """Queue each combination of the values with commas, as one array job."""
-    return submit(words, many=True)
+def status(arguments: Arguments[NoOptions]) -> int:
+    """Print what SLURM says of the job of a run directory, and what the run has written."""
+    folder, job_id = submitted(arguments)
+    tasks = query_job(job_id)
+    for task in tasks:
+        print(f"job {task.job}  {task.state}  {task.elapsed}  {task.nodes or task.reason}")
+    if not tasks:
+        print(f"job {job_id}  SLURM has forgotten it: it ended a while ago")
+    inside = sorted(path.parent for path in folder.glob(f"*/{JOB_ID_FILE}"))
+    for run_dir in inside or [folder]:
+        print(f"{run_dir}  {run_progress(run_dir)}")
+    return ExitCode.DONE
 
 
-def status(words: Sequence[str]) -> int:
-    """What SLURM says of the job of a run directory, and what the run has written."""
-    folder, number = found(words)
-    known = rows(number)
-    for row in known:
-        where = row["nodes"] or row["reason"]
-        print(f"job {row['job']}  {row['state']}  {row['time']}  {where}")
-    if not known:
-        print(f"job {number}  SLURM has forgotten it: it ended a while ago")
-    inside = sorted(path.parent for path in folder.glob(f"*/{NUMBER}"))
-    for place in inside or [folder]:
-        print(f"{place}  {progress(place)}")
-    return 0
-
-
-def cancel(words: Sequence[str]) -> int:
+def cancel(arguments: Arguments[NoOptions]) -> int:
     """End the job of a run directory, for good."""
-    folder, number = found(words)
-    alive = [row for row in rows(number) if row["state"] in ALIVE]
-    if alive:
-        slurm("scancel", number)
-    print(f"job {number} of {folder} {'is cancelled' if alive else 'had ended already'}")
-    return 0
+    folder, job_id = submitted(arguments)
+    running = not all(task.has_ended for task in query_job(job_id))
+    if running:
+        call_slurm("scancel", job_id)
+    print(f"job {job_id} of {folder} {'is cancelled' if running else 'had ended already'}")
+    return ExitCode.DONE
 
 
-COMMANDS = {"sweep": sweep, "status": status, "cancel": cancel}
+def submitted(arguments: Arguments[NoOptions]) -> tuple[Path, str]:
+    """The run directory that the command names, and its job. Raises ValueError if it has none."""
+    folder = Path(arguments.positional[0])
+    job_id = job_id_of(folder)
+    if job_id is None:
+        raise ValueError(f"{folder} was not queued by `rankzero submit`: it has no {JOB_ID_FILE}")
+    return folder, job_id
 
 
-# words ------------------------------------------------------------------------------------------------------
+# the command line -------------------------------------------------------------------------------------------
 
 
-def read(words: Sequence[str]) -> tuple[Job, dict[str, str]]:
-    """What SLURM is asked for, and the words that are the run's. Raises ValueError for what is neither."""
-    said: dict[str, str] = {}
-    for word in words:
-        name, equals, value = word.partition("=")
-        if not equals or not name:
-            raise ValueError(
-                f"{word!r} is not key=value; commands are {', '.join(COMMANDS)}; `--help` is the manual"
-            )
-        said[name.removeprefix("--")] = value
-    types = {item.name: str(item.type) for item in fields(Job)}
-    site = read_site(said.pop("site", None))
-    if unknown := [name for name in site if name not in types]:
-        raise ValueError(f"{unknown[0]} is not a key of the site's file; there are {', '.join(types)}")
-    job = Job()
-    mine = {name: value for name, value in said.items() if name in types}
-    for name, given in {**site, **mine}.items():
-        setattr(job, name, parse(name, given, types[name]))
-    for name in ("nodes", "ranks"):
-        if getattr(job, name) < 1:
-            raise ValueError(f"{name}={getattr(job, name)} must be at least 1")
-    if job.launcher not in ("torchrun", "srun"):
-        raise ValueError(f"launcher={job.launcher} is neither torchrun nor srun")
-    return job, {name: value for name, value in said.items() if name not in types}
+def read_options(argv: Sequence[str]) -> tuple[JobOptions, dict[str, str]]:
+    """What SLURM is asked for, and the keys of the run as texts. Raises ValueError.
+
+    The last of defaults, site file and command line wins.
+    """
+    known = {key.name: key for key in keys_of(JobOptions)}
+    values = read_argv(argv)
+    given = {**read_site(values.get("site", "")), **{name: values[name] for name in values if name in known}}
+    check_known(given, known, "the site's file")
+    parsed: dict[str, Any] = {
+        name: parse_value(value, known[name]) if isinstance(value, str) else value
+        for name, value in given.items()
+    }
+    return build(JobOptions, parsed), {name: text for name, text in values.items() if name not in known}
 
 
-def read_site(path: str | None) -> dict[str, object]:
-    """The site's file: texts, and lists of texts."""
-    file = Path(path or SITE).expanduser()
-    if not file.is_file():
-        if path:
-            raise ValueError(f"site={path}: there is no such file")
+def read_site(path: str) -> dict[str, Any]:
+    """The site's file: texts, as on the command line, and lists of texts. Raises ValueError."""
+    file = Path(path or SITE_FILE).expanduser()
+    if not path and not file.is_file():
         return {}
-    try:
-        content = yaml.load(
-            file.read_text(), Loader=yaml.BaseLoader
-        )  # all as texts: YAML's own 24:00:00 is the number 86400
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file} is not YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold `key: value` lines")
-    return content
+    return read_yaml(str(file), "site", as_text=True)  # 24:00:00 is the number 86400 in YAML
 
 
-def parse(name: str, value: object, kind: str) -> object:
-    """A text, or from the site's file a list of them, as the field of Job wants it."""
-    if kind == "list[str]":
-        return [str(part) for part in value] if isinstance(value, list) else [str(value)]
-    if isinstance(value, str):
-        if kind == "int" and value.isdecimal():
-            return int(value)
-        if kind == "bool" and value in ("true", "false"):
-            return value == "true"
-        if kind == "str" and value.isprintable():
-            return value
-    raise ValueError(
-        f"{name}={value} is not {dict(int='a number', bool='true or false').get(kind, 'a line of text')}"
-    )
+# the runs ---------------------------------------------------------------------------------------------------
 
 
-def runs_of(said: Mapping[str, str], many: bool) -> tuple[Path, list[Run]]:
-    """The folder of the job and the runs in it: one, or in a sweep each combination."""
-    said = dict(said)
-    folder = Path(
-        said.pop("run_dir", "")
-        or f"runs/{name_of(said)}/{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
-    )
+def plan_runs(values: dict[str, str], is_sweep: bool) -> tuple[Path, list[QueuedRun]]:
+    """The folder of the job and the runs in it: one, or in a sweep each combination. Raises ValueError."""
+    mark = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
+    values = dict(values)
+    folder = Path(values.pop("run_dir", "") or f"runs/{recipe_name(values)}/{mark}")
     if not str(folder).isprintable() or "\\" in str(folder):
         raise ValueError(f"run_dir={str(folder)!r}: SLURM cannot name its output file so; choose another")
-    if not many:
-        return folder, [Run([f"{name}={value}" for name, value in said.items()], folder)]
-    lists = {name: values for name, value in said.items() if len(values := split(value)) > 1}
+    if not is_sweep:
+        return folder, [QueuedRun([f"{name}={value}" for name, value in values.items()], folder)]
+    lists = {name: parts for name, value in values.items() if len(parts := split_commas(value)) > 1}
     if not lists:
         raise ValueError("a sweep needs a list, such as optim.lr=1e-3,3e-4")
     runs = []
     for index, combination in enumerate(itertools.product(*lists.values())):
         chosen = dict(zip(lists, combination, strict=True))
         title = re.sub(r"[^\w.=+-]", "_", "-".join(f"{name}={value}" for name, value in chosen.items()))
-        runs.append(
-            Run(
-                [f"{name}={value}" for name, value in {**said, **chosen}.items()],
-                folder / f"{index}-{title[:100]}",
-            )
-        )
+        argv = [f"{name}={value}" for name, value in {**values, **chosen}.items()]
+        runs.append(QueuedRun(argv, folder / f"{index}-{title[:100]}"))
     return folder, runs
 
 
-def split(value: str) -> list[str]:
-    """A value at its commas, but for those in brackets."""
+def split_commas(value: str) -> list[str]:
+    """A value at its commas, except for those in brackets."""
     parts, depth = [""], 0
     for letter in value:
         depth += (letter in "[({") - (letter in "])}")
@@ -253,134 +175,24 @@ def split(value: str) -> list[str]:
     return parts
 
 
-def name_of(said: Mapping[str, str]) -> str:
-    """The recipe's name, for folders and lists."""
-    return re.sub(r"[^\w.-]", "_", Path(said.get("recipe", "").partition(":")[0]).stem) or "rankzero"
+def recipe_name(values: dict[str, str]) -> str:
+    """The recipe's name, for folders and for the job."""
+    return re.sub(r"[^\w.-]", "_", Path(values.get("recipe", "").partition(":")[0]).stem) or "rankzero"
 
 
-def check(run: Run, job: Job) -> None:
-    """Let launch/run.py check the words of a run for the ranks that it will have. Raises ValueError with what
-    it says.
-    """
-    world = {
-        "RANK": "0",
-        "WORLD_SIZE": str(job.nodes * job.ranks_per_node),
-        "LOCAL_WORLD_SIZE": str(job.ranks_per_node),
-    }
-    command = [
-        sys.executable,
-        str(HOME / "launch" / "run.py"),
-        "--check",
-        *run.words,
-        f"run_dir={run.folder}",
-    ]
-    ended = subprocess.run(command, env={**os.environ, **world}, capture_output=True, text=True, check=False)
-    if ended.returncode:
-        lines = ended.stderr.strip().splitlines() or [f"the check ended with {ended.returncode}"]
-        raise ValueError(lines[-1].removeprefix("rankzero: "))
+def check_run(run: QueuedRun, options: JobOptions) -> None:
+    """Check the keys of a run for the ranks that it will have, as the run itself does. Raises ValueError."""
+    local = options.ranks_per_node
+    world = World(world_size=options.nodes * local, local_world_size=local, launcher=options.launcher)
+    find_run_dir(resolve([*run.argv, f"run_dir={run.folder}"], world))
 
 
-# SLURM ------------------------------------------------------------------------------------------------------
-
-
-def slurm(*command: str) -> str:
-    """What a command of SLURM prints. Raises ValueError with what it complains of."""
-    try:
-        ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
+def refuse_busy(run_dir: Path) -> None:
+    """Raise ValueError if a job that has not ended uses the run directory."""
+    job_id = job_id_of(run_dir)
+    running = [task for task in query_job(job_id) if not task.has_ended] if job_id else []
+    if running:
         raise ValueError(
-            f"there is no {command[0]} here: run this where SLURM is, or add dry_run=true"
-        ) from None
-    if ended.returncode:
-        raise ValueError(ended.stderr.strip() or f"{command[0]} ended with {ended.returncode}")
-    return ended.stdout.strip()
-
-
-def rows(number: str) -> list[dict[str, str]]:
-    """What SLURM knows of a job, or of each task of an array; empty when it has forgotten it."""
-    names = {"job": "%i", "state": "%T", "time": "%M", "nodes": "%N", "reason": "%r"}
-    form = "|".join(names.values())
-    try:
-        listed = slurm(
-            "squeue", "--noheader", "--array", "--states=all", f"--jobs={number}", f"--format={form}"
+            f"{run_dir} is in use by job {job_id}, which is {running[0].state}; wait, cancel it, or say "
+            f"after={job_id}"
         )
-    except ValueError as error:
-        if "Invalid job id" in str(error):
-            return []
-        raise
-    return [dict(zip(names, line.split("|"), strict=True)) for line in listed.splitlines()]
-
-
-def found(words: Sequence[str]) -> tuple[Path, str]:
-    """The run directory that is the only word, and its job."""
-    if len(words) != 1:
-        raise ValueError("name one run directory, such as runs/gpt/20260101-120000")
-    number = number_of(Path(words[0]))
-    if number is None:
-        raise ValueError(f"{words[0]} was not queued by submit.py: it has no {NUMBER}")
-    return Path(words[0]), number
-
-
-def follow(number: str, folder: Path) -> int:
-    """Print what a job prints until it has ended; returns 0 if it succeeded."""
-    shown: dict[str, int] = {}
-    before = ""
-    try:
-        while True:
-            known = rows(number)
-            states = ", ".join(
-                sorted({f"{row['state']} ({row['reason']})" for row in known if row["state"] == "PENDING"})
-            )
-            if states and states != before:
-                print(f"rankzero: job {number} is {states}", file=sys.stderr, flush=True)
-            before = states
-            for text in news(folder, number, shown):
-                print(text, end="", flush=True)
-            if not any(row["state"] in ALIVE for row in known):
-                break
-            time.sleep(POLL)
-    except KeyboardInterrupt:
-        print(
-            f"\nrankzero: job {number} goes on; python slurm/submit.py cancel {folder} ends it",
-            file=sys.stderr,
-        )
-        return 130
-    print(
-        f"rankzero: job {number} is {', '.join(sorted({row['state'] for row in known})) or 'gone'}",
-        file=sys.stderr,
-    )
-    return int(any(row["state"] != "COMPLETED" for row in known))
-
-
-def news(folder: Path, number: str, shown: dict[str, int]) -> Iterator[str]:
-    """What the job's files have got since the last time."""
-    for path in sorted(folder.glob(f"slurm-{number}*.out")):
-        with path.open("rb") as file:
-            file.seek(shown.get(path.name, 0))
-            content = file.read()
-            shown[path.name] = file.tell()
-        yield content.decode(errors="replace")
-
-
-def progress(folder: Path) -> str:
-    """How far a run is, by its own files."""
-    ending = {
-        "failure.json": "failed",
-        "stopped.json": "stopped, to be continued",
-        "model.safetensors": "done",
-    }
-    words = next((said for name, said in ending.items() if (folder / name).is_file()), "")
-    metrics = folder / "metrics.jsonl"
-    lines = metrics.read_text().splitlines() if metrics.is_file() else []
-    for line in reversed(lines):
-        try:
-            row = json.loads(line)
-        except ValueError:  # it is being written
-            continue
-        if "loss" in row:
-            return f"step {row['step']}, loss {row['loss']:.4g}{f', {words}' if words else ''}"
-    return words or "no step yet"
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

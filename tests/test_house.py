@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "launch": {"launch", "strategies", "recipes"},
     "strategies": {"strategies"},
     "recipes": {"recipes"},
-    "slurm": set(),  # it uses the command line
+    "slurm": {"slurm", "launch"},
 }
 TOP_LEVEL = {
     *("launch", "strategies", "recipes", "slurm", "tests"),

@@ -1,4 +1,4 @@
-"""slurm/submit.py under a real SLURM. The runs are stub.py, but for one sweep."""
+"""`rankzero submit` under a real SLURM. The runs are stub_run.py, except in one sweep."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.processes import ROOT, TINY
+from tests.launch.processes import TINY
 from tests.slurm.cluster import TIMEOUT_S, Cluster, until
 
-SUBMIT = str(ROOT / "slurm" / "submit.py")
+SUBMIT = (sys.executable, "-m", "launch", "submit")
 TRAIN = (f"recipe={TINY}:Fit", "steps=2", "workers=0")
 
 
-def submit(cluster: Cluster, folder: Path, *words: str, code: int = 0) -> str:
-    """What submit.py prints, which has to end with `code`."""
-    ended = cluster.call(sys.executable, SUBMIT, *words, cwd=folder)
+def submit(cluster: Cluster, folder: Path, *args: str, code: int = 0) -> str:
+    """What `rankzero submit` prints, which has to end with `code`."""
+    ended = cluster.call(*SUBMIT, *args, cwd=folder)
     assert ended.returncode == code, ended.stdout + ended.stderr
     return ended.stdout if code == 0 else ended.stderr
 
@@ -32,23 +32,24 @@ def number_in(folder: Path) -> str:
 
 @pytest.fixture
 def site(stub: Path, tmp_path: Path) -> str:
-    """The word for a site's file that has stub.py run."""
+    """The argument for a site's file with which stub_run.py is what runs."""
     file = tmp_path / "site.yaml"
-    file.write_text(
-        f"check: false\nlauncher: srun\ntime: 24:00:00\nsetup:\n- export RANKZERO_HOME={stub}\n- export FROM_SITE=yes\n"
-    )
+    lines = ("check: false", "launcher: srun", "time: 24:00:00", "setup:", f"- export RANKZERO_HOME={stub}")
+    file.write_text("\n".join([*lines, "- export FROM_SITE=yes", ""]))
     return f"site={file}"
 
 
-def test_the_words_arrive_and_the_run_is_told_about(cluster: Cluster, site: str, tmp_path: Path) -> None:
-    nasty = ("a=a'; rm -rf x", 'b=$(touch x)`touch x`"')
-    printed = submit(cluster, tmp_path, site, "nodes=2", "cpus=2", "name=a b #c", "run_dir=my runs/x", *nasty)
+def test_arguments_arrive_and_the_status_is_shown(cluster: Cluster, site: str, tmp_path: Path) -> None:
+    special = ("a=a'; rm -rf x", 'b=$(touch x)`touch x`"')
+    printed = submit(
+        cluster, tmp_path, site, "nodes=2", "cpus=2", "name=a b #c", "run_dir=my runs/x", *special
+    )
     number = number_in(tmp_path / "my runs/x")
     assert printed == f"job {number}: my runs/x\n"
     job = cluster.wait(number, "COMPLETED")
     assert (job["TimeLimit"], job["NumNodes"], job["CPUs/Task"]) == ("1-00:00:00", "2", "2")
     rank = json.loads((tmp_path / "my runs/x/rank1.json").read_text())
-    assert rank["argv"] == [*nasty, "launcher=srun", "run_dir=my runs/x", "run_dir=my runs/x"]
+    assert rank["argv"] == [*special, "launcher=srun", "run_dir=my runs/x", "run_dir=my runs/x"]
     assert rank["environment"]["SLURM_JOB_NAME"] == "a b #c"
     status = submit(cluster, tmp_path, "status", "my runs/x").splitlines()
     assert status[0].startswith(f"job {number}  COMPLETED")
@@ -109,12 +110,12 @@ def test_follow_prints_and_ends_with_the_job(cluster: Cluster, site: str, tmp_pa
     printed = submit(cluster, tmp_path, site, "follow=true", "run_dir=run")
     assert printed.startswith(f"job {number_in(tmp_path / 'run')}: run\n")
     assert "cpu binding" in printed  # srun's own words, here the only ones
-    said = submit(cluster, tmp_path, site, "follow=true", "fail=true", "run_dir=failing", code=1)
-    assert said.endswith("is FAILED\n")
+    err = submit(cluster, tmp_path, site, "follow=true", "fail=true", "run_dir=failing", code=1)
+    assert err.endswith("is FAILED\n")
 
 
 def test_ctrl_c_leaves_the_job_alone(cluster: Cluster, site: str, tmp_path: Path) -> None:
-    command = [sys.executable, SUBMIT, site, "follow=true", "stay=true", "run_dir=run"]
+    command = [*SUBMIT, site, "follow=true", "stay=true", "run_dir=run"]
     following = subprocess.Popen(
         command,
         cwd=tmp_path,
@@ -137,19 +138,19 @@ def test_ctrl_c_leaves_the_job_alone(cluster: Cluster, site: str, tmp_path: Path
 def test_a_sweep_is_an_array_of_runs(cluster: Cluster, tmp_path: Path) -> None:
     submit(cluster, tmp_path, "sweep", "check=false", *TRAIN, "lr=1e-3,1e-2", "seed=1,2", "run_dir=sweep")
     number = number_in(tmp_path / "sweep")
-    found = set()
+    seen = set()
     for index in range(4):
         cluster.wait(f"{number}_{index}", "COMPLETED")
     for run in sorted((tmp_path / "sweep").glob("*/config.yaml")):
         text = run.read_text()
-        found.add(
+        seen.add(
             (
                 run.parent.name,
                 next(line for line in text.splitlines() if line.startswith("lr:")),
                 "seed: 1\n" in text,
             )
         )
-    assert found == {
+    assert seen == {
         ("0-lr=1e-3-seed=1", "lr: 0.001", True),
         ("1-lr=1e-3-seed=2", "lr: 0.001", False),
         ("2-lr=1e-2-seed=1", "lr: 0.01", True),
@@ -161,28 +162,62 @@ def test_a_sweep_is_an_array_of_runs(cluster: Cluster, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("args", "message"),
     [
-        (("nodes=two",), "nodes=two is not a number"),
-        (("nodes=0",), "nodes=0 must be at least 1"),
+        (("nodes=two",), "nodes=two is not int (default: 1)"),
+        (("nodes=0",), "nodes=0 must be 1 or more"),
+        (("launcher=mpi",), "launcher=mpi is not torchrun|srun"),
         (("recipe=gpt", "partition=nowhere"), "invalid partition"),
         (("sweep", "recipe=gpt"), "a sweep needs a list"),
-        (("status", "nowhere"), "nowhere was not queued by submit.py"),
         (("gpt",), "'gpt' is not key=value"),
         (("site=nowhere.yaml",), "there is no such file"),
     ],
 )
-def test_a_mistake_is_one_line(cluster: Cluster, tmp_path: Path, words: tuple[str, ...], said: str) -> None:
-    command, *rest = words if words[0] in ("sweep", "status") else ("check=false", *words)
-    more = () if command == "status" else ("check=false",)
-    err = submit(cluster, tmp_path, command, *rest, *more, code=2)
+def test_a_mistake_is_one_line(cluster: Cluster, tmp_path: Path, args: tuple[str, ...], message: str) -> None:
+    assert_one_line(submit(cluster, tmp_path, *args, "check=false", code=2), message)
+
+
+def test_a_run_directory_without_a_job_is_a_mistake(cluster: Cluster, tmp_path: Path) -> None:
+    assert_one_line(submit(cluster, tmp_path, "status", "nowhere", code=2), "nowhere was not queued by")
+    assert_one_line(submit(cluster, tmp_path, "cancel", code=2), "cancel takes RUN_DIR")
+
+
+def test_a_wrong_key_of_the_site_file_is_named(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "site.yaml").write_text("partitoin: gpu\n")
+    err = submit(cluster, tmp_path, "recipe=gpt", "site=site.yaml", code=2)
+    assert_one_line(err, "partitoin is not a key of the site's file; did you mean partition?")
+
+
+def assert_one_line(err: str, message: str) -> None:
+    """A mistake is reported in one line."""
     assert err.startswith("rankzero: ")
-    assert said in err
+    assert message in err
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("sweep", "gpus=8", "lr=1e-3,1e-2"),
+        ("gpus=8", "sweep", "lr=1e-3,1e-2"),
+        ("gpus=8", "lr=1e-3,1e-2", "sweep"),
+    ],
+    ids=" ".join,
+)
+def test_sweep_may_stand_anywhere(cluster: Cluster, tmp_path: Path, args: tuple[str, ...]) -> None:
+    printed = submit(cluster, tmp_path, *TRAIN, *args, "dry_run=true", "run_dir=sweep")
+    assert "#SBATCH --array=0-1\n" in printed
+    assert "lr=1e-3 launcher=torchrun run_dir=sweep/0-lr=1e-3 ;;\n" in printed
+
+
+def test_help_is_made_of_the_docstrings(cluster: Cluster, tmp_path: Path) -> None:
+    printed = submit(cluster, tmp_path, "--help")
+    assert printed.startswith("Queue a run, or a sweep of runs, on SLURM.")
+    assert "GPUs of each node; each gets a rank" in printed
+
+
 def test_a_run_that_cannot_be_is_refused(cluster: Cluster, tmp_path: Path) -> None:
-    """launch/run.py checks the words for the ranks that there would be."""
+    """The keys of a run are checked for the ranks that it would have."""
     err = submit(cluster, tmp_path, "nodes=3", *TRAIN, "batch_size=32", code=2)
     assert err.startswith("rankzero: batch_size=32 cannot be cut into equal parts over 3 rank(s)")
     assert not (tmp_path / "runs").exists()
