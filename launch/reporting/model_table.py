@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from recipes.parts.data import Batch
     from strategies.base import Strategy
 
-TABLE_ROWS = 30
-"""the table goes as deep into the model as so many rows allow: one screen"""
-ALIKE = 8
-"""so many equal siblings in a row are drawn as one"""
+MAX_ROWS = 30
+"""of a table, which goes as deep into the model as they allow: one screen"""
+FOLD_FROM = 8
+"""so many equal siblings in a row become one row"""
 
 
 @dataclass
-class Seen:
-    """What a forward pass showed of a module."""
+class ModuleOutput:
+    """The first output of a module in a forward pass, and the number of its calls."""
 
     shapes: str
     dtypes: str
@@ -37,22 +37,22 @@ class Seen:
 
 
 @dataclass
-class Node:
+class TableNode:
     """A module in the table, or several alike."""
 
     name: str
     cells: tuple[str, ...]
     """class, output, dtype, parameters"""
-    children: list[Node] = field(default_factory=list)
+    children: list[TableNode] = field(default_factory=list)
 
 
-def tables(run: Run, batch: Batch) -> Iterator[str]:
+def model_tables(run: Run, batch: Batch) -> Iterator[str]:
     """The models, as text. Runs each loss once on `batch`, without gradient."""
-    seen: dict[nn.Module, Seen] = {}
+    outputs: dict[nn.Module, ModuleOutput] = {}
     modules = dict.fromkeys(
         module for strategy in run.strategies.values() for module in strategy.module.modules()
     )
-    handles = [module.register_forward_hook(noting(seen)) for module in modules]
+    handles = [module.register_forward_hook(record_output(outputs)) for module in modules]
     try:
         with torch.no_grad():
             for name, loss_function in run.recipe.losses().items():
@@ -64,35 +64,38 @@ def tables(run: Run, batch: Batch) -> Iterator[str]:
             handle.remove()
     for name, strategy in run.strategies.items():
         yield ""
-        yield from draw(name, tree(name, strategy.module, seen, strategy.layout.shapes))
-        yield f"  {totals(strategy)}"
+        yield from render_table(name, build_tree(name, strategy.module, outputs, strategy.layout.shapes))
+        yield f"  {total_line(strategy)}"
 
 
-def noting(seen: dict[nn.Module, Seen]) -> Callable[[nn.Module, Any, Any], None]:
+def record_output(outputs: dict[nn.Module, ModuleOutput]) -> Callable[[nn.Module, Any, Any], None]:
     """A forward hook that remembers the first output of each module, and counts."""
 
     def note(module: nn.Module, _: Any, output: Any) -> None:
-        if module in seen:
-            seen[module].calls += 1
+        if module in outputs:
+            outputs[module].calls += 1
             return
         parts = list(tensors_of(output))
         dtypes = dict.fromkeys(str(part.dtype).removeprefix("torch.") for part in parts)
         shapes = ", ".join(shape_text(part.shape) for part in parts)
-        seen[module] = Seen(shapes or type(output).__name__, ", ".join(dtypes))
+        outputs[module] = ModuleOutput(shapes or type(output).__name__, ", ".join(dtypes))
 
     return note
 
 
-def tree(
-    name: str, root: nn.Module, seen: Mapping[nn.Module, Seen], shapes: Mapping[str, tuple[int, ...]]
-) -> Node:
+def build_tree(
+    name: str,
+    root: nn.Module,
+    outputs: Mapping[nn.Module, ModuleOutput],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> TableNode:
     """The modules of `root` as nodes, in the order in which they were registered; `shapes` as in `Layout`."""
     sizes = parameter_sizes(root, shapes)
     owners = {
         id(parameter): owner for owner, parameter in root.named_parameters()
     }  # of a tied one, the first
 
-    def node(label: str, path: str, module: nn.Module, usual: int) -> Node:
+    def node(label: str, path: str, module: nn.Module, usual: int) -> TableNode:
         held = list({id(p): p for p in module.parameters()}.values())
         tied = path != "" and held and not any(owners[id(p)].startswith(f"{path}.") for p in held)
         frozen = held and not any(p.requires_grad for p in held)
@@ -101,8 +104,8 @@ def tree(
             if held
             else ""
         )
-        note = seen.get(module)
-        calls = note.calls if note else usual  # told where it is not that of the whole
+        note = outputs.get(module)
+        calls = note.calls if note else usual  # shown where it is not the parent's
         times = f"  ({calls} calls)" if calls != usual else ""
         # a list of modules is a name, not something to call
         output = (
@@ -113,7 +116,7 @@ def tree(
             else "not called"
         )
         cells = (type(module).__name__, output, note.dtypes if note else "", count)
-        return Node(
+        return TableNode(
             label, cells, [node(n, f"{path}.{n}".strip("."), c, calls) for n, c in module.named_children()]
         )
 
@@ -128,16 +131,16 @@ def parameter_sizes(root: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> d
     }
 
 
-def fold(siblings: list[Node]) -> Iterator[Node]:
+def fold_repeated(siblings: list[TableNode]) -> Iterator[TableNode]:
     """The siblings, with a long row of equal ones as one node."""
     start = 0
     while start < len(siblings):
         first = siblings[start]
         stop = start + 1
-        while stop < len(siblings) and alike(siblings[stop], first):
+        while stop < len(siblings) and is_same(siblings[stop], first):
             stop += 1
-        if stop - start >= ALIKE:
-            yield Node(
+        if stop - start >= FOLD_FROM:
+            yield TableNode(
                 f"{first.name} to {siblings[stop - 1].name}, {stop - start} alike",
                 first.cells,
                 first.children,
@@ -147,26 +150,26 @@ def fold(siblings: list[Node]) -> Iterator[Node]:
         start = stop
 
 
-def alike(a: Node, b: Node) -> bool:
+def is_same(a: TableNode, b: TableNode) -> bool:
     """Whether two nodes differ in their names only."""
     return a.cells == b.cells and [child.name for child in a.children] == [child.name for child in b.children]
 
 
-def rows(node: Node, depth: int, level: int = 0) -> Iterator[tuple[str, ...]]:
+def table_rows(node: TableNode, depth: int, level: int = 0) -> Iterator[tuple[str, ...]]:
     """The table down to `depth`."""
     yield ("  " * level + node.name, *node.cells)
     if level < depth:
-        for child in fold(node.children):
-            yield from rows(child, depth, level + 1)
+        for child in fold_repeated(node.children):
+            yield from table_rows(child, depth, level + 1)
 
 
-def draw(name: str, root: Node) -> list[str]:
+def render_table(name: str, root: TableNode) -> list[str]:
     """The deepest table that fits one screen, as lines."""
     from rich.console import Console
     from rich.text import Text
 
-    shown, depth = list(rows(root, 1)), 1
-    while len(deeper := list(rows(root, depth + 1))) <= TABLE_ROWS and len(deeper) > len(shown):
+    shown, depth = list(table_rows(root, 1)), 1
+    while len(deeper := list(table_rows(root, depth + 1))) <= MAX_ROWS and len(deeper) > len(shown):
         shown, depth = deeper, depth + 1
     headings = [f"model {name}" if name != "model" else "model", "class", "output", "dtype"]
     table = make_table([*headings, ">parameters"], wrap=headings)
@@ -179,7 +182,7 @@ def draw(name: str, root: Node) -> list[str]:
     return [f" {line.rstrip()}" for line in capture.get().splitlines() if line.strip()]
 
 
-def totals(strategy: Strategy) -> str:
+def total_line(strategy: Strategy) -> str:
     """The last line of a table."""
     parameters = list(strategy.module.parameters())
     sizes = parameter_sizes(strategy.module, strategy.layout.shapes)

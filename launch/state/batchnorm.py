@@ -2,7 +2,8 @@
 accumulation.
 
 A step over A micro-batches should move the running statistics once, by the mean of the A batch statistics.
-PyTorch moves them once per forward, so ranks and accumulation would count differently. Two facts mend it.
+PyTorch moves them once per forward, so ranks and gradient accumulation would count differently. Two facts
+help.
 Momentum m / (A - (A-1-i) m) for micro-batch i of A gives each the same weight and the old value 1-m in all.
 And since the update is linear, ranks may drift apart and be averaged later: the average of the drifted is the
 drift of the average.
@@ -35,7 +36,7 @@ class RunningStatistics:
         self.layers = [(layer, layer.momentum) for layer in layers if layer.momentum is not None]
 
     def set_momentum(self, micro_step: int, accumulation_steps: int) -> None:
-        """Before micro-batch `micro_step` of a step's `accumulation_steps`."""
+        """Weigh the micro-batches of a step alike; to be called before each forward."""
         if accumulation_steps > 1:
             for layer, momentum in self.layers:
                 layer.momentum = momentum / (
@@ -43,7 +44,7 @@ class RunningStatistics:
                 )
 
     def synchronize(self, world: World) -> None:
-        """Average over ranks, before evaluation and saving. One collective."""
+        """Average over ranks, before evaluation and saving. Collective: one all-reduce."""
         if world.world_size == 1 or not self.layers:
             return
         buffers = [

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
-from launch.reporting.model_table import tables
+from launch.reporting.model_table import model_tables
 from launch.state.batchnorm import RunningStatistics
 from launch.state.build import build_strategies
 from launch.state.run import Run
@@ -88,7 +88,7 @@ def examine(run: Run, console: Console) -> None:
             run, replace(run.config, compile=False)
         )  # compiled blocks hide their parts, and take minutes for one batch
     batch = run.to_device(next(iter(run.train_loader())))
-    for line in tables(run, batch):
+    for line in model_tables(run, batch):
         console.print(line)
     for line in overfit(run, batch):
         console.print(line)

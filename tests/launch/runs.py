@@ -50,7 +50,7 @@ def world_of(cpu_world: ranks.CpuWorld) -> World:
 
 
 def train_run(run: Run, folder: Path, period: float = PERIOD_S) -> Run:
-    """The run after `launch.training.loop.train`, its metrics in `folder`; `period` is that of `Consensus`."""
+    """The run after `launch.training.loop.train`, its metrics in `folder`; `period` as in `Consensus`."""
     if run.world.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
     parts = loop_parts(run, folder)

@@ -165,7 +165,7 @@ class Broken(Fit):
 
 
 class Poisonable(nn.Linear):
-    """Gives NaN when told so."""
+    """Gives NaN while `poisoned`."""
 
     poisoned = False
 
@@ -210,7 +210,7 @@ class Unbuilt(Broken):
 
 @dataclass(kw_only=True)
 class Pair(Fit):
-    """Two models: a student that is trained towards the targets, and a judge that learns the student's error."""
+    """Two models: a student that is trained towards the targets, a judge that learns the student's error."""
 
     def models(self) -> Mapping[str, Any]:
         return {"student": self.build_model, "judge": lambda: nn.Linear(FEATURES, 1)}
@@ -250,7 +250,9 @@ class Shallow(ResNet):
         from torchvision.models.resnet import BasicBlock
         from torchvision.models.resnet import ResNet as Network
 
-        model = Network(BasicBlock, [1, 1, 1, 1], num_classes=self.num_classes(), zero_init_residual=True)
+        model: nn.Module = Network(
+            BasicBlock, [1, 1, 1, 1], num_classes=self.num_classes(), zero_init_residual=True
+        )
         model.conv1 = nn.Conv2d(self.data.channels, 64, 3, padding=1, bias=False)
         model.maxpool = nn.Identity()
         return model

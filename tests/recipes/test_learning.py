@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -27,8 +29,9 @@ def train(recipe: Recipe, *, epochs: int | None = None, steps: int | None = None
     data = recipe.build_data().train
     models = {name: build() for name, build in recipe.models().items()}
     for model in models.values():
-        for module in model.modules() if hasattr(model, "init_weights") else ():
-            model.init_weights(module)
+        init_weights: Any = getattr(model, "init_weights", None)
+        for module in model.modules() if init_weights is not None else ():
+            init_weights(module)
     optimizers = {name: build(models[name]) for name, build in recipe.optimizers().items()}
     rates = {
         name: [group["lr"] for group in optimizer.param_groups] for name, optimizer in optimizers.items()
@@ -46,7 +49,7 @@ def train(recipe: Recipe, *, epochs: int | None = None, steps: int | None = None
             for other, model in models.items():
                 model.requires_grad_(other == name)
             for batch in batches:
-                (loss(models, batch) / count).backward()
+                (loss(models, batch) / count).backward()  # type: ignore[no-untyped-call]
             for group, rate in zip(optimizers[name].param_groups, rates[name], strict=True):
                 group["lr"] = rate * recipe.schedule.factor(step, total)
             optimizers[name].step()
@@ -118,4 +121,4 @@ def test_gan_draws_what_looks_like_digits() -> None:
     # as near to a training image as unseen digits are, or nearly; the same pixels in another order are far
     # away
     assert distance(drawn) < 2 * distance(test_images) < distance(shuffled)
-    assert len(torch.cdist(drawn, train_images).argmin(1).unique()) > 20
+    assert len(torch.cdist(drawn, train_images).argmin(1).unique()) > 20  # type: ignore[no-untyped-call]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,11 +52,13 @@ def test_resnet_stem_follows_the_images() -> None:
         assert isinstance(model.maxpool, nn.Module)
         return model.conv1, model.maxpool
 
-    for data in ({}, {"name": "synthetic"}, {"name": "synthetic", "image_size": 64}):
+    small_images: list[dict[str, Any]] = [{}, {"name": "synthetic"}, {"name": "synthetic", "image_size": 64}]
+    large_images: list[dict[str, Any]] = [{"name": "synthetic", "image_size": 65}, {"image_size": 224}]
+    for data in small_images:
         conv, pool = stem(**data)
         assert (conv.kernel_size, conv.stride) == ((3, 3), (1, 1))
         assert isinstance(pool, nn.Identity)
-    for data in ({"name": "synthetic", "image_size": 65}, {"image_size": 224}):
+    for data in large_images:
         conv, pool = stem(**data)
         assert (conv.kernel_size, conv.stride) == ((7, 7), (2, 2))
         assert isinstance(pool, nn.MaxPool2d)
@@ -135,7 +138,9 @@ def test_gpt_starts_from_small_weights_and_the_loss_of_a_guess() -> None:
     model = initialised(recipe)
     assert model.tokens.weight.std().item() == pytest.approx(0.02, rel=0.05)
     for block in recipe.blocks(model):
-        assert block.get_submodule("up").weight.std().item() == pytest.approx(0.02, rel=0.05)  # type: ignore[union-attr]
+        up = block.get_submodule("up")
+        assert isinstance(up, nn.Linear)
+        assert up.weight.std().item() == pytest.approx(0.02, rel=0.05)
         for name in ("down", "attention.out"):
             layer = block.get_submodule(name)
             assert isinstance(layer, nn.Linear)
@@ -230,7 +235,7 @@ class Line(Regression):
     def build_data(self) -> Splits:
         generator = torch.Generator().manual_seed(0)
         x = torch.rand(64, 1, generator=generator)
-        return Splits(train=TensorDataset(x, 2 * x + 1 + 0.1 * torch.randn(64, 1, generator=generator)))  # type: ignore[arg-type]
+        return Splits(train=TensorDataset(x, 2 * x + 1 + 0.1 * torch.randn(64, 1, generator=generator)))
 
     def build_model(self) -> nn.Module:
         return nn.Linear(1, 1)
@@ -248,7 +253,7 @@ def test_regression_sums_squares_and_measures() -> None:
     def closure() -> torch.Tensor:
         model.zero_grad()
         loss = recipe.loss(model, (x, y))
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
     recipe.build_optimizer(model).step(closure)  # type: ignore[arg-type]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import pytest
 import torch
 from torch import nn
@@ -15,20 +17,18 @@ def test_each_name_builds_torchs_optimizer_with_its_options() -> None:
     assert (
         sgd.defaults.items() >= {"lr": 0.2, "momentum": 0.8, "nesterov": True, "weight_decay": 0.01}.items()
     )
-    for name, kind in (("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)):
-        adam = Optim(name=name, lr=0.1, betas=(0.5, 0.9), eps=1e-6, weight_decay=0.2).build(
-            model.parameters()
-        )  # type: ignore[arg-type]
+    names: dict[Literal["adam", "adamw"], type[torch.optim.Optimizer]]
+    names = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    options: dict[str, Any] = {"lr": 0.1, "betas": (0.5, 0.9), "eps": 1e-6, "weight_decay": 0.2}
+    for name, kind in names.items():
+        adam = Optim(name=name, **options).build(model.parameters())
         assert type(adam) is kind
-        assert (
-            adam.defaults.items()
-            >= {"lr": 0.1, "betas": (0.5, 0.9), "eps": 1e-6, "weight_decay": 0.2}.items()
-        )
+        assert adam.defaults.items() >= options.items()
 
 
 def test_groups_keep_their_own_learning_rates() -> None:
     body, head = nn.Linear(3, 3), nn.Linear(3, 2)
-    groups = [{"params": body.parameters(), "lr": 0.01}, {"params": head.parameters()}]
+    groups: list[dict[str, Any]] = [{"params": body.parameters(), "lr": 0.01}, {"params": head.parameters()}]
     assert [group["lr"] for group in Optim(lr=0.5).build(groups).param_groups] == [0.01, 0.5]
 
 

@@ -5,7 +5,7 @@ from math import factorial
 
 import numpy as np
 import pytest
-from scipy.stats import chisquare
+from scipy.stats import chisquare  # type: ignore[import-untyped]
 
 from recipes.parts.permutation import Permutation
 
@@ -63,7 +63,8 @@ def test_neighbours_part_with_equal_chance() -> None:
 
 def test_every_part_of_the_key_matters() -> None:
     def order(*key: int) -> list[int]:
-        return Permutation(1000, *key)(np.arange(1000)).tolist()
+        positions: list[int] = Permutation(1000, *key)(np.arange(1000)).tolist()
+        return positions
 
     keys = [(), (0,), (1,), (0, 0), (0, 1), (1, 0), (-1,), (2**63,)]
     orders = [order(*key) for key in keys]

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from launch.cli.resolve import resolve
-from launch.reporting.model_table import TABLE_ROWS, rows, tables, tree
+from launch.reporting.model_table import MAX_ROWS, build_tree, model_tables, table_rows
 from launch.runtime.world import World
 from launch.state.build import prepare
 from launch.state.run import Run
@@ -158,7 +158,7 @@ def make_run(*args: str) -> Run:
 def table(run: Run) -> list[list[str]]:
     """The rows of the tables, each as its columns."""
     batch = next(iter(run.train_loader()))
-    return [re.split(r" {2,}", line.strip()) for line in tables(run, batch)]
+    return [re.split(r" {2,}", line.strip()) for line in model_tables(run, batch)]
 
 
 def test_the_table_tells_module_shape_dtype_and_parameters() -> None:
@@ -187,7 +187,7 @@ def test_what_is_not_called_frozen_or_tied_is_named() -> None:
     )
     model["last"].weight = model["first"].weight
     model["idle"].requires_grad_(False)
-    found = list(rows(tree("model", model, {}, {}), 1))
+    found = list(table_rows(build_tree("model", model, {}, {}), 1))
     assert ("  idle", "Linear", "not called", "", "12 frozen") in found
     assert ("  last", "Linear", "not called", "", "4 tied") in found
 
@@ -195,8 +195,8 @@ def test_what_is_not_called_frozen_or_tied_is_named() -> None:
 @pytest.mark.parametrize(("depth", "blocks"), [(18, 8), (34, 16)])
 def test_a_resnet_fits_one_screen_and_each_block_shows(depth: int, blocks: int) -> None:
     run = make_run("recipe=resnet", f"model.depth={depth}", "batch_size=2", "micro_batch_size=2")
-    lines = list(tables(run, next(iter(run.train_loader()))))
-    assert len(lines) <= TABLE_ROWS + 5
+    lines = list(model_tables(run, next(iter(run.train_loader()))))
+    assert len(lines) <= MAX_ROWS + 5
     assert sum(" BasicBlock " in line for line in lines) == blocks
 
 

@@ -238,7 +238,7 @@ def test_two_models_are_a_raw_loop(tmp_path: Path) -> None:
         for name, loss_function in (("judge", judged), ("student", taught)):
             seed_device(0, "step", step, name, 0)
             loss = loss_function() / 16
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizers[name].step()
             student.zero_grad()  # neither learns from the other's loss
             judge.zero_grad()
