@@ -123,7 +123,7 @@ def run_subcommand(
     chosen = subcommands[name]
     arguments: Arguments[Any] = read_command(
         rest,
-        f"{name} {' '.join(chosen.positional)}: {chosen.summary}",
+        f"{' '.join([name, *chosen.positional])}: {chosen.summary}",
         chosen.options,
         name=name,
         positional=chosen.positional,

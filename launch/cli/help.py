@@ -89,8 +89,8 @@ def recipe_sections(recipe: str, width: int) -> Iterator[str]:
 
 
 def reflow(text: str, width: int) -> str:
-    """The paragraphs of a docstring in lines of `width`; what is indented (commands) stays as it is."""
-    paragraphs = re.split("\n\n+", inspect.cleandoc(text))
+    """The paragraphs of a module's docstring in lines of `width`; what is indented (commands) stays so."""
+    paragraphs = re.split("\n\n+", text.strip("\n"))
     return "\n\n".join(
         paragraph if paragraph.startswith(" ") else textwrap.fill(" ".join(paragraph.split()), width)
         for paragraph in paragraphs

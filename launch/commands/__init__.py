@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def overview() -> str:
     """The commands by what one wants to do."""
     left = max(map(len, COMMANDS))
-    lines = ["Train any PyTorch recipe on one GPU, on eight or on a cluster, by changing one word.", ""]
+    lines = ["Train any PyTorch recipe on one GPU, on eight or on a cluster.", ""]
     lines += ["usage: rankzero COMMAND key=value ..."]
     heading = ""
     for name, command in COMMANDS.items():
@@ -73,7 +73,7 @@ def overview() -> str:
             heading = command.heading
             lines += ["", heading]
         lines.append(f"  {name:{left}}  {command.summary}")
-    lines += ["", "`rankzero COMMAND --help` is the manual of one. Begin with: rankzero train recipe=mnist"]
+    lines += ["", "`rankzero COMMAND --help` is its manual. Begin with: rankzero train recipe=mnist"]
     return "\n".join(lines)
 
 

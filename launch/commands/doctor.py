@@ -1,8 +1,8 @@
 """Check the machines before a run does.
 
-    rankzero doctor                                         this machine
-    srun --ntasks-per-node=1 rankzero doctor                all nodes of a SLURM job
-    torchrun --nproc_per_node=8 -m launch doctor            the ranks as a run has them
+    rankzero doctor                                 this machine
+    srun --ntasks-per-node=1 rankzero doctor        all nodes of a SLURM job
+    torchrun --nproc_per_node=8 -m launch doctor    the ranks as a run has them
 
 Checks whether all ranks join; host names, network interfaces and the port; whether versions and code are
 equal; which GPU each rank gets, and which other processes use it; shared memory, limits, CPUs, disk, one

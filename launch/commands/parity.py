@@ -1,7 +1,7 @@
 """Prove on your own recipe that the strategies agree.
 
     rankzero parity recipe=gpt
-    rankzero parity recipe=./mine.py precision=bf16 ranks=4 strategies=ddp,fsdp compare=20
+    rankzero parity recipe=./mine.py precision=bf16 ranks=4 strategies=ddp,fsdp
 
 Makes the first steps of the run as a single process, then under each strategy on several processes that it
 starts itself, with gradient accumulation over 1 and 4 micro-batches, with clipping and with activation

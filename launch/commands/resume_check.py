@@ -1,8 +1,8 @@
 """Prove on your own recipe and storage that a killed run resumes as if nothing had happened.
 
     rankzero resume_check recipe=gpt
-    rankzero resume_check recipe=./mine.py run_dir=/scratch/me ranks=2,4 all=true
-    rankzero resume_check recipe=./mine.py strategies=ddp,fsdp compare=40
+    rankzero resume_check recipe=./mine.py run_dir=/scratch/me ranks=2,4
+    rankzero resume_check recipe=./mine.py strategies=ddp,fsdp all=true
 
 Starts the real command (launch/run.py) again and again, shortened to `compare` steps. For each of
 `strategies`: a run without interruption; the same run, ended by `kill -9` in its second half, at a random
