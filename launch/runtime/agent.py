@@ -46,6 +46,9 @@ def run_agent(
     """
     endpoint = check_topology(nproc, nnodes, node_rank, rendezvous)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no rank yet: Ctrl-C ends this process, without a traceback
+    if node_rank > 0:
+        # node 0 may have ended with a mistake: srun, which ends the others, returns the highest code of all
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(ExitCode.FAILED))  # noqa: ARG005
     os.environ[AGENT_PID] = str(os.getpid())
     os.environ.setdefault("OMP_NUM_THREADS", str(max(usable_cpus() // nproc, 1)))
     from launch.runtime.elastic_agent import run_ranks

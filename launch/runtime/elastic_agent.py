@@ -174,6 +174,7 @@ def rendezvous_parameters(
         check_own_endpoint(host, port)
     else:
         wait_until_open(host, port, RENDEZVOUS_TIMEOUT)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torch waits for the other agents outside Python
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     return RendezvousParameters(
         "static", address, "rankzero", nnodes, nnodes, rank=node_rank, timeout=RENDEZVOUS_TIMEOUT

@@ -13,7 +13,8 @@ from tests.slurm.test_train import FIT, LONG, NODES, start_training, steps
 
 def test_a_mistake_is_one_line(cluster: Cluster, tmp_path: Path) -> None:
     number = cluster.submit(*FIT, "optm.lr=1", "run_dir=run", cwd=tmp_path, options=NODES)
-    assert cluster.wait(number, "FAILED")["ExitCode"] == "2:0"
+    # 143: the other node, if it was not as far as that when SLURM's SIGTERM came
+    assert cluster.wait(number, "FAILED")["ExitCode"] in ("2:0", "143:0")
     (message,) = cluster.messages(number)
     assert message.startswith("rankzero: optm.lr is not a key of recipe ")
     assert not (tmp_path / "run").exists()

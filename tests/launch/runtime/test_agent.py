@@ -15,8 +15,10 @@ from typing import Any
 import psutil
 import pytest
 
+from launch.commands import train
 from launch.runtime.agent import check_topology, exit_code_of, unexplained
-from tests.launch.processes import LAUNCHER_VARIABLES, ROOT, free_port
+from tests.launch.processes import LAUNCHER_VARIABLES, ROOT, TINY, free_port
+from tests.launch.runs import metric_values, uninterrupted_losses
 from tests.launch.stub_home import make_stub_home
 
 AGENT = """
@@ -136,6 +138,24 @@ def test_a_topology_that_cannot_be_is_a_mistake(
     assert check_topology(2, 2, 1, "[::1]:29500") == ("::1", 29500)
 
 
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("nproc=3", "recipe=gpt"), "batch_size=32 cannot be cut into micro-batches of 8 over 3 rank(s)"),
+        (("nproc=0", "recipe=gpt"), "nproc=0 must be 1 or more"),
+        (("nproc=2", "nnodes=2", "recipe=gpt"), "nnodes=2 needs rendezvous=HOST:PORT"),
+        (("nproc=2", "recipe=gpt", "launcher=srun"), "nproc=2 starts torchrun's agent, not launcher=srun"),
+        (("nproc=2", "recipe=gpt", "debug=true"), "debug=true is one process, not 2"),
+    ],
+)
+def test_a_mistake_is_reported_before_any_rank_is_started(
+    capsys: pytest.CaptureFixture[str], args: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        train.main([*args])
+    assert message in capsys.readouterr().err
+
+
 # with stub ranks --------------------------------------------------------------------------------------------
 
 
@@ -222,3 +242,40 @@ def test_a_rendezvous_that_cannot_be_is_one_line(home: Path) -> None:
     assert code == 1
     assert len(lines) == 1
     assert "did not meet the others: MASTER_ADDR=192.0.2.1" in lines[0]
+
+
+# with real ranks --------------------------------------------------------------------------------------------
+
+
+def train_command(cwd: Path, *args: str) -> tuple[int, str]:
+    """The exit code of `rankzero train nproc=2`, and what it prints on stderr."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_VARIABLES)}
+    ended = subprocess.run(
+        [sys.executable, "-m", "launch", "train", "nproc=2", "size=64", "run_dir=run", "workers=0", *args],
+        cwd=cwd,
+        env={**clean, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    return ended.returncode, ended.stderr
+
+
+@pytest.mark.slow
+def test_two_ranks_train(tmp_path: Path) -> None:
+    args = (f"recipe={TINY}:Fit", "size=64", "steps=4", "batch_size=32")
+    assert train_command(tmp_path, *args) == (0, "")
+    assert metric_values(tmp_path / "run") == uninterrupted_losses(tmp_path / "alone", *args, ranks=2)
+
+
+@pytest.mark.slow
+def test_a_failure_in_the_recipe_is_reported_once(tmp_path: Path) -> None:
+    code, err = train_command(
+        tmp_path, f"recipe={TINY}:Broken", "steps=4", "batch_size=32", "fail=raise", "fail_step=2"
+    )
+    assert code == 1
+    assert "Traceback" not in err
+    assert "torch.distributed.elastic" not in err
+    (message,) = [line for line in err.splitlines() if line.startswith("rankzero: ")]
+    assert message.endswith("step 2, forward: LookupError: the shelf is empty")
