@@ -23,7 +23,12 @@ CONFIG = {
     "checkpoint": {"keep": 2, "best": False},
     "optim": {"lr": 0.1},
 }
-GROUPS = [
+WEIGHTS = {
+    "layer.weight": torch.arange(30.0).view(5, 6),
+    "layer.bias": torch.ones(5),
+    "count": torch.tensor(7),
+}
+GROUPS: list[dict[str, Any]] = [
     {
         "optimizer": "AdamW",
         "parameters": ["weight", "bias"],
@@ -74,7 +79,7 @@ def write_checkpoint(
             {name: (dtype_name(part.dtype), tuple(part.shape)) for name, part in held.items()}
         )
         path = folder / f"rank-{rank:05d}.safetensors"
-        content = (memoryview(held[name].view(torch.uint8).numpy()) for name in placed)
+        content = (held[name].view(torch.uint8).numpy().data for name in placed)
         digest = write_hashed(path, [header, *content])
         manifest.files.append(FileEntry(name=path.name, size=path.stat().st_size, digest=digest))
         for name, stored in placed.items():
@@ -95,6 +100,30 @@ def write_run(
     return run_dir
 
 
+def write_run_with_best(run_dir: Path) -> Path:
+    """A run of `WEIGHTS` with three checkpoints, of which the first is the best. Returns `run_dir`."""
+    return write_run(
+        run_dir,
+        state("model", WEIGHTS),
+        config={**CONFIG, "checkpoint": {"keep": 2, "best": True}},
+        progress={"step": 30, "best": 0.25, "best_step": 10, "bad_evaluations": 2},
+        optimizers={"model": GROUPS},
+        tied={"model": {"head.weight": "layer.weight"}},
+    )
+
+
+def damage(path: Path, position: int = -1) -> None:
+    """Change the byte at `position` of a file."""
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+def shorten(path: Path) -> None:
+    """Remove the first byte of a file."""
+    path.write_bytes(path.read_bytes()[1:])
+
+
 def state(model: str, weights: Mapping[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
     """`weights` as the state of a model under AdamW, whose own tensors are drawn."""
     generator = torch.Generator().manual_seed(seed)
@@ -107,10 +136,10 @@ def state(model: str, weights: Mapping[str, Tensor], seed: int = 0) -> dict[str,
     return {**tensors, f"{model}/loss_scale": torch.tensor([65536.0, 3.0], dtype=torch.float64)}
 
 
-def call(capsys: pytest.CaptureFixture[str], *words: object, expect: int = 0) -> str:
+def call(capsys: pytest.CaptureFixture[str], *argv: object, expect: int = 0) -> str:
     """The command in this process; what it printed, or for a mistake the one line on stderr."""
     try:
-        code = ckpt.main([str(word) for word in words])
+        code = ckpt.main([str(argument) for argument in argv])
     except SystemExit as exit:
         code = exit.code if isinstance(exit.code, int) else 1
     out, err = capsys.readouterr()

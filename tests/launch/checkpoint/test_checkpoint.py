@@ -1,4 +1,4 @@
-"""Saved in the background, committed or absent, verified before a tensor reaches the model, and never lost."""
+"""Checkpoints are saved in the background, committed or absent, verified before a resume, and never lost."""
 
 from __future__ import annotations
 
@@ -114,9 +114,12 @@ def test_fifty_corruptions_are_found_before_a_tensor_is_read(
     run = make_run(single_rank(), "Fit", *WORDS)
     asked: list[Path] = []
     read = Checkpoint.read
-    monkeypatch.setattr(
-        Checkpoint, "read", lambda self, *part: (asked.append(self.folder), read(self, *part))[1]
-    )
+
+    def recording_read(self: Checkpoint, name: str, start: int, stop: int) -> torch.Tensor:
+        asked.append(self.folder)
+        return read(self, name, start, stop)
+
+    monkeypatch.setattr(Checkpoint, "read", recording_read)
     for number, damage in enumerate(islice(cycle(DAMAGES), 50)):
         copy = tmp_path / str(number)
         shutil.copytree(run_dir, copy)

@@ -11,26 +11,20 @@ import torch
 from launch.checkpoint.compare import compare_checkpoints
 from launch.checkpoint.directory import checkpoint_dir
 from launch.checkpoint.reader import Checkpoint
-from tests.launch.checkpoints import CONFIG, GROUPS, call, state, write_checkpoint, write_run
-
-WEIGHTS = {
-    "layer.weight": torch.arange(30.0).view(5, 6),
-    "layer.bias": torch.ones(5),
-    "count": torch.tensor(7),
-}
+from tests.launch.checkpoints import CONFIG, GROUPS, WEIGHTS, call, state, write_checkpoint, write_run
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> Path:
+def run(tmp_path: Path) -> Path:
     """A run."""
     return write_run(tmp_path / "run", state("model", WEIGHTS), steps=(10, 30), optimizers={"model": GROUPS})
 
 
-def other(made: Path, **changed: torch.Tensor) -> Path:
+def other(run: Path, **changed: torch.Tensor) -> Path:
     """Another run, of other ranks, with `changed` weights (a double underscore is a dot)."""
     weights = {**WEIGHTS, **{name.replace("__", "."): tensor for name, tensor in changed.items()}}
     return write_run(
-        made.with_name("other"),
+        run.with_name("other"),
         state("model", weights),
         steps=(30,),
         ranks=5,
@@ -39,33 +33,33 @@ def other(made: Path, **changed: torch.Tensor) -> Path:
     )
 
 
-def test_diff_of_equal_states(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "0 differ" in call(capsys, "diff", made, checkpoint_dir(made, 10))
-    said = call(capsys, "diff", made, other(made))  # other ranks, and the configuration does not count
-    assert "optim.lr  0.1 -> 0.2" in said
+def test_diff_of_equal_states(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "0 differ" in call(capsys, "diff", run, checkpoint_dir(run, 10))
+    output = call(capsys, "diff", run, other(run))  # other ranks, and the configuration does not count
+    assert "optim.lr  0.1 -> 0.2" in output
 
 
-def test_diff_of_values(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_diff_of_values(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weight = WEIGHTS["layer.weight"].clone()
     weight[2, 3] += 0.5
-    said = call(capsys, "diff", made, other(made, layer__weight=weight, count=torch.tensor(10)), expect=1)
-    rows = [" ".join(line.split()) for line in said.splitlines() if "model/model/" in line]
+    output = call(capsys, "diff", run, other(run, layer__weight=weight, count=torch.tensor(10)), expect=1)
+    rows = [" ".join(line.split()) for line in output.splitlines() if "model/model/" in line]
     assert rows == ["3 0.3 1 of 1 model/model/count", "0.5 0.017 1 of 30 model/model/layer.weight"]
-    assert "8 tensors equal, 2 differ" in said
+    assert "8 tensors equal, 2 differ" in output
 
 
-def test_diff_shows_the_first_unless_asked_for_all(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_diff_shows_the_first_unless_asked_for_all(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for run_dir, shift in (("a", 0.0), ("b", 1.0)):
         tensors = {f"net/model/{n:02d}": torch.ones(2) + n * shift for n in range(40)}
-        write_run(made / run_dir, tensors, config={f"key{n}": shift for n in range(30)}, steps=(1,))
-    said = call(capsys, "diff", made / "a", made / "b", expect=1)
-    assert said.count("net/model/") == 20
-    assert said.index("net/model/39") < said.index("net/model/38")
-    assert "and 19 more; all=true shows them" in said
-    assert "and 10 more; all=true shows them" in said
-    said = call(capsys, "diff", made / "a", made / "b", "all=true", expect=1)
-    assert said.count("net/model/") == 39
-    assert said.count("  key") == 30
+        write_run(run / run_dir, tensors, config={f"key{n}": shift for n in range(30)}, steps=(1,))
+    output = call(capsys, "diff", run / "a", run / "b", expect=1)
+    assert output.count("net/model/") == 20
+    assert output.index("net/model/39") < output.index("net/model/38")
+    assert "and 19 more; all=true shows them" in output
+    assert "and 10 more; all=true shows them" in output
+    output = call(capsys, "diff", run / "a", run / "b", "all=true", expect=1)
+    assert output.count("net/model/") == 39
+    assert output.count("  key") == 30
 
 
 def pair(folder: Path, first: dict[str, Any], second: dict[str, Any]) -> list[Checkpoint]:
@@ -112,11 +106,11 @@ def test_what_differs(tmp_path: Path) -> None:
     second.close()
 
 
-def test_diff_of_optimizers(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_diff_of_optimizers(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     groups = [
         {**GROUPS[0], "parameters": ["weight"], "settings": {**GROUPS[0]["settings"], "weight_decay": 0.0}}
-    ]  # type: ignore[dict-item]
-    write_run(made / "other", state("model", WEIGHTS), optimizers={"model": groups})
-    said = call(capsys, "diff", made, made / "other", expect=1)
-    assert "model, group 0: parameters.bias  in it -> (none)" in said
-    assert "model, group 0: settings.weight_decay  0.1 -> 0.0" in said
+    ]
+    write_run(run / "other", state("model", WEIGHTS), optimizers={"model": groups})
+    output = call(capsys, "diff", run, run / "other", expect=1)
+    assert "model, group 0: parameters.bias  in it -> (none)" in output
+    assert "model, group 0: settings.weight_decay  0.1 -> 0.0" in output

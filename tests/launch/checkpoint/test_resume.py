@@ -149,7 +149,7 @@ WORDS = (
 
 
 BATCHNORM, ADAM = ("optimizer=sgd",), ("batchnorm=false",)
-"""not both: Adam turns the rounding noise of a bias before BatchNorm, whose true gradient is zero, into steps"""
+"""not both: the bias before BatchNorm has a gradient of zero, whose rounding noise Adam turns into steps"""
 
 
 def life(world: CpuWorld, folder: Path, words: tuple[str, ...], stop_at: int | None) -> str:

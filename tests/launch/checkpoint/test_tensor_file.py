@@ -31,7 +31,7 @@ def test_safetensors_reads_what_we_write(tmp_path: Path) -> None:
         body[stored.offset : stored.offset + stored.nbytes] = bytes(
             TENSORS[name].reshape(-1).view(torch.uint8).numpy()
         )
-    write_hashed(tmp_path / "file", [header, body])
+    write_hashed(tmp_path / "file", [header, memoryview(body)])
     found = load_file(tmp_path / "file")
     assert found.keys() == TENSORS.keys()
     assert all(

@@ -14,26 +14,28 @@ from safetensors.torch import load_file
 from launch.checkpoint import directory
 from launch.checkpoint.directory import checkpoint_dir
 from launch.checkpoint.manifest import FileEntry, Manifest, TensorEntry
-from launch.checkpoint.reader import Checkpoint
 from launch.cli.command import is_key_value
 from launch.cli.keys import keys_of
 from launch.commands import ckpt
 from launch.runtime.files import remove_folder
-from tests.launch.checkpoints import CONFIG, GROUPS, call, state, write_checkpoint, write_run
+from tests.launch.checkpoints import (
+    WEIGHTS,
+    call,
+    damage,
+    shorten,
+    state,
+    write_checkpoint,
+    write_run_with_best,
+)
 from tests.launch.processes import COMMAND_TIMEOUT_S, rankzero
 
-WEIGHTS = {
-    "layer.weight": torch.arange(30.0).view(5, 6),
-    "layer.bias": torch.ones(5),
-    "count": torch.tensor(7),
-}
 IMPORTS = {"PYTHONPROFILEIMPORTTIME": "1"}
 
 
-def run(*words: str, cwd: Path, expect: int = 0, **env: str) -> subprocess.CompletedProcess[str]:
+def run_ckpt(*argv: str, cwd: Path, expect: int = 0, **env: str) -> subprocess.CompletedProcess[str]:
     """The real command, in `cwd`."""
     done = subprocess.run(
-        rankzero("ckpt", *words),
+        rankzero("ckpt", *argv),
         cwd=cwd,
         env={**os.environ, **env},
         capture_output=True,
@@ -47,30 +49,16 @@ def run(*words: str, cwd: Path, expect: int = 0, **env: str) -> subprocess.Compl
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> Path:
+def run(tmp_path: Path) -> Path:
     """A run with three checkpoints, of which the first is the best."""
-    return write_run(
-        tmp_path / "run",
-        state("model", WEIGHTS),
-        config={**CONFIG, "checkpoint": {"keep": 2, "best": True}},
-        progress={"step": 30, "best": 0.25, "best_step": 10, "bad_evaluations": 2},
-        optimizers={"model": GROUPS},
-        tied={"model": {"head.weight": "layer.weight"}},
-    )
-
-
-def spoil(path: Path, position: int = -1) -> None:
-    """Change one byte, or with `position` 0 lose one."""
-    content = bytearray(path.read_bytes())
-    content[position] ^= 1
-    path.write_bytes(content if position else content[1:])
+    return write_run_with_best(tmp_path / "run")
 
 
 # the real command -------------------------------------------------------------------------------------------
 
 
-def test_list_inspect_and_prune_import_no_torch(made: Path) -> None:
-    for words in (
+def test_list_inspect_and_prune_import_no_torch(run: Path) -> None:
+    for argv in (
         ["list", "run"],
         ["inspect", "run"],
         ["prune", "run", "keep=1"],
@@ -78,8 +66,8 @@ def test_list_inspect_and_prune_import_no_torch(made: Path) -> None:
         ["prune", "run"],
     ):
         start = time.perf_counter()
-        done = run(*words, cwd=made.parent, expect=2 if words == ["prune", "run"] else 0, **IMPORTS)
-        print(f"{' '.join(words)}: {time.perf_counter() - start:.2f} s")
+        done = run_ckpt(*argv, cwd=run.parent, expect=2 if argv == ["prune", "run"] else 0, **IMPORTS)
+        print(f"{' '.join(argv)}: {time.perf_counter() - start:.2f} s")
         modules = [
             line.rpartition("|")[2].strip()
             for line in done.stderr.splitlines()
@@ -87,44 +75,45 @@ def test_list_inspect_and_prune_import_no_torch(made: Path) -> None:
         ]
         assert "launch.checkpoint.directory" in modules
         assert not {"torch", "numpy", "safetensors"} & set(modules)
-    assert [step.name for step in directory.list_checkpoints(made)] == [
+    assert [step.name for step in directory.list_checkpoints(run)] == [
         "step-00000010",
         "step-00000030",
     ]
 
 
-def test_export_and_verify_as_users_call_them(made: Path) -> None:
-    said = run("export", "run", "to=weights.safetensors", cwd=made.parent).stdout.splitlines()
-    assert said[0].startswith("3 tensors of step 30")
-    assert said[1] == 'load with: safetensors.torch.load_model(model, "weights.safetensors")'
+def test_export_and_verify_as_users_call_them(run: Path) -> None:
+    output = run_ckpt("export", "run", "to=weights.safetensors", cwd=run.parent).stdout.splitlines()
+    assert output[0].startswith("3 tensors of step 30")
+    assert output[1] == 'load with: safetensors.torch.load_model(model, "weights.safetensors")'
     assert all(
         torch.equal(tensor, WEIGHTS[name])
-        for name, tensor in load_file(made.parent / "weights.safetensors").items()
+        for name, tensor in load_file(run.parent / "weights.safetensors").items()
     )
-    assert len(run("verify", "run", cwd=made.parent).stdout.splitlines()) == 3
+    assert len(run_ckpt("verify", "run", cwd=run.parent).stdout.splitlines()) == 3
 
 
-def test_no_words_is_the_manual(tmp_path: Path) -> None:
-    manual = run("--help", cwd=tmp_path).stdout
-    assert run(cwd=tmp_path).stdout == manual
+def test_no_argument_is_the_manual(tmp_path: Path) -> None:
+    manual = run_ckpt("--help", cwd=tmp_path).stdout
+    assert run_ckpt(cwd=tmp_path).stdout == manual
     assert manual.startswith("Look into the checkpoints of a run")
     for name, subcommand in ckpt.SUBCOMMANDS.items():
         assert " ".join([name, *subcommand.positional]) in manual
         assert all(f"{key.name}=" in manual for key in keys_of(subcommand.options))
-    assert max(map(len, run("--help", cwd=tmp_path, COLUMNS="80").stdout.splitlines())) <= 80
+    narrow = run_ckpt("--help", cwd=tmp_path, COLUMNS="80").stdout
+    assert max(map(len, narrow.splitlines())) <= 80
 
 
 # list, inspect ----------------------------------------------------------------------------------------------
 
 
-def test_list(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    checkpoint_dir(made, 20).joinpath("rank-00001.safetensors").unlink()
-    directory.quarantine(checkpoint_dir(made, 30))
+def test_list(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint_dir(run, 20).joinpath("rank-00001.safetensors").unlink()
+    directory.quarantine(checkpoint_dir(run, 30))
     write_checkpoint(
-        checkpoint_dir(made, 40), state("model", WEIGHTS), step=40, ranks=64, progress={"best_step": 10}
+        checkpoint_dir(run, 40), state("model", WEIGHTS), step=40, ranks=64, progress={"best_step": 10}
     )
-    spoil(checkpoint_dir(made, 40) / "rank-00063.safetensors", 0)
-    lines = [" ".join(line.split()) for line in call(capsys, "list", made).splitlines() if "step-" in line]
+    shorten(checkpoint_dir(run, 40) / "rank-00063.safetensors")
+    lines = [" ".join(line.split()) for line in call(capsys, "list", run).splitlines() if "step-" in line]
     assert [line.split()[0] for line in lines] == [
         "step-00000010",
         "step-00000020",
@@ -144,7 +133,7 @@ def test_list_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_what_the_run_removes_meanwhile(
-    made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between the listing and the opening: the real race is too narrow to be met, so the removal is put into
     it.
@@ -152,28 +141,28 @@ def test_what_the_run_removes_meanwhile(
     reading = Manifest.read
 
     def removed_first(folder: Path) -> Manifest:
-        if folder == checkpoint_dir(made, 20):
+        if folder == checkpoint_dir(run, 20):
             remove_folder(folder)
         return reading(folder)
 
     monkeypatch.setattr(Manifest, "read", staticmethod(removed_first))
-    said = call(capsys, "list", made)
-    assert "removed just now: the run goes on" in said
-    assert "30" in said
-    for words in (["inspect"], ["export", "to=w.safetensors"], ["verify"]):
-        write_checkpoint(checkpoint_dir(made, 20), WEIGHTS, step=20)
-        said = call(capsys, words[0], checkpoint_dir(made, 20), *words[1:], expect=2)
-        assert "step-00000020 has just been removed: its run goes on" in said
-    write_checkpoint(checkpoint_dir(made, 20), WEIGHTS, step=20)
-    said = call(capsys, "verify", made)  # of the others there are news
-    assert said.count("is intact") == 2
-    assert said.count("has just been removed") == 1
+    output = call(capsys, "list", run)
+    assert "removed just now: the run goes on" in output
+    assert "30" in output
+    for argv in (["inspect"], ["export", "to=w.safetensors"], ["verify"]):
+        write_checkpoint(checkpoint_dir(run, 20), WEIGHTS, step=20)
+        output = call(capsys, argv[0], checkpoint_dir(run, 20), *argv[1:], expect=2)
+        assert "step-00000020 has just been removed: its run goes on" in output
+    write_checkpoint(checkpoint_dir(run, 20), WEIGHTS, step=20)
+    output = call(capsys, "verify", run)  # of the others there are news
+    assert output.count("is intact") == 2
+    assert output.count("has just been removed") == 1
 
 
-def test_inspect(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said = call(capsys, "inspect", made)
-    assert said.splitlines()[0] == str(checkpoint_dir(made, 30))
-    for words in (
+def test_inspect(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = call(capsys, "inspect", run)
+    assert output.splitlines()[0] == str(checkpoint_dir(run, 30))
+    for text in (
         "30 (1,920 samples, of a training set of 1,000)",
         "ddp x 3 (device cpu)",
         "torch 2.14.1",
@@ -183,102 +172,34 @@ def test_inspect(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "optim.lr=0.1",
         "complete, by their sizes",
     ):
-        assert words in said
-    row = next(line for line in said.splitlines() if "weights" in line)
+        assert text in output
+    row = next(line for line in output.splitlines() if "weights" in line)
     assert row.split() == ["model", "weights", "3", "36", "148", "bytes", "F32", "I64", "1", "to", "3"]
-    assert str(checkpoint_dir(made, 10)) in call(capsys, "inspect", checkpoint_dir(made, 10))
+    assert str(checkpoint_dir(run, 10)) in call(capsys, "inspect", checkpoint_dir(run, 10))
 
 
 # verify -----------------------------------------------------------------------------------------------------
 
 
-def test_verify_names_each_damaged_file(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(capsys, "verify", made).count("is intact: 3 files") == 3
-    spoil(checkpoint_dir(made, 20) / "rank-00000.safetensors")
-    spoil(checkpoint_dir(made, 20) / "rank-00002.safetensors", 0)
-    spoil(checkpoint_dir(made, 30) / "manifest.json", 300)
-    said = call(capsys, "verify", made, expect=1)
+def test_verify_names_each_damaged_file(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(capsys, "verify", run).count("is intact: 3 files") == 3
+    damage(checkpoint_dir(run, 20) / "rank-00000.safetensors")
+    shorten(checkpoint_dir(run, 20) / "rank-00002.safetensors")
+    damage(checkpoint_dir(run, 30) / "manifest.json", 300)
+    output = call(capsys, "verify", run, expect=1)
     for name in ("step-00000020/rank-00000", "step-00000020/rank-00002", "step-00000030/manifest.json"):
-        assert f"{name}" in said
-    assert said.count("is damaged") == 3
-    assert said.count("is intact") == 1
-    call(capsys, "verify", checkpoint_dir(made, 10))
-    call(capsys, "verify", checkpoint_dir(made, 20), expect=1)
-
-
-# export -----------------------------------------------------------------------------------------------------
-
-
-def test_a_damaged_checkpoint_is_not_exported(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    spoil(checkpoint_dir(made, 30) / "rank-00001.safetensors")
-    assert "rank-00001.safetensors is damaged" in call(
-        capsys, "export", made, f"to={made / 'w.safetensors'}", expect=1
-    )
-    assert [path.name for path in made.iterdir()] == ["checkpoints"]
-    call(capsys, "export", checkpoint_dir(made, 20), f"to={made / 'w.safetensors'}")
-
-
-def test_export_of_several_models(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = write_checkpoint(made / "two", state("student", WEIGHTS) | state("teacher", WEIGHTS))
-    said = call(capsys, "export", folder, f"to={made / 'w.safetensors'}", "shard_gb=1e-7")
-    index = made / "w.safetensors.index.json"
-    assert f'accelerate.load_checkpoint_in_model(torch.nn.ModuleDict(models), "{index}")' in said
-    said = call(capsys, "export", folder, f"to={made / 't.safetensors'}", "model=teacher", "dtype=fp16")
-    loaded = load_file(made / "t.safetensors")
-    assert {name: tensor.dtype for name, tensor in loaded.items() if name != "count"} == {
-        "layer.weight": torch.float16,
-        "layer.bias": torch.float16,
-    }
-    assert f'safetensors.torch.load_model(model, "{made / "t.safetensors"}")' in said
-
-
-# prune ------------------------------------------------------------------------------------------------------
-
-
-def test_prune(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for step in (40, 50):
-        write_checkpoint(
-            checkpoint_dir(made, step),
-            WEIGHTS,
-            step=step,
-            config={"checkpoint": {"best": True}},
-            progress={"best_step": 10},
-        )
-    with Checkpoint(checkpoint_dir(made, 20)):
-        said = call(capsys, "prune", made, "keep=2").splitlines()
-    assert [line.split()[0] for line in said] == ["kept", "kept", "removed", "kept", "kept"]
-    assert said[0].endswith("step-00000010, the best")
-    assert said[1].endswith("step-00000020, a process reads it")
-    assert [directory.step_of(folder) for folder in directory.list_checkpoints(made)] == [
-        10,
-        20,
-        40,
-        50,
-    ]
-    call(capsys, "prune", made, "keep=9")
-    assert len(directory.list_checkpoints(made)) == 4
-
-
-def test_prune_leaves_something_to_go_on_from(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "keep=0 must be 1 or more" in call(capsys, "prune", made, "keep=0", expect=2)
-    spoil(checkpoint_dir(made, 30) / "rank-00002.safetensors", 0)
-    assert "would keep no intact checkpoint (rank-00002.safetensors" in call(
-        capsys, "prune", made, "keep=1", expect=2
-    )
-    assert len(directory.list_checkpoints(made)) == 3
-    call(capsys, "prune", made, "keep=2")
-    assert [directory.step_of(folder) for folder in directory.list_checkpoints(made)] == [
-        10,
-        20,
-        30,
-    ]  # the first is the best
+        assert f"{name}" in output
+    assert output.count("is damaged") == 3
+    assert output.count("is intact") == 1
+    call(capsys, "verify", checkpoint_dir(run, 10))
+    call(capsys, "verify", checkpoint_dir(run, 20), expect=1)
 
 
 # mistakes ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("argv", "message"),
     [
         ("lst RUN", "'lst' is not a command; there are list, inspect, verify, diff, export, prune"),
         ("list", "list takes RUN, given is none"),
@@ -309,7 +230,7 @@ def test_prune_leaves_something_to_go_on_from(made: Path, capsys: pytest.Capture
         ("export RUN to=RUN/there.safetensors", "exists already, and is not overwritten"),
         ("export RUN to=RUN/cut.safetensors", "cut-00001-of-00002.safetensors exists already"),
         ("export RUN to=w.safetensors shard=1", "shard is not a key of export; did you mean shard_gb?"),
-        ("export RUN to=w.safetensors shard_gb=0", "shard_gb=0 must be greater than 0 and below 1e+06"),
+        ("export RUN to=w.safetensors shard_gb=0", "shard_gb=0 must be a number of gigabytes, above 0"),
         ("export RUN to=w.safetensors dtype=int8", "dtype=int8 is not fp32|bf16|fp16|null"),
         (
             "export RUN to=w.safetensors model=judge",
@@ -317,17 +238,17 @@ def test_prune_leaves_something_to_go_on_from(made: Path, capsys: pytest.Capture
         ),
     ],
 )
-def test_mistakes(made: Path, capsys: pytest.CaptureFixture[str], words: str, said: str) -> None:
+def test_mistakes(run: Path, capsys: pytest.CaptureFixture[str], argv: str, message: str) -> None:
     for name in ("there.safetensors", "cut-00001-of-00002.safetensors"):
-        (made / name).touch()
-    assert said in call(capsys, *words.replace("RUN", str(made)).split(), expect=2)
+        (run / name).touch()
+    assert message in call(capsys, *argv.replace("RUN", str(run)).split(), expect=2)
 
 
 def test_a_path_may_hold_an_equals_sign(
-    made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made.rename(made.with_name("lr=0.1"))
-    monkeypatch.chdir(made.parent)
+    run.rename(run.with_name("lr=0.1"))
+    monkeypatch.chdir(run.parent)
     assert "step-00000030" in call(capsys, "list", "lr=0.1")
     assert not is_key_value("runs/lr=0.2")
 
