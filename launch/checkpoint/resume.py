@@ -61,8 +61,9 @@ def find(wanted: str, run_dir: Path, world: World) -> list[Path]:
 
 
 def find_locally(wanted: str, run_dir: Path) -> list[Path]:
-    """`find` as this process sees the files. After a restart the run continues from its own checkpoints, if it
-    has any, whatever it began from.
+    """`find` as this process sees the files.
+
+    After a restart the run continues from its own checkpoints, if it has any, whatever it began from.
     """
     if wanted == "auto" or (restart_count(os.environ) and list_checkpoints(run_dir)):
         return list_step_folders(run_dir)[::-1]  # one without a manifest has lost it: damaged, not absent

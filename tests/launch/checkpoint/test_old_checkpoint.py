@@ -1,7 +1,7 @@
 """A checkpoint that an older version wrote is continued: `data/` holds one of each format that is read.
 
-It is of `tests.launch.tiny:Fit` after 3 of 6 steps, by FSDP on two ranks, before the modules of `launch/` moved
-to their folders. The numbers are those of the run that wrote it, which was not interrupted.
+It is of `tests.launch.tiny:Fit` after 3 of 6 steps, by FSDP on two ranks, before the modules of `launch/`
+moved to their folders. The numbers are those of the run that wrote it, which was not interrupted.
 """
 
 from __future__ import annotations

@@ -230,7 +230,7 @@ def test_verify_names_each_damaged_file(run: Path, capsys: pytest.CaptureFixture
         ("export RUN to=RUN/there.safetensors", "exists already, and is not overwritten"),
         ("export RUN to=RUN/cut.safetensors", "cut-00001-of-00002.safetensors exists already"),
         ("export RUN to=w.safetensors shard=1", "shard is not a key of export; did you mean shard_gb?"),
-        ("export RUN to=w.safetensors shard_gb=0", "shard_gb=0 must be a number of gigabytes, above 0"),
+        ("export RUN to=w.safetensors shard_gb=0", "shard_gb=0 must be greater than 0"),
         ("export RUN to=w.safetensors dtype=int8", "dtype=int8 is not fp32|bf16|fp16|null"),
         (
             "export RUN to=w.safetensors model=judge",
