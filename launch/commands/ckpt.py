@@ -59,8 +59,22 @@ class PruneOptions:
 
 
 def on_paths(function: Callable[..., int]) -> Callable[[Arguments[Any]], int]:
-    """A subcommand that calls `function` with its paths and, by name, its options."""
-    return lambda arguments: function(*map(Path, arguments.positional), **vars(arguments.options))
+    """A subcommand that calls `function` with its paths and, by name, its options.
+
+    A damaged checkpoint is a failure (1), not a mistake in the command (2).
+    """
+
+    def call(arguments: Arguments[Any]) -> int:
+        paths = [Path(argument) for argument in arguments.positional]
+        try:
+            return function(*paths, **vars(arguments.options))
+        except BrokenPipeError:
+            raise
+        except (DamagedCheckpoint, OSError) as error:
+            print(f"rankzero: {error}", file=sys.stderr)
+            return ExitCode.FAILED
+
+    return call
 
 
 SUBCOMMANDS = {
@@ -100,10 +114,4 @@ SUBCOMMANDS = {
 
 def main(argv: list[str]) -> int:
     """Do what `argv` asks for; returns the exit code."""
-    try:
-        return run_subcommand(argv, __doc__, SUBCOMMANDS, exits=EXITS)
-    except BrokenPipeError:
-        raise
-    except (DamagedCheckpoint, OSError) as error:  # no mistake of the user's
-        print(f"rankzero: {error}", file=sys.stderr)
-        return ExitCode.FAILED
+    return run_subcommand(argv, __doc__, SUBCOMMANDS, exits=EXITS)
