@@ -57,8 +57,8 @@ def find_run_dir(settings: Settings) -> Path:
 
 
 def default_run_dir(folder: Path, environment: Mapping[str, str]) -> Path:
-    """`TIME-MARK`: the mark is of the process that started the run, so that two started in the same second do
-    not meet.
+    """`TIME-MARK`, where MARK stands for the process that started the run: two that start in the same second
+    do not share a directory.
 
     Under torchrun that is its agent: a rank that it starts again finds the directory of the attempt before by
     the mark. Raises ValueError where it cannot: after a restart on several nodes, rank zero may be on
@@ -69,14 +69,14 @@ def default_run_dir(folder: Path, environment: Mapping[str, str]) -> Path:
         raise ValueError(
             "torchrun --max-restarts on several nodes needs run_dir=: else a restarted run begins anew"
         )
-    # .../torchelastic_abc/none_xyz/attempt_0/0/error.json: drawn by the agent, once for all lives of its
-    # ranks
+    # .../torchelastic_abc/none_xyz/attempt_0/0/error.json: the agent draws abc and xyz once for all attempts
     agent = environment.get("TORCHELASTIC_ERROR_FILE", "").partition("/attempt_")[0]
-    mark = hashlib.blake2b(
-        f"{socket.gethostname()} {agent or os.getpid()}".encode(), digest_size=2
-    ).hexdigest()
-    former = sorted(folder.glob(f"*-{mark}")) if agent else []
-    return former[-1] if former else folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{mark}"
+    process = f"{socket.gethostname()} {agent or os.getpid()}"
+    mark = hashlib.blake2b(process.encode(), digest_size=2).hexdigest()
+    earlier_attempts = sorted(folder.glob(f"*-{mark}")) if agent else []
+    if earlier_attempts:
+        return earlier_attempts[-1]
+    return folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{mark}"
 
 
 def refuse_to_loop(path: Path) -> None:

@@ -19,6 +19,7 @@ from launch.watchdog import failure_report
 from launch.watchdog.exception_report import from_exception
 from launch.watchdog.failure_report import FailureReport
 from launch.watchdog.heartbeats import FINISHED, Heartbeats
+from launch.watchdog.watchdog import Watchdog
 from tests.launch.processes import (
     TINY,
     CommandResult,
@@ -203,3 +204,19 @@ def test_a_report_travels_and_an_older_one_is_read() -> None:
     assert keys == set(report.to_dict()), "failure.json has the keys that it always had"
     older = FailureReport.from_dict({"kind": "hang", "message": "no progress", "unknown": 1})
     assert (older.kind, older.message, older.repeated) == ("hang", "no progress", None)
+
+
+def test_the_first_published_report_ends_all_ranks() -> None:
+    store = HashStore()
+    first, second = (FailureReport(kind="lost", message=text) for text in ("first", "second"))
+    ranks = [Watchdog(World(store=store), Phase(), hang_timeout=600.0) for _ in range(2)]
+    for watchdog in ranks:
+        watchdog.finished.set()  # the threads would end this process
+    assert [watchdog.publish(first, store) for watchdog in ranks] == [first, first]
+    assert [watchdog.published for watchdog in ranks] == [True, False], "the same text is no second report"
+    assert ranks[1].publish(second, store) == first
+    for watchdog in ranks:
+        watchdog.close()
+    beats = Heartbeats(1)
+    beats.read(store)
+    assert beats.statuses[0].phase == "end"
