@@ -194,6 +194,7 @@ class Pool:
         """
         results: dict[int, Any] = {}
         errors: dict[int, tuple[float, str]] = {}
+        answer: Any
         waiting = {self.workers[rank].connection: rank for rank in range(world_size)}
         deadline = time.monotonic() + timeout
         while waiting:
@@ -227,7 +228,7 @@ class Pool:
             worker.connection.close()  # all at once: none waits for the one before it
         for worker in self.workers.values():
             worker.end(FAILURE_GRACE_S)
-        forkserver._forkserver._stop()  # else it would end with this process only
+        forkserver._forkserver._stop()  # type: ignore[attr-defined]  # else it would end with this process only
 
 
 def _work(connection: Connection) -> None:
@@ -244,6 +245,7 @@ def _work(connection: Connection) -> None:
         sys.path[:] = path
         _forget_deepspeed()
         failed_at: float | None = None
+        answer: bytes | str
         try:
             with _process_group(rank, world_size, store):
                 try:

@@ -35,7 +35,7 @@ def ratios(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
 
 
 class Report:
-    """A table on the screen, row by row; with `path`, the rows as JSON too, with what they were measured on."""
+    """A table on the screen, row by row; with `path`, the rows as JSON too, with machine and versions."""
 
     def __init__(self, path: str | None, columns: Mapping[str, str]) -> None:
         """`columns`: name to format, as of a format string (`<12`, `>10.3f`)."""
@@ -43,7 +43,8 @@ class Report:
         made_with = versions() | {name: version(name) for name in PEERS if find_spec(name)}
         said = "  ".join(f"{name} {made_with[name]}" for name in ("rankzero", "torch", "python"))
         print(
-            f"{said}  {os.environ.get('OMP_NUM_THREADS', 'all')} thread(s), {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+            f"{said}  {os.environ.get('OMP_NUM_THREADS', 'all')} thread(s), {os.cpu_count()} cores,"
+            f" load {os.getloadavg()[0]:.1f}"
         )
         self.facts = {
             "command": " ".join(sys.argv),
@@ -54,7 +55,7 @@ class Report:
         print(" ".join(f"{name:{plain(form)}}" for name, form in columns.items()), flush=True)
 
     def row(self, **values: Any) -> None:
-        """One line; a value that is missing or None is left blank, one in words takes the place of a number."""
+        """One line; a value that is missing or None is left blank, a text takes the place of a number."""
         cells = []
         for name, form in self.columns.items():
             value = values.get(name)

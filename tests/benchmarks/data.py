@@ -1,11 +1,12 @@
 """What the order of the samples costs, whether it is a fair shuffle, and how fast a run gets its batches.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/data.py [rounds=10] [largest=1e7] [ours_to=1e12] [shuffles=20000] [json=PATH]
+    OMP_NUM_THREADS=1 python tests/benchmarks/data.py rounds=10 json=data.json
 
 Order: rankzero's `TrainSampler` against torch's `DistributedSampler`, on one of 8 ranks: peak memory
 (tracemalloc sees Python's and numpy's, not torch's own) and time to the first index after a seek to the
-middle of an epoch, which for torch's means to draw the epoch and pass over what was seen. Uniformity: over
-many epochs of 12 samples, how often each sample comes to each place, and how often each pair of neighbours;
+middle of an epoch, which for torch's means to draw the epoch and pass over what was seen; and the time to
+compute 64 indices of 1e12 samples. Uniformity: over
+many epochs of 12 samples, how often each sample comes to each place, and how often each pair of neighbors;
 p-values of chi-square tests, of which one in twenty is below 0.05 for a perfect shuffle. Loading: the batches
 of `recipe=mnist` through the loader that a run of it would have, and through torch's DataLoader with no
 workers, over the same 60,000 images of 28 x 28 bytes without augmentation; interleaved, the ratio is of
@@ -18,8 +19,10 @@ import os
 import sys
 import tempfile
 import time
+import timeit
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,7 +36,7 @@ from scipy.stats import chisquare
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
-from launch.cli.keys import read_argv
+from launch.cli.command import read_command
 from launch.cli.resolve import resolve
 from launch.data.batch_plan import BatchPlan
 from launch.data.sampler import TrainSampler
@@ -52,23 +55,41 @@ COLUMNS = {
         "torch_mb": ">11.3f",
         "seek_ms": ">10.2f",
         "torch_ms": ">10.2f",
+        "indices_us": ">10.1f",
     },
-    **{"p": ">7.3f", "ratio": ">7.3f", "low": ">7.3f", "high": ">7.3f", "per_second": ">12,.0f"},
+    **{"p": ">7.3f", "ratio": ">7.3f", "low": ">7.3f", "high": ">7.3f", "per_second": ">12,.0f", "aim": ""},
 }
 RANKS, BATCH = 8, 256
 
 
-def main(words: list[str]) -> None:
-    """The table."""
-    line = {"rounds": "10", "largest": "1e7", "ours_to": "1e12", "shuffles": "20000", **read_argv(words)}
-    report = Report(line.get("json"), COLUMNS)
+@dataclass(kw_only=True)
+class Options:
+    """The options of this benchmark."""
+
+    rounds: int = 10
+    """A B B A of the loading"""
+    largest: float = 1e7
+    """samples up to which torch's sampler is measured too"""
+    ours_to: float = 1e12
+    """samples up to which rankzero's is measured"""
+    shuffles: int = 20_000
+    """epochs that are drawn for the test of uniformity"""
+    json: str | None = None
+    """file for the rows as JSON, with machine and versions"""
+
+
+def main(argv: list[str]) -> None:
+    """Print the table."""
+    options = read_command(argv, __doc__, Options, name="data.py").options
+    report = Report(options.json, COLUMNS)
     for power in range(4, 13):
         size = 10**power
-        if size <= float(line["ours_to"]):
-            report.row(what="order", samples=size, **order(size, with_torch=size <= float(line["largest"])))
-    for what, counts in uniformity(int(line["shuffles"])).items():
+        if size <= options.ours_to:
+            report.row(what="order", samples=size, **order(size, with_torch=size <= options.largest))
+    report.row(what="64 indices", samples=10**12, indices_us=microseconds_of_indices(), aim="<= 200")
+    for what, counts in uniformity(options.shuffles).items():
         report.row(what=what, p=float(chisquare(counts).pvalue))
-    report.row(what="loading, against a DataLoader", **loading(int(line["rounds"])))
+    report.row(what="loading, against a DataLoader", **loading(options.rounds))
 
 
 # order ------------------------------------------------------------------------------------------------------
@@ -85,11 +106,19 @@ def order(size: int, with_torch: bool) -> dict[str, float]:
         next(iter(TrainSampler(size, batch_plan, 0, middle, middle + 10**6)))
 
     def theirs() -> None:
-        sampler = DistributedSampler(range(size), RANKS, 3, shuffle=True)  # type: ignore[arg-type]  # only its length counts
+        # only the length of the data counts
+        sampler: DistributedSampler[Any] = DistributedSampler(range(size), RANKS, 3, shuffle=True)  # type: ignore[arg-type]
         next(islice(sampler, middle * BATCH // RANKS, None))
 
     found = dict(zip(("memory_mb", "seek_ms"), cost(ours), strict=True))
     return found | (dict(zip(("torch_mb", "torch_ms"), cost(theirs), strict=True)) if with_torch else {})
+
+
+def microseconds_of_indices(count: int = 64) -> float:
+    """Of one call that computes `count` indices of 1e12 samples, far into an epoch; the best of many."""
+    permutation = Permutation(10**12, 0, 1)
+    positions = np.arange(1_000_000, 1_000_000 + count)
+    return min(timeit.repeat(lambda: permutation(positions), number=20, repeat=20)) / 20 * 1e6
 
 
 def cost(work: Callable[[], object]) -> tuple[float, float]:
@@ -109,30 +138,30 @@ def cost(work: Callable[[], object]) -> tuple[float, float]:
 
 def uniformity(shuffles: int, size: int = 12) -> dict[str, np.ndarray[Any, Any]]:
     """Counts that are all alike, but for chance, if every order is as likely as any other."""
-    sample_indices, neighbours = np.zeros((size, size), int), np.zeros((size, size), int)
+    sample_indices, neighbors = np.zeros((size, size), int), np.zeros((size, size), int)
     for epoch in range(shuffles):
         shuffled = Permutation(size, 0, epoch)(np.arange(size))
         sample_indices[np.arange(size), shuffled] += 1
         # pairs of one shuffle are not independent of each other: one pair of each
-        neighbours[tuple(shuffled[epoch % (size - 1) :][:2])] += 1
+        neighbors[tuple(shuffled[epoch % (size - 1) :][:2])] += 1
     # the samples of one shuffle are not independent either: one place of each
     return {
         "uniform: first place": sample_indices[0],
         "uniform: last place": sample_indices[-1],
-        "uniform: pairs of neighbours": neighbours[~np.eye(size, dtype=bool)],
+        "uniform: pairs of neighbors": neighbors[~np.eye(size, dtype=bool)],
         "uniform: a large set, by thousandths": large(),
     }
 
 
 def large(size: int = 10**12, drawn: int = 200_000) -> np.ndarray[Any, Any]:
-    """Where neighbouring positions of 1e12 samples go."""
+    """Where neighboring positions of 1e12 samples go."""
     return np.bincount(Permutation(size, 0, 0)(np.arange(drawn)) * 1000 // size, minlength=1000)
 
 
 # loading ----------------------------------------------------------------------------------------------------
 
 
-class ByHand:
+class ImagesInMemory:
     """The data set that one writes for images in memory."""
 
     def __init__(self, images: Tensor, classes: Tensor) -> None:
@@ -156,7 +185,7 @@ def write_images(folder: Path, size: int = 60_000) -> tuple[Tensor, Tensor]:
     return images, classes.long()
 
 
-def ours(folder: Path) -> Run:
+def prepared_run(folder: Path) -> Run:
     """The run that the command line would prepare."""
     words = (
         "recipe=mnist",
@@ -172,8 +201,8 @@ def ours(folder: Path) -> Run:
 def loading(rounds: int, batches: int = 100) -> dict[str, Any]:
     """Seconds from batch to batch."""
     with tempfile.TemporaryDirectory() as folder:
-        theirs = DataLoader(ByHand(*write_images(Path(folder))), batch_size=64, shuffle=True)  # type: ignore[arg-type]
-        loader = ours(Path(folder)).train_loader()
+        theirs: Any = DataLoader(ImagesInMemory(*write_images(Path(folder))), batch_size=64, shuffle=True)  # type: ignore[arg-type]
+        loader = prepared_run(Path(folder)).train_loader()
 
     def timed(batches_of: Any) -> float:
         iterator = iter(batches_of)

@@ -1,7 +1,6 @@
 """The most memory that a rank takes, against a script written by hand, under each strategy.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/memory.py [rounds=3] [steps=4] [strategies=single,ddp,fsdp,zero2,zero3]
-        [layers=6] [width=2048] [json=PATH]
+    OMP_NUM_THREADS=1 python tests/benchmarks/memory.py rounds=3 strategies=single,ddp
 
 A multilayer perceptron of 100 MB of parameters with Adam; one process, or two ranks under a strategy. On a
 CPU the high-water mark of the resident memory of each rank, of which the largest counts, on a GPU what torch
@@ -23,14 +22,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from launch.cli.keys import read_argv
+from launch.cli.command import read_command
 from tests.benchmarks.benchmark_report import Report, interleave, ratios
 from tests.launch.processes import free_port
 
@@ -39,67 +39,90 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 COLUMNS = {
-    **{"strategy": "<10", "what": "<10", "base_mb": ">9.1f", "by_hand_mb": ">11.1f", "rankzero_mb": ">12.1f"},
+    **{"strategy": "<10", "what": "<10", "base_mb": ">9.1f", "raw_mb": ">11.1f", "rankzero_mb": ">12.1f"},
     **{"ratio": ">8.3f", "low": ">8.3f", "high": ">8.3f", "aim": ">9"},
 }
 BATCH = 32
 
 
-def main(words: list[str]) -> None:
-    """The table; the ratio is of the whole, base included."""
-    given = {
-        "rounds": "3",
-        "steps": "4",
-        "strategies": "single,ddp,fsdp,zero2,zero3",
-        "layers": "6",
-        "width": "2048",
-    }
-    line = {**given, **read_argv(words)}
-    report = Report(line.get("json"), COLUMNS)
-    for strategy in line["strategies"].split(","):
-        said = [f"{name}={line[name]}" for name in ("steps", "layers", "width")] + [f"strategy={strategy}"]
-        base = peak("base", said)
-        for what, theirs, ours in (("training", "by_hand", "training"), ("run", "by_hand_saved", "run")):
-            pairs = interleave(partial(peak, theirs, said), partial(peak, ours, said), int(line["rounds"]))
-            by_hand, rankzero = (statistics.median(column) / 1e6 for column in zip(*pairs, strict=True))
-            sizes = {"base_mb": base / 1e6, "by_hand_mb": by_hand, "rankzero_mb": rankzero}
-            report.row(
-                strategy=strategy,
-                what=what,
-                **sizes,
-                **ratios(pairs),
-                aim="<= 1.01" if what == "training" else None,
+@dataclass(kw_only=True)
+class Options:
+    """The options of this benchmark."""
+
+    rounds: int = 3
+    """A B B A of each comparison"""
+    steps: int = 4
+    """steps of a run"""
+    strategies: list[str] = field(default_factory=lambda: ["single", "ddp", "fsdp", "zero2", "zero3"])
+    """strategies to compare under, separated by commas"""
+    layers: int = 6
+    """linear layers of the model"""
+    width: int = 2048
+    """width of a layer"""
+    side: Literal["", "base", "raw", "raw_saved", "training", "run"] = ""
+    """what one rank does and reports: the benchmark sets it for the processes that it starts"""
+    folder: str = ""
+    """where that rank writes: set by the benchmark too"""
+    json: str | None = None
+    """file for the rows as JSON, with machine and versions"""
+
+
+def main(argv: list[str]) -> None:
+    """Print the table; the ratio is of all memory, base included. One rank prints its peak."""
+    options = read_command(argv, __doc__, Options, name="memory.py").options
+    if options.side:
+        print(peak_of_rank(options), flush=True)
+        os._exit(0)
+    report = Report(options.json, COLUMNS)
+    for strategy in options.strategies:
+        base = peak(options, strategy, "base")
+        for what, theirs, ours in (("training", "raw", "training"), ("run", "raw_saved", "run")):
+            pairs = interleave(
+                partial(peak, options, strategy, theirs),
+                partial(peak, options, strategy, ours),
+                options.rounds,
             )
+            raw, rankzero = (statistics.median(column) / 1e6 for column in zip(*pairs, strict=True))
+            sizes = {"base_mb": base / 1e6, "raw_mb": raw, "rankzero_mb": rankzero}
+            aim = "<= 1.01" if what == "training" else None
+            report.row(strategy=strategy, what=what, **sizes, **ratios(pairs), aim=aim)
 
 
-def peak(side: str, said: list[str]) -> int:
+def peak(options: Options, strategy: str, side: str) -> int:
     """Bytes of the rank that takes most."""
-    ranks = 1 if "strategy=single" in said else 2
-    place = {
+    ranks = 1 if strategy == "single" else 2
+    shared = {
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "MALLOC_MMAP_THRESHOLD_": "1000000",
     }
+    sizes = [f"{name}={getattr(options, name)}" for name in ("steps", "layers", "width")]
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, f"side={side}", f"folder={folder}", *said]
-        processes = []
-        for number in range(ranks):
-            environment = {**os.environ, **place, "RANK": str(number), "LOCAL_RANK": str(number)}
-            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-            processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes))  # type: ignore[call-overload]
+        args = [f"side={side}", f"folder={folder}", f"strategies={strategy}", *sizes]
+        processes = [
+            subprocess.Popen(
+                [sys.executable, __file__, *args],
+                cwd=ROOT,
+                env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(ranks)
+        ]
         outputs = [process.communicate() for process in processes]
     if any(process.returncode for process in processes):
-        sys.exit(f"{side} {' '.join(said)}\n" + "\n".join(out + err for out, err in outputs))
+        sys.exit(f"{' '.join(args)}\n" + "\n".join(out + err for out, err in outputs))
     return max(int(out.split()[-1]) for out, _ in outputs)
 
 
 # one rank ---------------------------------------------------------------------------------------------------
 
 
-def rank(side: str, folder: Path, said: dict[str, str]) -> int:
-    """Train one way or the other; returns this rank's peak in bytes."""
+def peak_of_rank(options: Options) -> int:
+    """Train as `side` says; returns this rank's peak in bytes."""
     import torch
 
     import launch.training.trainer  # noqa: F401
@@ -107,24 +130,22 @@ def rank(side: str, folder: Path, said: dict[str, str]) -> int:
     from tests.benchmarks.dense_run import Dense
     from tests.benchmarks.loops import raw_strategies  # noqa: F401  # what FSDP2 needs
 
-    strategy = said["strategy"]
+    (strategy,), side, folder = options.strategies, options.side, Path(options.folder)
     if strategy.startswith("zero"):
         from strategies.deepspeed_compat import import_deepspeed
 
         import_deepspeed()
-    recipe = Dense(width=int(said["width"]), layers=int(said["layers"]), samples=BATCH, adam=True)
-    if side.startswith("by_hand"):
-        raw_loop.train(
-            recipe, strategy, BATCH, int(said["steps"]), folder if side == "by_hand_saved" else None
-        )
+    recipe = Dense(width=options.width, layers=options.layers, samples=BATCH, adam=True)
+    if side.startswith("raw"):
+        raw_loop.train(recipe, strategy, BATCH, options.steps, folder if side == "raw_saved" else None)
     elif side != "base":
-        ours(recipe, said, folder / "run", save=side == "run")
+        train_rankzero(recipe, options, folder / "run", save=side == "run")
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def ours(recipe: Recipe, said: dict[str, str], run_dir: Path, save: bool) -> None:
+def train_rankzero(recipe: Recipe, options: Options, run_dir: Path, save: bool) -> None:
     """As `launch.training.trainer` does it."""
     from launch.checkpoint.writer import CheckpointWriter
     from launch.cli.config import Config
@@ -140,8 +161,8 @@ def ours(recipe: Recipe, said: dict[str, str], run_dir: Path, save: bool) -> Non
 
     world = find_world(os.environ)
     micro = BATCH // world.world_size
-    config = Config(recipe="dense", batch_size=BATCH, micro_batch_size=micro, steps=int(said["steps"]))
-    config.strategy = said["strategy"]  # type: ignore[assignment]  # one of them
+    config = Config(recipe="dense", batch_size=BATCH, micro_batch_size=micro, steps=options.steps)
+    config.strategy = options.strategies[0]  # type: ignore[assignment]  # one of them
     settings = Settings(config, recipe)
     if save:
         trainer.run(settings, world, run_dir)
@@ -156,8 +177,4 @@ def ours(recipe: Recipe, said: dict[str, str], run_dir: Path, save: bool) -> Non
 
 
 if __name__ == "__main__":
-    words = read_argv(sys.argv[1:])
-    if "side" in words:
-        print(rank(words["side"], Path(words["folder"]), words), flush=True)
-        os._exit(0)
     main(sys.argv[1:])

@@ -1,9 +1,7 @@
 """What a step costs with rankzero and with its peers, over a loop written by hand: the whole step, loading
 included.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/overhead.py [rounds=10] [steps=200] [json=PATH]
-        [strategies=single,ddp,fsdp,zero2,zero3] [workloads=mlp,cnn,gpt] [modes=bare,defaults]
-        [frameworks=rankzero,accelerate,fabric,lightning,hf] [keep=FOLDER]
+    OMP_NUM_THREADS=1 python tests/benchmarks/overhead.py strategies=single rounds=3 steps=120
 
 `pip install -e ".[peers]"` gives the peers. On CPU ranks: one process, or two under a strategy. Each
 framework and the raw loop run in turns (A B B A) in the same processes, `rounds` times; the figure is the
@@ -25,6 +23,7 @@ import statistics
 import sys
 import tempfile
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -33,10 +32,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-from launch.cli.keys import read_argv
+from launch.cli.command import read_command
 from tests.benchmarks.benchmark_report import Report, ratios
 from tests.benchmarks.loops import FRAMEWORKS, installed
 from tests.benchmarks.loops.paired_runs import LOSS_TOLERANCE, Comparison, compare
+from tests.benchmarks.loops.workloads import WORKLOADS
 from tests.launch.processes import free_port
 from tests.ranks import RanksFailed, run_ranks, shut_down
 
@@ -46,38 +46,60 @@ COLUMNS = {
 }
 
 
-def main(words: list[str]) -> None:
-    """The table; `low` and `high` are the quartiles of the ratio, `losses` how far loss_difference they are at most."""
-    given = {
-        "rounds": "10",
-        "steps": "200",
-        "strategies": "single,ddp,fsdp,zero2,zero3",
-        "workloads": "mlp,cnn,gpt",
-    }
-    line = {**given, "modes": "bare,defaults", "frameworks": ",".join(FRAMEWORKS), **read_argv(words)}
-    report = Report(line.get("json"), COLUMNS)
-    with nullcontext(line["keep"]) if "keep" in line else tempfile.TemporaryDirectory() as folder:
+@dataclass(kw_only=True)
+class Options:
+    """The options of this benchmark."""
+
+    rounds: int = 10
+    """A B B A of each comparison"""
+    steps: int = 200
+    """steps of a run"""
+    strategies: list[str] = field(default_factory=lambda: ["single", "ddp", "fsdp", "zero2", "zero3"])
+    """strategies to compare under, separated by commas"""
+    workloads: list[str] = field(default_factory=lambda: list(WORKLOADS))
+    """models to train"""
+    modes: list[str] = field(default_factory=lambda: ["bare", "defaults"])
+    """bare: all that is optional is off; defaults: what a user gets"""
+    frameworks: list[str] = field(default_factory=lambda: list(FRAMEWORKS))
+    """those to compare with the raw loop"""
+    keep: str | None = None
+    """folder for what the frameworks print (default: a temporary one)"""
+    json: str | None = None
+    """file for the rows as JSON, with machine and versions"""
+
+
+def main(argv: list[str]) -> None:
+    """Print the table; `low` and `high` are the quartiles of the ratio, `losses` their largest difference."""
+    options = read_command(argv, __doc__, Options, name="overhead.py").options
+    report = Report(options.json, COLUMNS)
+    with nullcontext(options.keep) if options.keep else tempfile.TemporaryDirectory() as folder:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        for strategy, name in product(line["strategies"].split(","), line["frameworks"].split(",")):
-            if not installed(name):
+        for strategy, name in product(options.strategies, options.frameworks):
+            if installed(name):
+                compare_under(options, strategy, name, folder, report)
+                shut_down()  # the next pair gets new processes
+            else:
                 report.row(strategy=strategy, framework=name, note="left out: not installed")
-                continue
-            port = free_port()
-            for workload, mode in product(line["workloads"].split(","), line["modes"].split(",")):
-                row = {"strategy": strategy, "workload": workload, "mode": mode, "framework": name}
-                asked = {
-                    "rounds": int(line["rounds"]),
-                    "steps": int(line["steps"]),
-                    "port": port,
-                    "folder": folder,
-                }
-                found = measure(
-                    Comparison(name=name, strategy=strategy, workload=workload, bare=mode == "bare", **asked)
-                )
-                report.row(**row, **found)
-                if "ratio" not in found and "losses" not in found:
-                    break  # it would not do better on the next workload
-            shut_down()  # the next pair finds new processes
+
+
+def compare_under(options: Options, strategy: str, name: str, folder: str, report: Report) -> None:
+    """The rows of one framework under one strategy."""
+    port = free_port()
+    for workload, mode in product(options.workloads, options.modes):
+        comparison = Comparison(
+            name=name,
+            strategy=strategy,
+            workload=workload,
+            bare=mode == "bare",
+            rounds=options.rounds,
+            steps=options.steps,
+            port=port,
+            folder=folder,
+        )
+        figures = measure(comparison)
+        report.row(strategy=strategy, workload=workload, mode=mode, framework=name, **figures)
+        if "ratio" not in figures and "losses" not in figures:
+            break  # it would not do better on the next workload
 
 
 def measure(comparison: Comparison) -> dict[str, Any]:

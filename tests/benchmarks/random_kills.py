@@ -17,13 +17,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from launch.checkpoint.directory import list_checkpoints, step_of
 from launch.checkpoint.manifest import DamagedCheckpoint
 from launch.checkpoint.reader import Checkpoint
-from launch.cli.keys import read_argv
+from launch.cli.command import read_command
 from launch.equivalence.compare_metrics import (
     describe_unpaired,
     describe_wrong_steps,
@@ -63,13 +66,27 @@ START = 12.0
 """seconds: a kill by the clock comes at any time up to here, which is mostly before the first step"""
 
 
-def main(words: list[str]) -> int:
-    """The table; returns the exit code."""
-    line = {"kills": "30", "ranks": "2", "strategy": "fsdp", "seed": "0", **read_argv(words)}
+@dataclass(kw_only=True)
+class Options:
+    """The options of this benchmark."""
+
+    kills: int = 30
+    """how often the run is killed"""
+    ranks: int = 2
+    """processes of the run"""
+    strategy: str = "fsdp"
+    """strategy of the run"""
+    seed: int = 0
+    """of the moments at which it is killed"""
+
+
+def main(argv: list[str]) -> int:
+    """Print the table; returns the exit code."""
+    options = read_command(argv, __doc__, Options, name="random_kills.py").options
     kills, layout, draw = (
-        int(line["kills"]),
-        RankLayout(line["strategy"], int(line["ranks"])),
-        random.Random(int(line["seed"])),
+        options.kills,
+        RankLayout(options.strategy, options.ranks),
+        random.Random(options.seed),
     )
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="kills-") as folder:
@@ -82,8 +99,8 @@ def main(words: list[str]) -> int:
             else []
         )
         print(
-            f"{layout}, {kills * STEPS_A_KILL} steps, a checkpoint every {EVERY}; without kills: "
-            f"{ended.seconds:.0f} s"
+            f"{layout}, {kills * STEPS_A_KILL} steps, a checkpoint every {EVERY}; "
+            f"without kills: {ended.seconds:.0f} s"
         )
         print("kill  started from  at step  in a save  newest whole  steps lost  seconds", flush=True)
         saves = lost = done = 0

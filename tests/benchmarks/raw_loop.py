@@ -1,5 +1,5 @@
-"""A run written by hand, to compare with: data, model, optimizer and loss of a recipe, torch for the rest,
-DeepSpeed for ZeRO.
+"""A training loop without rankzero, to compare with: data, model, optimizer and loss of a recipe, torch for
+the rest, DeepSpeed for ZeRO.
 
     torchrun --nproc_per_node=2 tests/benchmarks/raw_loop.py recipe=mnist strategy=ddp batch_size=64 steps=1
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,9 @@ def train(recipe: Recipe, strategy: str, batch_size: int, steps: int, save: Path
     dataset: Any = recipe.build_data().train
     module = recipe.build_model().to(device)
     model, optimizer = wrap_model(recipe, module, strategy, batch_size // ranks)
-    sampler = DistributedSampler(dataset, ranks, rank)
+    sampler: DistributedSampler[Any] = DistributedSampler(dataset, ranks, rank)
     loader = DataLoader(dataset, batch_size=batch_size // ranks, sampler=sampler, drop_last=True)
-    first = step = 0
+    first, step = 0.0, 0
     while step < steps:
         for batch in loader:
             batch = [part.to(device) for part in batch]
@@ -54,7 +55,7 @@ def train(recipe: Recipe, strategy: str, batch_size: int, steps: int, save: Path
                 model.backward(loss)
                 model.step()
             else:
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]  # torch has left it so
                 torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
                 optimizer.step()
                 optimizer.zero_grad()
@@ -83,16 +84,34 @@ def wrap_model(recipe: Recipe, module: torch.nn.Module, strategy: str, micro_bat
 
 
 def built_in(name: str) -> Recipe:
-    """A recipe as it is."""
+    """A recipe with its defaults."""
     module = import_module(RECIPES[name])
     classes = [item for item in vars(module).values() if isinstance(item, type) and issubclass(item, Recipe)]
     recipe: Recipe = next(item() for item in classes if item.__module__ == module.__name__)
     return recipe
 
 
-def main(words: list[str]) -> None:
-    """From words to `train`."""
-    line = dict(word.split("=", 1) for word in words)
+@dataclass(kw_only=True)
+class Options:
+    """The options of this script."""
+
+    recipe: str = "mnist"
+    """a recipe that is built in"""
+    strategy: str = "single"
+    """single, ddp, fsdp, zero2 or zero3"""
+    batch_size: int = 64
+    """samples of a step, over all ranks"""
+    steps: int = 1
+    """optimizer steps"""
+
+
+def main(argv: list[str]) -> None:
+    """Train; rank zero prints the time of the first step."""
+    if {"--help", "-h"} & set(argv):  # only then: its start is measured without anything of rankzero's
+        from launch.cli.command import read_command
+
+        read_command(argv, __doc__, Options, name="raw_loop.py")
+    line = {**vars(Options()), **dict(argument.split("=", 1) for argument in argv)}
     first = train(built_in(line["recipe"]), line["strategy"], int(line["batch_size"]), int(line["steps"]))
     if os.environ.get("RANK", "0") == "0":
         print(first, flush=True)

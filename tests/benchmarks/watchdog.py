@@ -1,7 +1,7 @@
-"""What it costs to be guarded: the roll-call at the start, then heartbeats and watchdog beside steps of 20
+"""What the watchdog costs: the roll-call at the start, then heartbeats and watchdog beside steps of 20
 ms.
 
-    OMP_NUM_THREADS=1 torchrun --nproc_per_node=4 tests/benchmarks/watchdog.py [seconds=20] [rounds=10]
+    OMP_NUM_THREADS=1 torchrun --nproc_per_node=4 tests/benchmarks/watchdog.py seconds=20
 
 The roll-call is timed from the moment when all ranks are there to the last rank leaving, the first time with
 all its look-ups. Of the watch it is the processor time of its two threads on the busiest rank, which looks at
@@ -13,15 +13,17 @@ from __future__ import annotations
 import os
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # its stubs forget it
 
-from launch.cli.keys import read_argv
+from launch.cli.command import read_command
 from launch.runtime.phase import Phase
 from launch.runtime.rendezvous import check_ranks, process_group, rank_info
 from launch.runtime.world import World, find_world
@@ -63,7 +65,7 @@ def watch_share(world: World, seconds: float) -> tuple[float, float]:
 def used(watchdog: Watchdog) -> float:
     """Seconds of processor time that its threads have had."""
     tasks = Path("/proc/self/task")
-    numbers = [thread.native_id for thread in (watchdog.thread, watchdog.store_guard)]
+    numbers = [thread.native_id for thread in watchdog.threads]
     return sum(int((tasks / str(number) / "schedstat").read_text().split()[0]) for number in numbers) / 1e9
 
 
@@ -74,15 +76,26 @@ def slowest(seconds: float) -> float:
     return float(found)
 
 
-def main(words: list[str]) -> None:
-    """The table."""
-    line = {"seconds": "20", "rounds": "10", **read_argv(words)}
+@dataclass(kw_only=True)
+class Options:
+    """The options of this benchmark."""
+
+    seconds: float = 20.0
+    """how long steps are made beside the watchdog"""
+    rounds: int = 10
+    """roll-calls"""
+
+
+def main(argv: list[str]) -> None:
+    """Print the table, on rank zero."""
+    options = read_command(argv, __doc__, Options, name="watchdog.py", on_ranks=True).options
     with process_group(find_world(os.environ)) as world:
-        times = [check_seconds(world, number) for number in range(int(line["rounds"]))]
-        share, each = watch_share(world, float(line["seconds"]))
+        times = [check_seconds(world, number) for number in range(options.rounds)]
+        share, each = watch_share(world, options.seconds)
         if world.rank == 0:
             print(
-                f"torch {torch.__version__}, {world.world_size} ranks, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+                f"torch {torch.__version__}, {world.world_size} ranks, {os.cpu_count()} cores, "
+                f"load {os.getloadavg()[0]:.1f}"
             )
             print(f"roll-call, the first     {times[0] * 1e3:8.1f} ms")
             print(f"roll-call, median after  {median(times[1:]) * 1e3:8.1f} ms")

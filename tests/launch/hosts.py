@@ -100,7 +100,8 @@ def two_hosts(folder: Path, files: Mapping[str, str] | None = None, rate: str = 
     try:
         for number, (name, text) in enumerate((files or {"n1": HOSTS_FILE, "n2": HOSTS_FILE}).items(), 1):
             (folder / name).write_text(f"127.0.0.1 localhost\n{text}")
-            script = f"hostname {name} && ip link set lo up && mount --bind {folder / name} /etc/hosts && echo up && exec sleep 3600"
+            files_of_host = f"mount --bind {folder / name} /etc/hosts"
+            script = f"hostname {name} && ip link set lo up && {files_of_host} && echo up && exec sleep 3600"
             made = ["unshare", "--net", "--uts", "--mount", "sh", "-c", script]
             holders.append(
                 subprocess.Popen(made, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -23,7 +23,7 @@ FOLDER_VARIABLE = "RANKZERO_TEST_FOLDER"
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "SLURM_", "ACCELERATE_")
 """prefixes of the environment variables that torchrun, srun and Accelerate set"""
 PATIENCE = 10.0
-"""how many times longer than on an idle machine a test waits before it fails: a machine may be slow or busy"""
+"""how many times longer than on an idle machine a test waits before it fails: one may be slow or busy"""
 COMMAND_TIMEOUT_S = PATIENCE * 30.0
 """until a command counts as hanging: on an idle machine the longest ends within half a minute"""
 
@@ -69,7 +69,7 @@ def rankzero(*args: str, ranks: int = 0) -> list[str]:
 def start_command(
     *args: str, cwd: Path, ranks: int = 0, restarts: int = 0, env: Mapping[str, str] | None = None
 ) -> subprocess.Popen[str]:
-    """Start `launch/run.py` in a process group of its own, without the variables of a launcher around pytest."""
+    """Start `launch/run.py` in a process group of its own, without variables of a launcher around pytest."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_VARIABLES)}
     ours = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", FOLDER_VARIABLE: str(cwd)}
     return subprocess.Popen(

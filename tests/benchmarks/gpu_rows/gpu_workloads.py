@@ -1,4 +1,4 @@
-"""What is train_raw: GPT-2 124M, ResNet-50 and ViT-S on numbers drawn at random, each model with its loss in
+"""What is trained: GPT-2 124M, ResNet-50 and ViT-S on numbers drawn at random, each model with its loss in
 its `forward`.
 
 So the loss can be compiled too: as it is, a cross entropy writes and reads each logit in fp32 several times
@@ -36,7 +36,7 @@ TILE = 8
 """samples of which the first batches are made"""
 
 drawn: dict[str, nn.Module] = {}
-"""initial weights on the host: drawing them takes longer than measuring a workload"""
+"""initial weights on the host: drawing them takes longer than measuring a variant"""
 
 
 @dataclass(kw_only=True)
@@ -63,7 +63,7 @@ class GpuWorkload(Workload):
         self.step_seconds: list[float] = []
         """seconds a step, once it has been measured"""
         self.peak = 0
-        """the most bytes that it has sharding"""
+        """the most bytes that it has held"""
 
     def architecture(self) -> tuple[Any, ...]:
         """All that the initial weights depend on."""
@@ -92,7 +92,7 @@ class GpuWorkload(Workload):
     # for the raw loop ---------------------------------------------------------------------------------------
 
     def initial_model(self) -> nn.Module:
-        """On the device, ready to be wrap_model."""
+        """On the device, ready to be wrapped by a strategy."""
         key = f"{type(self).__name__}{self.architecture()}"
         if key not in drawn:
             drawn[key] = super().initial_model()
@@ -180,7 +180,7 @@ class GPT2(GpuWorkload):
     """attention by hand"""
 
     def architecture(self) -> tuple[Any, ...]:
-        """The rest is how it is train_raw."""
+        """The rest is how it is trained."""
         return self.vocabulary, self.multiple, self.block, self.width, self.heads, self.layers, self.naive
 
     def items_per_sample(self) -> int:
@@ -246,7 +246,7 @@ class Pictures(GpuWorkload):
     """a small network of the same kind"""
 
     def architecture(self) -> tuple[Any, ...]:
-        """The rest is how it is train_raw."""
+        """The rest is how it is trained."""
         return self.pixels, self.classes, self.nhwc, self.toy
 
     def rows(self) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ def rows(settings: GpuSettings) -> Iterator[Measurement]:
     for precision in ("bf16", "tf32", "fp32"):
         yield Measurement(
             section="limits",
-            name=f"matrix matmul_flops, {precision}",
+            name=f"matrix product, {precision}",
             measure=partial(matmul_row, settings, precision),
         )
     for name, places in COPIES.items():

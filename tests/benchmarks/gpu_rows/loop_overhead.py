@@ -1,4 +1,4 @@
-"""The raw loop against rankzero at the highest workload of a ladder, both under one strategy on one rank."""
+"""The raw loop against rankzero in its fastest variant, both under one strategy on one rank."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def rows(settings: GpuSettings) -> Iterator[Measurement]:
 
 
 def measure_overhead(settings: GpuSettings, kind: str, strategy: str) -> dict[str, Any]:
-    """Step times of both, their ratio, and how far their losses are max_relative_difference; no ratio if that is too far."""
+    """Step times of both, their ratio, and the difference of their losses; no ratio if that is too large."""
     if strategy.startswith("zero") and find_spec("deepspeed") is None:
         return {"note": f"{LEFT_OUT}: deepspeed is not installed"}
     chatter = redirect_output if strategy.startswith("zero") else nullcontext
@@ -100,15 +100,14 @@ def interleaved_runs(
 
 
 def train_rankzero(workload: GpuWorkload, strategy: str, world: World, folder: Path) -> GpuWorkload:
-    """The workload, once `launch.training.loop.train` has train_raw it."""
+    """The workload, once `launch.training.loop.train` has trained it."""
     workload = replace(workload)
     free_gpu_memory(workload.device)
     with run_of(workload, strategy, world, folder) as (run, parts):
-        parts.checkpoints.reserve = lambda: None  # type: ignore[method-assign]  # once in a run: no part of a step
+        parts.checkpoints.reserve = lambda: None  # type: ignore[method-assign]  # once a run
         steps = run.train_steps
-        run.train_steps = lambda: timed_window(
-            steps(), workload.device, workload.seconds, workload.step_seconds
-        )  # type: ignore[method-assign]
+        window = partial(timed_window, device=workload.device, seconds=workload.seconds)
+        run.train_steps = lambda: window(steps(), step_seconds=workload.step_seconds)  # type: ignore[method-assign]
         train(run, *parts)
         workload.peak = peak_memory(workload.device)
     return workload

@@ -1,4 +1,4 @@
-"""Ladders: the raw loop, faster workload by workload, each with one thing more than the one before."""
+"""The raw loop, faster variant by variant: each has one optimization more than the one before."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ OPTIMIZATIONS: dict[str, dict[str, dict[str, Any]]] = {
         "+ compile": {"compiled": True},
     },
 }
-"""what each workload adds; batches that fit into 80 GB, as public code for such cards has them"""
+"""what each variant adds; batches that fit into 80 GB, as public code for such cards has them"""
 AIMS = {"gpt": ">= 400,000", "resnet": ">= 3,700"}
-"""of the highest workload, on an H100"""
+"""of the fastest variant, on an H100"""
 TOY_SIZES: dict[str, dict[str, Any]] = {
     "gpt": {"batch": 8, "samples": 64, "vocabulary": 255, "block": 32, "width": 64, "heads": 2, "layers": 2},
     "resnet": {"batch": 8, "samples": 64, "pixels": 16, "classes": 10, "toy": True},
@@ -63,7 +63,7 @@ Found = TypeVar("Found")
 
 
 def variants(settings: GpuSettings, kind: str) -> Iterator[tuple[str, GpuWorkload]]:
-    """The variants of a ladder by name, in a rehearsal as toys."""
+    """The variants of a model by name, in a rehearsal at toy sizes."""
     total: dict[str, Any] = {"device": settings.device, "seconds": settings.seconds}
     for name, added in OPTIMIZATIONS[kind].items():
         total |= added
@@ -71,13 +71,13 @@ def variants(settings: GpuSettings, kind: str) -> Iterator[tuple[str, GpuWorkloa
 
 
 def fastest(settings: GpuSettings, kind: str) -> GpuWorkload:
-    """The highest workload."""
+    """The last variant, which has all optimizations."""
     *_, (_, last) = variants(settings, kind)
     return last
 
 
 def rows(settings: GpuSettings, kind: str) -> Iterator[Measurement]:
-    """A row a workload."""
+    """A row a variant."""
     before: list[tuple[GpuWorkload, float]] = []
     for name, workload in variants(settings, kind):
         aim = AIMS.get(kind) if workload == fastest(settings, kind) else None
@@ -92,9 +92,7 @@ def rows(settings: GpuSettings, kind: str) -> Iterator[Measurement]:
 def measure_variant(
     settings: GpuSettings, kind: str, workload: GpuWorkload, before: list[tuple[GpuWorkload, float]]
 ) -> dict[str, Any]:
-    """The speed of a workload, what it gains over the one `before` it, whose place it takes, and how far their
-    losses are max_relative_difference.
-    """
+    """The speed of a variant, its gain over the one in `before`, which it replaces; how far losses differ."""
     workload = with_fitting_batch(replace(workload, tiled=COMPARED_STEPS), train_raw)
     found = {**speed(settings, kind, workload, workload.step_seconds[0]), "memory_gb": workload.peak / 1e9}
     lower, rate = before.pop() if before else (workload, found["rate"])
@@ -103,12 +101,12 @@ def measure_variant(
         return found
     losses = max_relative_difference(*(notes.first_losses[: notes.tiled] for notes in (lower, workload)))
     if not losses <= LOSS_TOLERANCE[kind]:  # nor if one is not a number
-        return {"losses": losses, "note": f"{WRONG}: {losses:.0e} from the losses of the workload before"}
+        return {"losses": losses, "note": f"{WRONG}: {losses:.0e} from the losses of the variant before"}
     return {**found, "gain": found["rate"] / rate, "losses": losses}
 
 
 def train_raw(workload: GpuWorkload, strategy: str = "single") -> GpuWorkload:
-    """The workload, once the raw loop has train_raw it."""
+    """The workload, once the raw loop has trained it."""
     workload = replace(workload)
     free_gpu_memory(workload.device)
     set_matmul_precision(workload.precision)
@@ -154,9 +152,7 @@ def speed(settings: GpuSettings, kind: str, workload: GpuWorkload, seconds: floa
 
 @cache
 def flops_of_sample(settings: GpuSettings, kind: str) -> float:
-    """Of forward and backward, by the lowest workload: padding is no work done, nor is what a workload computes
-    twice.
-    """
+    """Of forward and backward, by the first variant: padding is no work, nor is what is computed twice."""
     _, workload = next(variants(settings, kind))
     found = count_flops(workload, one_sample(workload))
     assert found is not None

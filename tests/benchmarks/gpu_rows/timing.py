@@ -1,4 +1,4 @@
-"""How a GPU is timed: the device is waited for at both ends of a window of many steps, and never within it."""
+"""How a GPU is timed: the host waits for the device at both ends of a window of steps, never within it."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def synchronized_time(device: str) -> float:
 def timed_window(
     items: Iterator[Item], device: str, seconds: float, step_seconds: list[float]
 ) -> Iterator[Item]:
-    """Pass `items` on, one a step: some to warm up, some to learn the seconds_per_call, then as many as take about
-    `seconds`.
+    """Pass `items` on, one a step: some to warm up, some to learn the pace, then as many as take
+    about `seconds`.
 
-    Appends to `step_seconds` the seconds that a step of the last took. Whoever asks for the next item has asked the
-    device for all of the step before: that holds of the data of any training loop, by hand or not.
+    Appends to `step_seconds` the seconds that a step of the last took. Whoever asks for the next item has
+    asked the device for all of the step before: that holds of the data of any training loop.
     """
     yield from islice(items, WARM_UP)
     many = PROBE

@@ -13,11 +13,11 @@ from tests.benchmarks.loops.workloads import Workload
 
 
 def run(workload: Workload, steps: int, setting: Setting) -> None:
-    """It deals whole micro-batches to the ranks by itself, in turn: the same cut."""
+    """Accelerate deals whole micro-batches to the ranks in turn: the same division of a batch."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    # with `cpu` it drops DeepSpeed in redirect_output, without it takes itself for alone, and the ranks get the same
-    # data
+    # with `cpu` it drops DeepSpeed in silence; without it takes itself for a single process: the
+    # ranks get the same data
     accelerator = Accelerator(cpu=not setting.stage, **plugins(workload, setting))
     model = workload.initial_model()
     loader = workload.loader(steps, setting, batch_plan=False)
@@ -33,7 +33,7 @@ def run(workload: Workload, steps: int, setting: Setting) -> None:
 
 
 def plugins(workload: Workload, setting: Setting) -> dict[str, Any]:
-    """What it is told of the strategy."""
+    """The plugin that stands for the strategy."""
     if setting.strategy == "fsdp":
         blocks = {type(block).__name__ for block in workload.blocks(workload.build_model())}
         policy: dict[str, Any] = (

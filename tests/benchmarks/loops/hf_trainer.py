@@ -22,8 +22,8 @@ BARE: dict[str, Any] = {
 }
 
 
-class Training(Trainer):
-    """A workload as it wants it: loss, optimizer and order are its documented points of extension."""
+class Training(Trainer):  # type: ignore[misc]  # its types are not read: it need not be installed
+    """A workload as a Trainer: loss, optimizer and order are its documented points of extension."""
 
     workload: Workload
     indices: list[int]
@@ -42,7 +42,7 @@ class Training(Trainer):
 
 
 def run(workload: Workload, steps: int, setting: Setting) -> None:
-    """It deals whole micro-batches to the ranks by itself, in turn: the same cut."""
+    """Accelerate deals whole micro-batches to the ranks in turn: the same division of a batch."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     arguments = TrainingArguments(
@@ -54,7 +54,8 @@ def run(workload: Workload, steps: int, setting: Setting) -> None:
         lr_scheduler_type="constant",
         max_grad_norm=CLIP_NORM,
         remove_unused_columns=False,
-        save_strategy="no",  # by default after 500 steps, and at the end: after the last stamp, and tied weights make it fail
+        # by default after 500 steps, and at the end: after the last stamp, and tied weights make it fail
+        save_strategy="no",
         **strategy(workload, setting),
         **(BARE if setting.bare else {}),
     )
@@ -70,13 +71,13 @@ def run(workload: Workload, steps: int, setting: Setting) -> None:
 
 
 def list_named(samples: list[Any]) -> dict[str, Tensor]:
-    """A batch by name: it takes no other."""
+    """A batch by name: the Trainer takes no other."""
     inputs, targets = default_collate(samples)
     return {"inputs": inputs, "targets": targets}
 
 
 def strategy(workload: Workload, setting: Setting) -> dict[str, Any]:
-    """What it is told of the strategy."""
+    """The arguments that stand for the strategy."""
     if setting.strategy == "fsdp":
         blocks = [type(block).__name__ for block in workload.blocks(workload.build_model())]
         return {

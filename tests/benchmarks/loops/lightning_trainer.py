@@ -17,8 +17,8 @@ from tests.benchmarks.loops.workloads import Workload
 BARE = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
 
 
-class Module(LightningModule):
-    """A workload as it wants it."""
+class Module(LightningModule):  # type: ignore[misc]  # its types are not read: it need not be installed
+    """A workload as a LightningModule."""
 
     def __init__(self, workload: Workload, setting: Setting) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ def run(workload: Workload, steps: int, setting: Setting) -> None:
 
 
 def strategy(setting: Setting) -> Any:
-    """What it is told of the strategy."""
+    """The strategy of Lightning that stands for ours."""
     if setting.strategy == "fsdp":
         return ModelParallelStrategy(data_parallel_size=setting.ranks, tensor_parallel_size=1)
     if setting.stage:

@@ -41,7 +41,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a run."""
+    """The figures of one run."""
 
     seconds: float
     """a step, from start to start, over all but the first"""
@@ -51,7 +51,7 @@ class Result:
 
 def compare(world: CpuWorld, comparison: Comparison) -> tuple[list[tuple[float, float]], float, str]:
     """Seconds a step of (raw, framework) by pairs, the largest relative difference of any loss, how its
-    model is sharding.
+    model is sharded.
     """
     if comparison.strategy == "single":
         distributed.destroy_process_group()  # some would take it for a reason to reduce gradients

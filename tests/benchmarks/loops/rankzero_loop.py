@@ -7,7 +7,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from torch.distributed import HashStore, Store
+from torch.distributed import HashStore, Store  # type: ignore[attr-defined]  # its stubs forget them
 
 from launch.cli.config import CheckpointOptions, Config, LogOptions
 from launch.cli.resolve import Settings
@@ -44,7 +44,7 @@ def run(workload: Workload, steps: int, setting: Setting) -> None:
     world = World(**{**vars(world), "store": stores[0]})
     config = Config(
         recipe="workload",
-        strategy=setting.strategy,
+        strategy=setting.strategy,  # type: ignore[arg-type]  # one of them
         batch_size=workload.batch,
         micro_batch_size=workload.batch // setting.ranks,
         steps=steps,

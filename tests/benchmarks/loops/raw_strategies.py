@@ -30,7 +30,7 @@ def run(workload: Workload, steps: int, setting: Setting) -> None:
             model.step()
             norm = model.get_global_grad_norm()
         else:
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]  # torch has left it so
             norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
             optimizer.step()
             optimizer.zero_grad()

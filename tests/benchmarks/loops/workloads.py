@@ -1,5 +1,5 @@
-"""What the frameworks train, the same for all: data in memory, its order, model, optimizer, and a loss that
-takes notes.
+"""What the frameworks train, the same for all: data in memory, their order, model, optimizer, and a loss that
+records when each step starts.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ COMPARED_STEPS = 20
 
 @dataclass(kw_only=True)
 class Workload(Recipe):
-    """A recipe that notes when each step starts, its first losses, and how its model is sharding.
+    """A recipe that notes when each step starts, its first losses, and how its model is sharded.
 
     The data are repeated until no epoch ends within a run: what each framework does then is another
     question.
@@ -92,7 +92,7 @@ class Workload(Recipe):
         return torch.from_numpy(Permutation(self.samples, 0, 0)(positions.numpy())).view(steps, self.batch)
 
     def loader(self, steps: int, setting: Setting, batch_plan: bool = True) -> DataLoader[Batch]:
-        """torch's own, of this rank's part of each batch; with `cut=False` of all parts in turn."""
+        """torch's own, of this rank's part of each batch; with `batch_plan=False` of all parts in turn."""
         parts = self.order(steps).view(steps, setting.ranks, -1)
         local = parts[:, setting.rank] if batch_plan else parts
         return DataLoader(
@@ -147,9 +147,7 @@ WORKLOADS: dict[str, type[Workload]] = {"mlp": MLP, "cnn": CNN, "gpt": GPT}
 
 
 def sharding_of(model: nn.Module) -> str:
-    """What its parameters tell of how the model is wrap_model, whatever was asked for; `whole`: each rank has all
-    of it.
-    """
+    """How the model is sharded, by its parameters, whatever was asked for; `whole`: each rank has it all."""
     parameters = list(model.parameters())
     if any(isinstance(parameter, DTensor) for parameter in parameters):
         return "fsdp"
