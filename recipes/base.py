@@ -45,7 +45,7 @@ class Recipe:
     its loss
     """
     resume_may_change: ClassVar[tuple[str, ...]] = ("data.root", "data.path")
-    """keys of this recipe that a resumed run may change: where the data lies, not what it is"""
+    """keys of this recipe that a resumed run may change: where the data is, not what it is"""
 
     schedule: Schedule = field(default_factory=Schedule)
 

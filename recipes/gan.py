@@ -1,6 +1,4 @@
-"""A generative adversarial network (Goodfellow et al. 2014) on digits: two models, two optimizers, two turns
-a step.
-"""
+"""A generative adversarial network (Goodfellow et al. 2014) on digits: two models, optimizers and losses."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ from recipes.base import Losses, Recipe
 from recipes.parts.data import Splits
 from recipes.parts.images import Images
 from recipes.parts.optim import Optim
-from recipes.parts.options import PositiveInt, Share
+from recipes.parts.options import Fraction, PositiveInt
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -27,8 +25,8 @@ class Model:
     """size of the noise that the generator makes an image of"""
     width: PositiveInt = 32
     """channels of both networks at half the resolution; twice as many at a quarter"""
-    dropout: Share = 0.5
-    """share of the discriminator's activations dropped in training: it learns less by heart, the generator
+    dropout: Fraction = 0.5
+    """fraction of the discriminator's activations dropped in training: it memorizes less, the generator
     varies more
     """
 
@@ -96,7 +94,7 @@ class GAN(Recipe):
         return {name: lambda model: self.optim.build(model.parameters()) for name in self.models()}
 
     def losses(self) -> Losses:
-        """The discriminator's turn, then the generator's."""
+        """The discriminator's, then the generator's."""
         return {"discriminator": self.discriminator_loss, "generator": self.generator_loss}
 
     def discriminator_loss(self, models: dict[str, nn.Module], batch: Any) -> Tensor:

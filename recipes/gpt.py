@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from recipes.base import Recipe
 from recipes.parts.data import Splits
 from recipes.parts.optim import Optim, decay_groups
-from recipes.parts.options import OptionGroup, PositiveInt, Share
+from recipes.parts.options import Fraction, OptionGroup, PositiveInt
 from recipes.parts.schedule import Schedule
 from recipes.parts.text import Text
 
@@ -29,8 +29,8 @@ class Model(OptionGroup):
     """attention heads of a block"""
     width: PositiveInt = 128
     """size of a token's vector"""
-    dropout: Share = 0.1
-    """share of activations and attention weights dropped in training"""
+    dropout: Fraction = 0.1
+    """fraction of activations and attention weights dropped in training"""
 
     def check(self, declared: Model | None = None) -> None:  # noqa: ARG002  # every option has an effect
         """Raise ValueError for a width that the heads cannot share."""
@@ -97,7 +97,7 @@ class GPT(Recipe):
         return F.cross_entropy(logits, targets.flatten(), reduction="sum"), logits, targets.flatten()
 
     def metrics(self) -> Mapping[str, Metric]:
-        """Share of tokens predicted right."""
+        """Fraction of tokens predicted right."""
         from torchmetrics.classification import MulticlassAccuracy
 
         return {"accuracy": MulticlassAccuracy(self.data.vocabulary_size, average="micro")}

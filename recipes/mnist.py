@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from recipes.parts.image_classification import ImageClassification
 from recipes.parts.optim import Optim
-from recipes.parts.options import PositiveInt, Share
+from recipes.parts.options import Fraction, PositiveInt
 from recipes.parts.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ class Model:
     """channels of the first block; the second has twice as many"""
     hidden: PositiveInt = 128
     """size of the linear layer between"""
-    dropout: Share = 0.2
-    """share of activations dropped before each linear layer in training"""
+    dropout: Fraction = 0.2
+    """fraction of activations dropped before each linear layer in training"""
 
 
 @dataclass(kw_only=True)

@@ -13,7 +13,7 @@ from torch.utils.data import Subset, TensorDataset
 
 from launch.data.batch import tensors_of
 from recipes.parts.data import InMemoryDataset
-from recipes.parts.split import View
+from recipes.parts.split import PermutedView
 
 GPU_MEMORY_FRACTION = 0.1
 """of a GPU's free memory that a data set may take: the model comes after it"""
@@ -25,7 +25,7 @@ def as_in_memory(dataset: Any) -> InMemoryDataset | None:
         return dataset
     if type(dataset) is TensorDataset:
         return TensorData(dataset.tensors)
-    if type(dataset) is View and (inner := as_in_memory(dataset.dataset)):
+    if type(dataset) is PermutedView and (inner := as_in_memory(dataset.dataset)):
         order = dataset.permutation(torch.arange(dataset.start, dataset.start + dataset.length).numpy())
         return IndexedView(inner, torch.from_numpy(order))
     if type(dataset) is Subset and (inner := as_in_memory(dataset.dataset)):

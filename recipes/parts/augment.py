@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def uniform(seeds: Tensor, draws: int) -> Tensor:
     """`draws` numbers from 0 to below 1 for each seed: int64 [n] to float32 [n, draws].
 
-    The finaliser of splitmix64 (Steele, Lea and Flood 2014) in signed integers, which wrap around; `>>` drags
+    The finalizer of splitmix64 (Steele, Lea and Flood 2014) in signed integers, which wrap around; `>>` drags
     the sign along.
     """
     import torch
@@ -28,9 +28,9 @@ def uniform(seeds: Tensor, draws: int) -> Tensor:
     return shifted(value, 40).float() / 2**24
 
 
-def rotate_and_move(images: Tensor, seeds: Tensor, degrees: float, share: float) -> Tensor:
-    """Turn each of `images` [n, c, h, w] by up to `degrees`, and move it by up to `share` of its size;
-    uncovered is 0.
+def random_affine(images: Tensor, seeds: Tensor, degrees: float, translate: float) -> Tensor:
+    """Rotate each of `images` [n, c, h, w] by up to `degrees` and translate it by up to `translate` of its
+    size, at random; what is uncovered is 0.
     """
     import torch
     from torch.nn import functional as F
@@ -38,15 +38,15 @@ def rotate_and_move(images: Tensor, seeds: Tensor, degrees: float, share: float)
     draws = uniform(seeds.to(images.device), 3) * 2 - 1
     angle = draws[:, 0] * (degrees * torch.pi / 180)
     cosine, sine = angle.cos(), angle.sin()
-    down, right = (2 * share * draws[:, 1:]).unbind(1)  # the grid goes from -1 to 1
+    down, right = (2 * translate * draws[:, 1:]).unbind(1)  # the grid goes from -1 to 1
     rows = [torch.stack(row, 1) for row in ((cosine, -sine, right), (sine, cosine, down))]
     grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, align_corners=False)
 
 
-def crop_and_mirror(images: Tensor, seeds: Tensor, padding: int) -> Tensor:
-    """Move each of `images` [n, c, h, w] by up to `padding` pixels, what is uncovered being 0, and mirror
-    every other one.
+def random_crop_and_flip(images: Tensor, seeds: Tensor, padding: int) -> Tensor:
+    """Crop each of `images` [n, c, h, w], padded by `padding` zeros on each side, to its size at a random
+    place, and flip it horizontally with probability 1/2.
     """
     import torch
     from torch.nn import functional as F

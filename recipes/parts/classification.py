@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from recipes.base import Recipe
-from recipes.parts.options import Share
+from recipes.parts.options import Fraction
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -21,8 +21,8 @@ class Classification(Recipe):
     monitor: ClassVar[str] = "accuracy"
     monitor_mode: ClassVar[str] = "max"
 
-    label_smoothing: Share = 0.0
-    """share of the target spread over all classes, in training only"""
+    label_smoothing: Fraction = 0.0
+    """fraction of the target spread over all classes, in training only"""
 
     def num_classes(self) -> int:
         """Number of classes, known without building anything."""

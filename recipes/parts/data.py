@@ -22,7 +22,7 @@ class Dataset(Protocol):
 
 @runtime_checkable
 class InMemoryDataset(Dataset, Protocol):
-    """A data set that lies in memory and gives a whole micro-batch at once: no worker processes, no
+    """A data set in memory that gives a whole micro-batch at once: no worker processes, no
     collation.
 
     `torch.utils.data.TensorDataset` is taken for one by itself.

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from recipes.parts.augment import crop_and_mirror, rotate_and_move
+from recipes.parts.augment import random_affine, random_crop_and_flip
 from recipes.parts.data import Dataset, Splits
 from recipes.parts.image_datasets import InMemoryImages, SyntheticImages
 from recipes.parts.image_files import (
@@ -25,7 +25,7 @@ from recipes.parts.image_files import (
     read_digits,
     read_mnist,
 )
-from recipes.parts.options import OptionGroup, PositiveInt, Share, refuse_unused
+from recipes.parts.options import Fraction, OptionGroup, PositiveInt, refuse_unused
 from recipes.parts.split import holdout, split
 
 if TYPE_CHECKING:
@@ -77,13 +77,13 @@ class Images(OptionGroup):
     image_size: PositiveInt | None = None
     """height and width in pixels (default: the set's own; imagefolder 224)"""
     augment: bool = True
-    """augment the training images: rotation and translation of digits, crop and mirror of photographs"""
+    """augment the training images: rotation and translation of digits, crop and flip of photographs"""
     normalize: Literal["standard", "signed"] = "standard"
     """standard: zero mean and unit variance over the set; signed: from -1 to 1"""
-    val: Share = 0.1
-    """share of the training images held out for validation, where the set has none"""
-    test: Share = 0.1
-    """share held out for the test, where the set has none"""
+    val: Fraction = 0.1
+    """fraction of the training images held out for validation, where the set has none"""
+    test: Fraction = 0.1
+    """fraction held out for the test, where the set has none"""
     split_seed: int = 0
     """which images are held out (not the run's seed: they stay held out when a run is repeated)"""
     size: PositiveInt = 10_000
@@ -185,8 +185,8 @@ class Images(OptionGroup):
 
     def _augmentation(self) -> Augment:
         if self.name == "cifar10":
-            return partial(crop_and_mirror, padding=self.pixels // 8)
-        return partial(rotate_and_move, degrees=10, share=0.1)
+            return partial(random_crop_and_flip, padding=self.pixels // 8)
+        return partial(random_affine, degrees=10, translate=0.1)
 
     def _has_splits(self) -> bool:
         return (Path(self.root) / "train").is_dir()

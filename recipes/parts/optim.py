@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from recipes.parts.options import NonNegativeFloat, OptionGroup, Share, refuse_unused
+from recipes.parts.options import Fraction, NonNegativeFloat, OptionGroup, refuse_unused
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -25,19 +25,17 @@ class Optim(OptionGroup):
     """peak learning rate; schedule.* moves it"""
     weight_decay: NonNegativeFloat = 0.0
     """weight decay"""
-    momentum: Share = 0.9
+    momentum: Fraction = 0.9
     """sgd: momentum"""
     nesterov: bool = False
-    """sgd: look ahead along the momentum"""
-    betas: tuple[Share, Share] = (0.9, 0.999)
+    """sgd: Nesterov momentum"""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     """adam, adamw: decay of the running averages of gradient and squared gradient"""
     eps: NonNegativeFloat = 1e-8
     """adam, adamw: added to the denominator"""
 
     def check(self, declared: Optim | None = None) -> None:
-        """Raise ValueError for fields that make no sense; `declared` is what the recipe says unless the user
-        speaks.
-        """
+        """Raise ValueError for fields that do not go together; `declared` holds the recipe's defaults."""
         refuse_unused("optim", self, declared or Optim(), USED_BY)
         if self.name == "sgd" and self.nesterov and self.momentum == 0:
             raise ValueError(

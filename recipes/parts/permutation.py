@@ -1,6 +1,6 @@
 """A pseudo-random permutation of range(size) as a function: no list, any position in O(1).
 
-A generalised Feistel network with cycle walking (Black and Rogaway, "Ciphers with Arbitrary Finite Domains",
+A generalized Feistel network with cycle walking (Black and Rogaway, "Ciphers with Arbitrary Finite Domains",
 CT-RSA 2002, section 5, after Luby and Rackoff 1988). A position is a pair (left, right) in Z_a x Z_b with a *
 b barely above `size`; each round adds a keyed hash of one half to the other, which is a bijection whatever
 the hash. A result beyond `size` is sent through again until it falls inside; that happens to less than one
@@ -74,7 +74,7 @@ class Permutation:
 
 
 def mix(value: Any) -> Any:
-    """The finaliser of splitmix64 (Steele, Lea and Flood 2014; Vigna's constants): 64 bits to 64 bits, one to
+    """The finalizer of splitmix64 (Steele, Lea and Flood 2014; Vigna's constants): 64 bits to 64 bits, one to
     one.
     """
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK

@@ -68,9 +68,7 @@ class Schedule(OptionGroup):
     """plateau: evaluations after a decay in which nothing is counted"""
 
     def check(self, declared: Schedule | None = None) -> None:
-        """Raise ValueError for fields that make no sense; `declared` is what the recipe says unless the user
-        speaks.
-        """
+        """Raise ValueError for fields that do not go together; `declared` holds the recipe's defaults."""
         refuse_unused("schedule", self, declared or Schedule(), USED_BY)
         if self.name == "noam" and self.warmup == 0:
             raise ValueError(

@@ -8,7 +8,7 @@ from recipes.parts.data import Dataset, Splits
 from recipes.parts.permutation import Permutation
 
 
-class View:
+class PermutedView:
     """`length` samples of `dataset` from position `start` of a permutation of it."""
 
     def __init__(self, dataset: Dataset, permutation: Permutation, start: int, length: int) -> None:
@@ -41,9 +41,9 @@ def split(
     permutation = Permutation(size, seed)
     plain = dataset if plain is None else plain
     return Splits(
-        train=View(dataset, permutation, 0, rest),
-        val=View(plain, permutation, rest, held["val"]) if held["val"] else None,
-        test=View(plain, permutation, rest + held["val"], held["test"]) if held["test"] else None,
+        train=PermutedView(dataset, permutation, 0, rest),
+        val=PermutedView(plain, permutation, rest, held["val"]) if held["val"] else None,
+        test=PermutedView(plain, permutation, rest + held["val"], held["test"]) if held["test"] else None,
     )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from recipes.parts.data import Splits
-from recipes.parts.options import OptionGroup, PositiveInt, Share
+from recipes.parts.options import Fraction, OptionGroup, PositiveInt
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,10 +40,10 @@ class Text(OptionGroup):
     """tokens of a window: what the model sees at once"""
     stride: PositiveInt | None = None
     """tokens from one window to the next (default: block, so that windows don't overlap)"""
-    val: Share = 0.05
-    """share of the text, before the test, held out for validation"""
-    test: Share = 0.05
-    """share of the text, at its end, held out for the test"""
+    val: Fraction = 0.05
+    """fraction of the text, before the test, held out for validation"""
+    test: Fraction = 0.05
+    """fraction of the text, at its end, held out for the test"""
 
     def check(self, declared: Text | None = None) -> None:  # noqa: ARG002  # every option has an effect
         """Raise ValueError or FileNotFoundError, in one line for the user, without importing torch."""
@@ -74,7 +74,9 @@ class Text(OptionGroup):
         """Windows of the head, and of the two tails, of the text."""
         self.check()
         tokens = self._read()
-        sizes = {name: int(len(tokens) * share) for name, share in (("val", self.val), ("test", self.test))}
+        sizes = {
+            name: int(len(tokens) * fraction) for name, fraction in (("val", self.val), ("test", self.test))
+        }
         train = len(tokens) - sum(sizes.values())
         for name, size in {"train": train, **sizes}.items():
             if 0 < size <= self.block or (size == 0 and getattr(self, name, 1) > 0):
@@ -133,7 +135,7 @@ class Windows:
 
     @property
     def nbytes(self) -> int:
-        """Of the tokens, with what lies between the windows."""
+        """Of the tokens, with those between the windows."""
         return self.tokens.nbytes
 
     def to(self, device: str) -> Windows:

@@ -36,7 +36,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward network, each on a normalised input, each added to its input."""
+    """Attention and a feed-forward network, each on a normalized input, each added to its input."""
 
     def __init__(self, width: int, heads: int, dropout: float, layers: int) -> None:
         super().__init__()

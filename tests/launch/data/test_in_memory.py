@@ -17,7 +17,7 @@ from launch.data.loader import InMemoryLoader, build_loader
 from launch.data.sampler import TrainSampler
 from launch.runtime.cpus import usable_cpus
 from launch.runtime.world import World
-from recipes.parts.augment import crop_and_mirror, rotate_and_move, uniform
+from recipes.parts.augment import random_affine, random_crop_and_flip, uniform
 from recipes.parts.data import InMemoryDataset
 from recipes.parts.images import Images
 from recipes.parts.permutation import GOLDEN, MASK, mix
@@ -96,8 +96,8 @@ def test_uniform_draws_are_those_of_splitmix64() -> None:
 def test_images_are_turned_and_moved_each_in_its_own_way() -> None:
     images = torch.zeros(50, 1, 21, 21)
     images[:, :, 10, 15] = 1.0  # five pixels to the right of the middle
-    assert torch.allclose(rotate_and_move(images, torch.arange(50), 0, 0), images, atol=1e-5)
-    weight = rotate_and_move(images, torch.arange(50), 90, 0).squeeze(1)
+    assert torch.allclose(random_affine(images, torch.arange(50), 0, 0), images, atol=1e-5)
+    weight = random_affine(images, torch.arange(50), 90, 0).squeeze(1)
     rows, columns = (
         (weight * torch.arange(21.0)[:, None]).sum((1, 2)),
         (weight * torch.arange(21.0)).sum((1, 2)),
@@ -106,7 +106,7 @@ def test_images_are_turned_and_moved_each_in_its_own_way() -> None:
     radius = torch.hypot(rows / mass - 10, columns / mass - 10)
     assert torch.allclose(radius, torch.full((50,), 5.0), atol=0.3), "turned about the middle"
     assert len(set((rows / mass).round(decimals=2).tolist())) > 30
-    moved = rotate_and_move(images, torch.arange(50), 0, 0.2).squeeze(1)
+    moved = random_affine(images, torch.arange(50), 0, 0.2).squeeze(1)
     place = (moved * torch.arange(21.0)).sum((1, 2)) / moved.sum((1, 2)) - 15
     assert place.abs().max() <= 0.2 * 21
     assert place.abs().max() > 3
@@ -117,7 +117,7 @@ def test_crops_are_windows_and_half_are_mirrored() -> None:
     padded = torch.nn.functional.pad(images[0], [1] * 4)
     windows = {str(padded[:, top : top + 8, left : left + 8]) for top in range(3) for left in range(3)}
     mirrored = 0
-    for image in crop_and_mirror(images, torch.arange(200), 1):
+    for image in random_crop_and_flip(images, torch.arange(200), 1):
         assert str(image) in windows or str(image.flip(2)) in windows
         mirrored += str(image) not in windows
     assert 70 < mirrored < 130
