@@ -106,7 +106,7 @@ def less_communication(run: Run) -> Iterator[str]:
             yield "strategy=zero2 gathers no parameters, if memory allows"
         if larger:
             yield f"{larger} makes fewer micro-batches of a step, if memory allows"
-    yield f"a larger batch_size (now {plan.batch_size}) communicates less often; it changes the training"
+    yield f"a larger batch_size (now {plan.batch_size}) communicates less often, but changes the training"
 
 
 def less_idle_time(run: Run) -> Iterator[str]:
@@ -118,7 +118,7 @@ def less_idle_time(run: Run) -> Iterator[str]:
         graphs = run.world.device != "cpu" and plan.accumulation_steps == 1
         yield f"compile=true{' or compile=reduce-overhead' * graphs} fuses small operations"
     if not larger:
-        yield f"a larger batch_size (now {plan.batch_size}) makes larger operations; it changes the training"
+        yield f"a larger batch_size (now {plan.batch_size}) makes larger operations, but changes the training"
 
 
 def larger_micro_batch(plan: BatchPlan) -> str:
