@@ -17,7 +17,7 @@ from typing import Annotated
 from annotated_types import Ge
 
 from launch.cli.command import Arguments, read_command, report_mistakes
-from launch.equivalence import parity
+from launch.equivalence.compare_strategies import compare_strategies
 from launch.equivalence.parity_cases import Comparison
 from launch.equivalence.run_arguments import choose_strategies, drop_keys
 from launch.runtime.exit_codes import ExitCode
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
     with report_mistakes():
         comparison, run_argv = comparison_of(arguments)
         settings = arguments.settings("strategy=single")
-    return parity.compare_strategies(settings, run_argv, comparison)
+    return compare_strategies(settings, run_argv, comparison)
 
 
 def comparison_of(arguments: Arguments[ParityOptions]) -> tuple[Comparison, list[str]]:

@@ -28,7 +28,7 @@ from typing import Annotated
 from annotated_types import Ge
 
 from launch.cli.command import Arguments, read_command, report_mistakes
-from launch.equivalence import resume_check
+from launch.equivalence.check_resume import DEFAULT_STRATEGIES, OVERRIDDEN_KEYS, check_arguments, check_resume
 from launch.equivalence.kill_plan import Extent
 from launch.equivalence.run_arguments import choose_strategies, drop_keys
 from launch.runtime.exit_codes import ExitCode
@@ -45,7 +45,7 @@ class ResumeCheckOptions:
     """numbers of processes, separated by commas: the first is that of the killed runs, the others only read
     (single: always one)
     """
-    strategies: list[str] = field(default_factory=lambda: list(resume_check.DEFAULT_STRATEGIES))
+    strategies: list[str] = field(default_factory=lambda: list(DEFAULT_STRATEGIES))
     """those to kill and to read with, separated by commas"""
     compare: Annotated[int, Ge(4)] = 20
     """steps of each run"""
@@ -61,13 +61,13 @@ def main(argv: list[str]) -> int:
     )
     with report_mistakes():
         extent, run_argv = extent_of(arguments)
-        settings, run_argv = resume_check.check_arguments(run_argv, extent)
-    return resume_check.check_resume(extent, run_argv, settings)
+        settings, run_argv = check_arguments(run_argv, extent)
+    return check_resume(extent, run_argv, settings)
 
 
 def extent_of(arguments: Arguments[ResumeCheckOptions]) -> tuple[Extent, list[str]]:
     """How much to check, and the arguments of the run without those the check sets. Raises ValueError."""
     options = arguments.options
-    strategies = choose_strategies(options.strategies, list(STRATEGIES), resume_check.DEFAULT_STRATEGIES)
+    strategies = choose_strategies(options.strategies, list(STRATEGIES), DEFAULT_STRATEGIES)
     extent = Extent(options.ranks, strategies, options.compare, options.all)
-    return extent, drop_keys(arguments.run_argv, resume_check.OVERRIDDEN_KEYS)
+    return extent, drop_keys(arguments.run_argv, OVERRIDDEN_KEYS)

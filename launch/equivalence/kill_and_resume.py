@@ -57,9 +57,9 @@ class ResumeChecker:
         large.
         """
         layout, last_run = plan.layout, self.run_number + plan.num_runs
-        whole = self.folder / f"{layout.strategy}-whole"
-        process = self.start(layout, whole, "without interruption")
-        shutil.rmtree(whole / "checkpoints", ignore_errors=True)
+        uninterrupted = self.folder / f"{layout.strategy}-whole"
+        process = self.start(layout, uninterrupted, "without interruption")
+        shutil.rmtree(uninterrupted / "checkpoints", ignore_errors=True)
         for index, in_save in enumerate(plan.kills_in_save):
             run_dir = self.folder / f"{layout.strategy}-killed{'-saving' * in_save}"
             killed = ResumeResult(writer=layout, reader=layout, killed_in_save=in_save)
@@ -73,8 +73,8 @@ class ResumeChecker:
                     result.problems.append(problem)
             else:
                 for result in others[::-1]:  # before the run itself resumes and drops the checkpoint
-                    self.resume_elsewhere(result, run_dir, whole)
-                self.resume_killed(killed, run_dir, whole)
+                    self.resume_elsewhere(result, run_dir, uninterrupted)
+                self.resume_killed(killed, run_dir, uninterrupted)
             if not any(result.problems for result in (killed, *others)):
                 shutil.rmtree(run_dir)
             yield from (killed, *others)
@@ -135,8 +135,8 @@ class ResumeChecker:
         result.note = "no kill came in the middle of a save: saves are too short here"
         return ""
 
-    def resume_killed(self, result: ResumeResult, run_dir: Path, whole: Path) -> None:
-        """Start the killed run again, and compare it with the `whole` one, bit by bit."""
+    def resume_killed(self, result: ResumeResult, run_dir: Path, uninterrupted: Path) -> None:
+        """Start the killed run again, and compare it with the `uninterrupted` one, bit by bit."""
         process = self.start(result.reader, run_dir, f"resumed from step {result.resumed_from}")
         if process.problem:
             result.problems.append(f"{process.problem}: its error is printed above")
@@ -146,14 +146,14 @@ class ResumeChecker:
                 f"it continued from step {step}, not from the newest checkpoint, of step "
                 f"{result.resumed_from}"
             )
-        compare_resumed(result, read_metrics(whole), read_metrics(run_dir), self.precision)
-        result.same_weights = same_weights(whole, run_dir)
+        compare_resumed(result, read_metrics(uninterrupted), read_metrics(run_dir), self.precision)
+        result.same_weights = same_weights(uninterrupted, run_dir)
         if not result.same_weights:
             result.problems.append("the final weights are not the same bytes")
 
-    def resume_elsewhere(self, result: ResumeResult, killed: Path, whole: Path) -> None:
-        """Start another layout from the killed run's checkpoint, and compare it with the `whole` run, to
-        tolerance.
+    def resume_elsewhere(self, result: ResumeResult, killed: Path, uninterrupted: Path) -> None:
+        """Start another layout from the killed run's checkpoint, and compare it with the `uninterrupted` run,
+        to tolerance.
         """
         result.resumed_from = last_saved_step(killed)
         reader, writer = result.reader, result.writer
@@ -167,7 +167,7 @@ class ResumeChecker:
         if process.problem:
             result.problems.append(f"{process.problem}: its error is printed above")
             return
-        compare_resumed(result, read_metrics(whole), read_metrics(run_dir), self.precision)
+        compare_resumed(result, read_metrics(uninterrupted), read_metrics(run_dir), self.precision)
         if not result.problems:
             shutil.rmtree(run_dir)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from launch.profiling.measure import StepTimes
+from launch.profiling.measure import RankStepTimes
 from launch.reporting.throughput import SLOW_DATA, data_advice
 from strategies import STRATEGIES
 
@@ -21,12 +21,12 @@ PROFILER_OVERHEAD = 0.25
 """that the profiler may add to a step before the shares are called into question"""
 
 
-def mean_times(ranks: Sequence[StepTimes]) -> StepTimes:
+def mean_times(ranks: Sequence[RankStepTimes]) -> RankStepTimes:
     """The mean over the ranks."""
-    return StepTimes(*(sum(column) / len(ranks) for column in zip(*ranks, strict=True)))
+    return RankStepTimes(*(sum(column) / len(ranks) for column in zip(*ranks, strict=True)))
 
 
-def suggest(run: Run, ranks: Sequence[StepTimes]) -> Iterator[str]:
+def suggest(run: Run, ranks: Sequence[RankStepTimes]) -> Iterator[str]:
     """What may help, the most promising first; `ranks` are the times of each rank, in order."""
     mean, gpu = mean_times(ranks), run.world.device != "cpu"
     if gpu and not mean.compute:
@@ -46,7 +46,7 @@ def suggest(run: Run, ranks: Sequence[StepTimes]) -> Iterator[str]:
     yield from suggestions or [f"nothing stands out: {share:.0%} of a step is computing{faster}"]
 
 
-def for_waiting(run: Run, ranks: Sequence[StepTimes]) -> Iterator[str]:
+def for_waiting(run: Run, ranks: Sequence[RankStepTimes]) -> Iterator[str]:
     """Against waiting for data, for other ranks, for the network."""
     mean, gpu = mean_times(ranks), run.world.device != "cpu"
     if mean.data > SLOW_DATA * mean.step and (not gpu or mean.idle > SLOW_DATA * mean.step):
@@ -67,7 +67,7 @@ def for_waiting(run: Run, ranks: Sequence[StepTimes]) -> Iterator[str]:
         yield f"{mean.exposed_communication / mean.step:.0%} of a step is exposed communication: {keys}"
 
 
-def for_device(run: Run, mean: StepTimes) -> Iterator[str]:
+def for_device(run: Run, mean: RankStepTimes) -> Iterator[str]:
     """Against copies, and against an idle device."""
     group = STRATEGIES[run.config.strategy].options_group
     if mean.exposed_copies > COPIES_SHARE * mean.step:

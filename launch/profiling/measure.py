@@ -45,7 +45,7 @@ class ProfiledPhase(Phase):
             self.mark = None
 
 
-class StepTimes(NamedTuple):
+class RankStepTimes(NamedTuple):
     """Of one rank, for one step: in milliseconds, but for the last."""
 
     unprofiled_step: float
@@ -122,7 +122,7 @@ def synchronize_device(run: Run) -> None:
         torch.cuda.synchronize(run.world.device)
 
 
-def gather_step_times(run: Run, events: Sequence[FunctionEvent], unprofiled_s: float) -> list[StepTimes]:
+def gather_step_times(run: Run, events: Sequence[FunctionEvent], unprofiled_s: float) -> list[RankStepTimes]:
     """The times of each rank, on every rank. Collective: a few numbers are gathered, no events."""
     breakdown = break_down_steps(events, run.world.device != "cpu")
     phases = host_phase_times(events)
@@ -135,4 +135,4 @@ def gather_step_times(run: Run, events: Sequence[FunctionEvent], unprofiled_s: f
         float(peak_memory(run.world.device)),
     ]
     rows = all_gather_rows(torch.tensor(row, dtype=torch.float64)).tolist()
-    return [StepTimes(*values) for values in rows]
+    return [RankStepTimes(*values) for values in rows]

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from launch.cli.rich_table import make_table
 from launch.profiling.events import OperationTime
-from launch.profiling.measure import StepTimes
-from launch.profiling.suggestions import mean_times, suggest
+from launch.profiling.key_suggestions import mean_times, suggest
+from launch.profiling.measure import RankStepTimes
 from launch.reporting.console import describe_loading, device_name, enabled_options
 from launch.reporting.throughput import duration
 
@@ -25,7 +25,7 @@ NAME_WIDTH = 44
 
 
 def print_profile(
-    run: Run, ranks: Sequence[StepTimes], operations: Sequence[OperationTime], steps: int
+    run: Run, ranks: Sequence[RankStepTimes], operations: Sequence[OperationTime], steps: int
 ) -> None:
     """Print the setup, both tables and the suggestions; `ranks` are the times of each rank, in order."""
     from rich.console import Console
@@ -41,7 +41,7 @@ def print_profile(
         console.print(f"suggestion: {suggestion}")
 
 
-def describe_profile(run: Run, ranks: Sequence[StepTimes], steps: int) -> dict[str, str]:
+def describe_profile(run: Run, ranks: Sequence[RankStepTimes], steps: int) -> dict[str, str]:
     """What was measured, and how long a step takes."""
     plan, config, mean = run.batch_plan, run.config, mean_times(ranks)
     fullest = " on the fullest rank" if len(ranks) > 1 else ""
@@ -62,7 +62,7 @@ def describe_profile(run: Run, ranks: Sequence[StepTimes], steps: int) -> dict[s
     }
 
 
-def step_table(ranks: Sequence[StepTimes], gpu: bool) -> Table:
+def step_table(ranks: Sequence[RankStepTimes], gpu: bool) -> Table:
     """Where a step goes: the mean over the ranks and, if there are several, the ranks with the least and the
     most.
     """
@@ -97,7 +97,7 @@ def step_table(ranks: Sequence[StepTimes], gpu: bool) -> Table:
     return table
 
 
-def explanations(ranks: Sequence[StepTimes], gpu: bool) -> Iterator[str]:
+def explanations(ranks: Sequence[RankStepTimes], gpu: bool) -> Iterator[str]:
     """What one has to know to read the table of a step."""
     if not any(times.communication for times in ranks):
         return

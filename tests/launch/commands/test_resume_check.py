@@ -15,9 +15,9 @@ from launch.cli.command import read_arguments
 from launch.cli.resolve import Settings
 from launch.commands.resume_check import ResumeCheckOptions, extent_of
 from launch.equivalence import subprocesses
+from launch.equivalence.check_resume import check_arguments
 from launch.equivalence.kill_plan import Extent, plan_kills
 from launch.equivalence.observed_run import last_logged_step
-from launch.equivalence.resume_check import check_arguments
 from launch.equivalence.subprocesses import RankLayout, run_process, subprocess_environment
 from tests.launch.processes import FOLDER_VARIABLE, TINY, descendants, rankzero
 

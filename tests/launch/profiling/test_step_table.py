@@ -6,21 +6,21 @@ from dataclasses import replace
 
 import pytest
 
-from launch.profiling.measure import StepTimes
+from launch.profiling.key_suggestions import suggest
+from launch.profiling.measure import RankStepTimes
 from launch.profiling.step_table import explanations, step_table
-from launch.profiling.suggestions import suggest
 from launch.state.run import Run
 from strategies.options import StrategyName
 from tests.launch.runs import make_run, single_rank
 
 
-def step_times(**given: float) -> StepTimes:
+def step_times(**given: float) -> RankStepTimes:
     """A step of 100 ms in which nothing stands out, but for what is given."""
     usual = {"unprofiled_step": 98.0, "step": 100.0, "compute": 90.0, "idle": 10.0, "peak_memory": 1e9}
-    return StepTimes(**{**dict.fromkeys(StepTimes._fields, 0.0), **usual, **given})
+    return RankStepTimes(**{**dict.fromkeys(RankStepTimes._fields, 0.0), **usual, **given})
 
 
-def suggestions(run: Run, *rows: StepTimes, gpu: bool = True) -> str:
+def suggestions(run: Run, *rows: RankStepTimes, gpu: bool = True) -> str:
     return "\n".join(suggest(replace(run, world=replace(run.world, device="cuda:0")) if gpu else run, rows))
 
 
