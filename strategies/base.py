@@ -42,8 +42,8 @@ Blocks = Callable[[nn.Module], Iterable[nn.Module]]
 class Strategy:
     """How one model is trained. The attributes are valid after `setup`.
 
-    The interface is the eight methods without underscore; subclasses override the others. Where a docstring
-    says "collective", all ranks must make the call, in the same order among collectives.
+    The interface is the eight methods without underscore; what else subclasses override has one. "Collective"
+    in a docstring: all ranks make the call, in the same order among collectives.
     """
 
     model: nn.Module
@@ -189,7 +189,7 @@ class Strategy:
 
         The norm is that of the whole model, a scalar on the device, the same on all ranks. Under fp16 a step
         whose norm is not finite is skipped, on all ranks alike. `apply=False` drops the gradients of the step
-        instead, and returns NaN; it is not collective, but all ranks must decide alike.
+        instead, and returns NaN; that is not collective, but all ranks must decide alike.
         """
         if not apply:
             self._drop_gradients()
