@@ -1,9 +1,9 @@
-"""When a loss or a gradient is NaN or infinite: agree over all ranks, and name the first thing that went bad."""
+"""NaN or infinity in a loss or gradient: all ranks agree, and name the first thing that is not finite."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from launch.data.batch import tensors_of
-from launch.runtime.collectives import first_error
+from launch.runtime.collectives import all_gather_rows, first_error
 from launch.runtime.seeding import seed_device
 
 if TYPE_CHECKING:
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 
 class NonFinite(RuntimeError):
-    """A loss or gradient that is no number; its message is the verdict, the same on all ranks."""
+    """A loss or gradient norm that is NaN or infinite; its message is the same on all ranks."""
 
 
 def check_loss(run: Run, name: str, loss: Tensor, batches: list[Batch]) -> bool:
     """Whether `loss` (the mean over the global batch, the same on all ranks) is finite.
 
-    If not: False for a recipe that leaves such steps out, else NonFinite with the culprit.
+    If not: False for a recipe that skips such steps, else raises NonFinite with the culprit (collective).
     """
     if math.isfinite(loss):
         return True
@@ -40,60 +40,67 @@ def check_loss(run: Run, name: str, loss: Tensor, batches: list[Batch]) -> bool:
 
 
 def check_gradients(run: Run, name: str, norm: Tensor) -> None:
-    """Raise NonFinite for a gradient norm that is no number; under fp16 such a step was skipped and the scale
-    lowered.
+    """Raise NonFinite for a gradient norm that is not finite. Collective if it is not.
+
+    Under fp16 such a step was skipped, and the loss scale lowered: that is no failure.
     """
     if run.config.precision != "fp16" and not math.isfinite(norm):
-        bad = first_nonfinite_parameter(run.strategies[name])
-        bad = bad and f"{name}.{bad}"
+        parameter = first_nonfinite_parameter({name: run.strategies[name]})
         raise NonFinite(
             f"the gradient norm is {float(norm)} at step {run.progress.step + 1}, the loss being finite; "
-            f"first parameter spoiled by it: {first_error(bad or '') or 'none on any rank'}"
+            f"first parameter spoiled by it: {parameter or 'none on any rank'}"
         )
 
 
 def find_culprit(run: Run, name: str, batches: list[Batch]) -> str:
-    """Repeat the forward passes of the step and name the rank and the first input, parameter or module that
-    is not finite.
+    """Repeat the forward passes of the step; name the rank and the first input, parameter or module.
 
-    Every rank calls it: under FSDP and ZeRO-3 a forward pass is a collective.
+    Collective: under FSDP and ZeRO-3 a forward pass is.
     """
-    found: str | None = None
+    modules = {model: strategy.module for model, strategy in run.strategies.items()}  # with the user's names
+    parameter = first_nonfinite_parameter(run.strategies)
+    culprit = ""
     for micro_step, batch in enumerate(batches):
         seed_device(
             run.config.seed, "step", run.progress.step, name, run.batch_plan.micro_batch_index(micro_step)
         )
-        seen: list[str] = []
-        modules = {
-            n: held.module for n, held in run.strategies.items()
-        }  # unwrapped: the names that the user knows
-        with torch.no_grad(), watched(modules, seen), run.strategies[name].inference():
+        nonfinite_modules: list[str] = []
+        with (
+            torch.no_grad(),
+            record_nonfinite_outputs(modules, nonfinite_modules),
+            run.strategies[name].inference(),
+        ):
             loss = run.recipe.losses()[name](run.models, batch)
-        if found is None and not bool(loss.isfinite()):
-            inputs = None if all_finite(batch) else "its input batch"
-            parameters = [
-                f"{n}.{p}" for n, s in run.strategies.items() if (p := first_nonfinite_parameter(s))
-            ]
-            blame = inputs or (
-                f"parameter {parameters[0]}" if parameters else seen[0] if seen else "the recipe's loss"
-            )
-            found = f"micro-batch {micro_step} of rank {run.world.rank}, first in {blame}"
-    return first_error(found or "") or "not seen again when the step was repeated"
+        if culprit or bool(loss.isfinite()):
+            continue
+        if not all_finite(batch):
+            first = "its input batch"
+        elif parameter is not None:
+            first = f"parameter {parameter}"
+        else:
+            first = nonfinite_modules[0] if nonfinite_modules else "the recipe's loss"
+        culprit = f"micro-batch {micro_step} of rank {run.world.rank}, first in {first}"
+    return first_error(culprit) or "not seen again when the step was repeated"
 
 
-def first_nonfinite_parameter(strategy: Strategy) -> str | None:
-    """The first parameter that holds a value that is not finite, as far as this rank writes it. Not collective."""
-    state = strategy.state()
-    for name, _ in strategy.module.named_parameters():
-        part = state.get(f"model/{name}")
-        if part is not None and not bool(part.values.isfinite().all()):
-            return name
-    return None
+def first_nonfinite_parameter(strategies: Mapping[str, Strategy]) -> str | None:
+    """MODEL.NAME of the first parameter that holds a value that is not finite, on any rank. Collective."""
+    names: list[str] = []
+    local_first: int | None = None
+    for model, strategy in strategies.items():
+        state = strategy.state()  # each element lies in the state of exactly one rank
+        for name, _ in strategy.module.named_parameters():
+            part = state.get(f"model/{name}")
+            if local_first is None and part is not None and not bool(part.values.isfinite().all()):
+                local_first = len(names)
+            names.append(f"{model}.{name}")
+    first = all_gather_rows(torch.tensor([len(names) if local_first is None else local_first])).min()
+    return names[int(first)] if first < len(names) else None
 
 
 @contextmanager
-def watched(models: dict[str, nn.Module], seen: list[str]) -> Iterator[None]:
-    """Note in `seen`, in order, the modules whose output is not finite: innermost and earliest first."""
+def record_nonfinite_outputs(models: dict[str, nn.Module], names: list[str]) -> Iterator[None]:
+    """Append to `names` the modules whose output is not finite, in order: innermost and earliest first."""
     handles = []
     for model_name, model in models.items():
         for name, module in model.named_modules():
@@ -102,7 +109,7 @@ def watched(models: dict[str, nn.Module], seen: list[str]) -> Iterator[None]:
                 module: nn.Module, _: Any, output: Any, name: str = name, model_name: str = model_name
             ) -> None:
                 if not all_finite(output):
-                    seen.append(f"module {model_name}{name and '.'}{name} ({type(module).__name__})")
+                    names.append(f"module {model_name}{name and '.'}{name} ({type(module).__name__})")
 
             handles.append(module.register_forward_hook(note))
     try:
@@ -120,10 +127,10 @@ def all_finite(value: Any) -> bool:
 
 
 def check_late(run: Run, step: int, loss: float) -> None:
-    """Raise NonFinite for a loss that was read an interval after its step, when its batches are gone."""
+    """Raise NonFinite for a loss that was read after its step, when its batches are gone. Collective then."""
     if not run.sync_every_step and not math.isfinite(loss):
-        bad = [f"{n}.{p}" for n, s in run.strategies.items() if (p := first_nonfinite_parameter(s))]
+        parameter = first_nonfinite_parameter(run.strategies)
         raise NonFinite(
             f"the loss is {loss} at step {step}; first bad parameter by step {run.progress.step}: "
-            f"{first_error(bad[0] if bad else '') or 'none'}. debug=true, or log.every=1, shows the module"
+            f"{parameter or 'none'}. debug=true, or log.every=1, shows the module"
         )
