@@ -7,13 +7,13 @@ import math
 import pytest
 
 from launch.watchdog.nonfinite import first_nonfinite_parameter
-from tests.launch.jobs import job_of
+from tests.launch.runs import make_run
 from tests.ranks import CpuWorld, run_ranks
 
 
 def named(world: CpuWorld, strategy: str, last: bool) -> tuple[str | None, str | None]:
     """What is named in a sound model, and with NaN in the first or last element of its last weight."""
-    run = job_of(world, "Fit", "steps=1", "batch_size=4", f"strategy={strategy}")
+    run = make_run(world, "Fit", "steps=1", "batch_size=4", f"strategy={strategy}")
     sound = first_nonfinite_parameter(run.strategies)
     (held,) = run.strategies.values()
     weight = [parameter for parameter in held.module.parameters() if parameter.ndim == 2][-1]
