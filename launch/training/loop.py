@@ -50,7 +50,7 @@ def training_loop(run: Run, metrics: Metrics, checkpoints: CheckpointWriter, req
             if run.eval_due:
                 validate(run, metrics, requests)
             requests.exchange()
-            if run.checkpoint_due or requests.save:
+            if run.checkpoint_due or requests.save or requests.stop:
                 save(run, metrics, checkpoints, requests)
             if run.stopping_early or requests.stop:
                 break
