@@ -32,6 +32,7 @@ ClusterName=rankzero
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller}
 SlurmUser=root
+FirstJobId={first_job}
 AuthInfo=socket={folder}/munge.socket
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmctldLogFile={folder}/slurmctld.log
@@ -257,9 +258,13 @@ def running() -> Iterator[Cluster]:
 def write_files(folder: Path) -> None:
     """Configuration, devices, key and host names."""
     host = socket.gethostname().split(".")[0]
+    # the port of a job follows from its number: two SLURMs may run on this machine
+    first_job = 1 + secrets.randbelow(15000)
     controller, first, second = ports(3)
     places = {"host": host, "folder": folder, "controller": controller, "first": first, "second": second}
-    text = CONFIGURATION.format(**places, cpus=CPUS, gpus=len(DEVICES), kill_wait=KILL_WAIT)
+    text = CONFIGURATION.format(
+        **places, first_job=first_job, cpus=CPUS, gpus=len(DEVICES), kill_wait=KILL_WAIT
+    )
     (folder / "slurm.conf").write_text(text)
     (folder / "gres.conf").write_text(
         "".join(f"NodeName=n[1-2] Name=gpu File={device}\n" for device in DEVICES)

@@ -31,8 +31,7 @@ def test_a_failure_in_the_recipe_is_reported_once(cluster: Cluster, tmp_path: Pa
 
 
 def test_a_preempted_job_says_that_it_stopped(cluster: Cluster, stub: Path, tmp_path: Path) -> None:
-    options = f"{NODES} --exclusive"
-    number = start_training(cluster, tmp_path, "steps=60", "pause=0.1", options=options)
+    number = start_training(cluster, tmp_path, "steps=60", "pause=0.1")
     urgent = "--partition=urgent --nodes=2 --exclusive"
     cluster.done(cluster.submit("launcher=srun", cwd=tmp_path, home=stub, options=urgent))
     assert cluster.wait(number, "COMPLETED")["Restarts"] == "1"

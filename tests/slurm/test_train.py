@@ -11,7 +11,7 @@ import pytest
 
 from tests.launch.processes import ROOT, TINY
 from tests.launch.runs import metric_values, uninterrupted_losses
-from tests.slurm.cluster import SCRIPT, Cluster, until
+from tests.slurm.cluster import ENDED, SCRIPT, Cluster, until
 
 ARGS = ("batch_size=32", "micro_batch_size=16", "workers=0", "checkpoint.every_minutes=null")
 FIT = (f"recipe={TINY}:Fit", "size=64", "steps=6", *ARGS)
@@ -33,7 +33,8 @@ def steps(run_dir: Path) -> int:
 def start_training(cluster: Cluster, folder: Path, *args: str, options: str = NODES) -> str:
     """A long training on two nodes that is under way."""
     number = cluster.submit(*LONG, "run_dir=run", *args, cwd=folder, options=options)
-    until(lambda: steps(folder / "run") > 5, "the run trains")
+    until(lambda: steps(folder / "run") > 5 or cluster.job(number)["JobState"] in ENDED, "the run trains")
+    assert cluster.job(number)["JobState"] == "RUNNING", cluster.messages(number)
     return number
 
 
