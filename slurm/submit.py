@@ -1,10 +1,12 @@
 """Queue a run, or a sweep of runs, on SLURM.
 
-    rankzero submit nodes=2 gpus=8 time=24:00:00 recipe=gpt batch_size=256 strategy=zero3
-    rankzero submit nodes=2 gpus=8 recipe=gpt batch_size=256 dry_run=true    print the script, queue nothing
-    rankzero submit sweep gpus=1 recipe=gpt optim.lr=1e-3,3e-4 seed=1,2        four runs, one array job
-    rankzero submit status runs/gpt/20260101-120000                  what SLURM and the run itself say
+    rankzero submit nodes=2 gpus=8 recipe=gpt batch_size=256 strategy=zero3
+    rankzero submit gpus=8 recipe=gpt dry_run=true     print the script
+    rankzero submit sweep gpus=1 recipe=gpt optim.lr=1e-3,3e-4 seed=1,2
+    rankzero submit status runs/gpt/20260101-120000    how far it is
     rankzero submit cancel runs/gpt/20260101-120000
+
+A sweep of two learning rates and two seeds is one array job of four runs.
 
 All keys but the options below are those of `rankzero train`, which are checked before anything is queued.
 
@@ -184,7 +186,8 @@ def check_run(run: QueuedRun, options: JobOptions) -> None:
     """Check the keys of a run for the ranks that it will have, as the run itself does. Raises ValueError."""
     local = options.ranks_per_node
     world = World(world_size=options.nodes * local, local_world_size=local, launcher=options.launcher)
-    find_run_dir(resolve([*run.argv, f"run_dir={run.folder}"], world))
+    own = {key.name: key for key in keys_of(JobOptions)}
+    find_run_dir(resolve([*run.argv, f"run_dir={run.folder}"], world, own))
 
 
 def refuse_busy(run_dir: Path) -> None:
