@@ -1,1 +1,1 @@
-"""From the words of a command line to a checked configuration. Imports no torch."""
+"""From a command line, or a YAML file, to a checked configuration and recipe: argument parsing. No torch."""

@@ -85,7 +85,7 @@ def read_command(
     says.
     """
     if any(argument in HELP for argument in argv):
-        recipe = next((word.partition("=")[2] for word in argv if word.startswith("recipe=")), "")
+        recipe = value_of("recipe", argv)
         with report_mistakes():
             text = help.page(manual or "", options, takes_run=takes_run, recipe=recipe, exits=exits)
         print(text)
@@ -93,7 +93,8 @@ def read_command(
     world = World()
     if on_ranks:
         with report_mistakes():
-            world = find_world(os.environ, launcher_of(argv))
+            # before the first mistake: one rank reports it
+            world = find_world(os.environ, value_of("launcher", argv) or "auto")
     with report_mistakes(world.rank):
         return read_arguments(
             argv, options, name=name, positional=positional, takes_run=takes_run, world=world
@@ -175,9 +176,10 @@ def is_key_value(argument: str) -> bool:
     return bool(equals) and name.isidentifier() and not Path(argument).exists()
 
 
-def launcher_of(argv: Sequence[str]) -> str:
-    """What `launcher=` says: the world must be known before the first mistake, as one rank reports it."""
-    return next((word.partition("=")[2] for word in argv if word.startswith("launcher=")), "auto")
+def value_of(name: str, argv: Sequence[str]) -> str:
+    """The value of a key that is needed before the others are read; "" if it is not given."""
+    values = (argument.removeprefix("--").partition("=") for argument in argv)
+    return next((value for key, equals, value in values if key == name and equals), "")
 
 
 @contextmanager

@@ -145,5 +145,5 @@ def explain(name: str, value: str, known: Collection[str]) -> str:
 
 def keys_named_in(text: str) -> set[str]:
     """Our keys with a group, such as optim.lr, in the text of ELSEWHERE."""
-    words = (word.strip(":;,").partition("=")[0] for word in text.split())
-    return {word for word in words if word.startswith(("optim.", "schedule.", "model.", "data."))}
+    names = (part.strip(":;,").partition("=")[0] for part in text.split())
+    return {name for name in names if name.startswith(("optim.", "schedule.", "model.", "data."))}
