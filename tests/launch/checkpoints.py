@@ -23,6 +23,8 @@ CONFIG = {
     "checkpoint": {"keep": 2, "best": False},
     "optim": {"lr": 0.1},
 }
+FIT_KEYS = ("batch_size=16", "micro_batch_size=4", "steps=6", "checkpoint.every=2", "checkpoint.keep=2")
+"""of a run of `tests.launch.tiny:Fit` that leaves checkpoints of steps 4 and 6"""
 WEIGHTS = {
     "layer.weight": torch.arange(30.0).view(5, 6),
     "layer.bias": torch.ones(5),
