@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from launch.run import main
+from launch.run import main  # type: ignore[attr-defined]  # launch/run.py may be a stub beside this file
 from launch.runtime.agent import run_agent
 
 AGENT_KEYS = ("nproc", "nnodes", "node_rank", "rendezvous")

@@ -5,7 +5,7 @@ from math import factorial
 
 import numpy as np
 import pytest
-from scipy.stats import chisquare  # type: ignore[import-untyped]
+from scipy.stats import chisquare
 
 from recipes.parts.permutation import Permutation
 
