@@ -73,7 +73,7 @@ def main(argv: list[str]) -> None:
         report.row(what=f"{what}, answered", **row(answers), aim="<= 0.3 s")
     imports = interleave(
         partial(processor, ["-c", "import torch"]),
-        partial(processor, ["-c", "import launch.run; launch.run.session()"]),
+        partial(processor, ["-c", "from launch.commands.train import load_trainer; load_trainer()"]),
         rounds,
     )
     report.row(what="imports, against `import torch`", **row(imports), aim="<= 1.05")
