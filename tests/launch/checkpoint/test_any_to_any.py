@@ -95,6 +95,8 @@ def write(place: ranks.CpuWorld, recipe: str, strategy: str, folder: Path) -> li
     """The first steps, then a checkpoint."""
     run = job_at(place, recipe, strategy)
     found = steps(run, SAVED_AT)
+    if run.world.rank == 0:
+        folder.mkdir()
     parts = loop_parts(run, folder)
     save(run, *parts)
     finish(run, *parts)
