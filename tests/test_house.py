@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,20 @@ TOP_LEVEL = {
     *("pyproject.toml", "README.md", "LICENSE", "CONTRIBUTING.md", "CHANGELOG.md", ".ci", ".gitignore"),
 }
 PICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
-LINES, RECIPE_LINES = 450, 150
+LINES, RECIPE_LINES, ENTRIES = 300, 150, 16
+STOREYS = (
+    {"runtime"},
+    {"cli"},
+    {"data"},
+    {"state"},
+    {"checkpoint"},
+    {"watchdog"},
+    {"reporting"},
+    {"training"},
+    {"profiling", "equivalence", "diagnostics"},
+    {"commands"},
+)
+"""the folders of launch/ from the ground up: a file imports from its own folder and from storeys below"""
 
 
 def files(*folders: str) -> list[Path]:
@@ -56,6 +70,45 @@ def test_imports_flow_one_way(folder: str) -> None:
         if module.partition(".")[0] in ours - MAY_IMPORT[folder]
     }
     assert not wrong
+
+
+def test_imports_inside_launch_flow_down() -> None:
+    height = {folder: level for level, storey in enumerate(STOREYS) for folder in storey}
+    folders = {path.name for path in (ROOT / "launch").iterdir() if (path / "__init__.py").is_file()}
+    assert folders == set(height)
+    wrong = set()
+    for path in files("launch"):
+        folder = path.relative_to(ROOT / "launch").parts[0]
+        if folder not in height:  # run.py and __main__.py stand on top of the house
+            continue
+        for module in imported(path):
+            package, _, rest = module.partition(".")
+            other = rest.partition(".")[0]
+            if package != "launch" or other == folder or (other in height and height[other] < height[folder]):
+                continue
+            if other:  # `from launch import x` is read as launch and launch.x
+                wrong.add(f"{name_of(path)} imports {module}")
+    assert not wrong
+
+
+def test_no_file_imports_itself_by_a_detour() -> None:
+    """A cycle of modules, imports inside functions included, is one that a reader must hold in mind at once."""
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in files(*MAY_IMPORT)}
+    graph = {
+        name: {module for module in imported(path) if module in modules and module != name}
+        for name, path in modules.items()
+    }
+    order = TopologicalSorter(graph)
+    order.prepare()  # raises CycleError with the modules of a cycle
+
+
+def test_the_top_of_launch_is_seen_at_a_glance() -> None:
+    entries = {
+        path.name
+        for path in (ROOT / "launch").iterdir()
+        if path.is_file() or (path / "__init__.py").is_file()
+    }
+    assert len(entries) <= ENTRIES, entries
 
 
 def test_nothing_is_pickled() -> None:
