@@ -23,7 +23,7 @@ PAGES = sorted(
     str(path.relative_to(ROOT))
     for path in (*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.md")))
 )
-ELSEWHERE = ("pip", "pytest", ".ci/run", "ruff", "sbatch", "git")
+ELSEWHERE = ("pip", "pytest", ".ci/run", "ruff", "mypy", "sbatch", "git")
 """programs whose lines are not run here: CI does that, or tests/slurm over real daemons"""
 SMALL = {  # nothing is evaluated, and the largest model is small
     "resnet": ("data.val=0", "data.test=0", "batch_size=16", "micro_batch_size=4"),
