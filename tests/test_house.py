@@ -92,7 +92,7 @@ def test_imports_inside_launch_flow_down() -> None:
 
 
 def test_no_file_imports_itself_by_a_detour() -> None:
-    """A cycle of modules, imports inside functions included, is one that a reader must hold in mind at once."""
+    """A reader must hold a cycle in mind at once; imports inside functions count too."""
     modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in files(*MAY_IMPORT)}
     graph = {
         name: {module for module in imported(path) if module in modules and module != name}

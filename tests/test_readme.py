@@ -56,13 +56,13 @@ def commands(page: str) -> list[list[str]]:
 
 
 def documented(*names: str) -> list[list[str]]:
-    """What follows `rankzero`, with the number of ranks in front, of each documented command of these names: once."""
+    """[ranks, command, *arguments] of each documented command of these names, once."""
     found = {tuple(parsed): None for page in PAGES for argv in commands(page) if (parsed := parse(argv))}
     return [list(parsed) for parsed in found if parsed[1] in names]
 
 
 def parse(argv: list[str]) -> list[str] | None:
-    """[ranks, command, *arguments] of a line that starts one of ours, whoever launches it; None for another program."""
+    """[ranks, command, *arguments] of a line that starts one of ours; None for another program."""
     program = next((index for index, word in enumerate(argv) if is_ours(argv, index)), None)
     if program is None:
         return None

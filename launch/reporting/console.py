@@ -1,24 +1,19 @@
-"""The console: a banner, one progress line, a summary; on rank zero only."""
+"""The console: a banner and one progress line; on rank zero only."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
-from statistics import median_high
 from typing import TYPE_CHECKING, Any, TextIO
-
-from rich.filesize import decimal
 
 from launch.data.in_memory import is_on_gpu
 from recipes.parts.data import InMemoryDataset
 from strategies.precision import contract
 
 if TYPE_CHECKING:
-    from launch.checkpoint.writer import SaveResult
-    from launch.reporting.metrics import Metrics
     from launch.state.run import Run
 
 CLEAR_LINE = "\r\x1b[2K"
@@ -75,27 +70,6 @@ class Console:
         for name, text in rows.items():
             self.print(f"  {name:<10}{text}")
 
-    def summary(self, run: Run, metrics: Metrics, timing: Sequence[str]) -> None:
-        """The end of a run that has finished: speed, scores, checkpoints, and where its weights are."""
-        seconds = time.perf_counter() - metrics.timer.started
-        steps = run.progress.step - metrics.first_step
-        early = " (stopped early)" if run.stopping_early else ""
-        speed = steps * run.batch_plan.batch_size / max(seconds, 1e-9)
-        self.print(
-            f"done: step {run.progress.step}{early}, {run.epoch:.1f} epochs, "
-            f"{timedelta(seconds=round(seconds))}, {speed:,.0f} samples/s"
-        )
-        if scores := format_scores(metrics.scores):
-            self.print(f"  {scores}")
-        for line in timing:
-            self.print(f"  {line}")
-        if metrics.saves:
-            self.print(f"  {describe_saves(metrics.saves)}")
-        if run.progress.best is not None:
-            best = f"{run.progress.best:.4f} at step {run.progress.best_step}"
-            self.print(f"  best eval/{run.recipe.monitor} {best}")
-        self.print(f"  weights {metrics.run_dir / 'model.safetensors'}")
-
 
 def describe_setup(run: Run) -> dict[str, str]:
     """The rows of the banner that follow from the run alone."""
@@ -124,16 +98,6 @@ def describe_setup(run: Run) -> dict[str, str]:
 def format_scores(scores: Mapping[str, Any]) -> str:
     """The scores that are single numbers, in one line."""
     return "  ".join(f"{name} {value:.4f}" for name, value in scores.items() if isinstance(value, float))
-
-
-def describe_saves(saves: Sequence[SaveResult]) -> str:
-    """What the checkpoints cost: the median times that training was blocked, and in the background."""
-    blocking = median_high(save.blocking_s for save in saves)
-    background = median_high(save.write_s for save in saves)
-    return (
-        f"{len(saves)} checkpoint(s) of {decimal(saves[-1].size)} per rank: {blocking:.3f} s blocking, "
-        f"{background:.2f} s in the background"
-    )
 
 
 def throughput_of(line: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ from launch.cli.keys import to_dict
 from launch.cli.resolve import Settings
 from launch.reporting.console import Console
 from launch.reporting.metrics import Metrics
+from launch.reporting.summary import print_summary
 from launch.reporting.throughput import StartupTimer
 from launch.runtime.collectives import broadcast_object
 from launch.runtime.exit_codes import ExitCode
@@ -119,7 +120,7 @@ def evaluate_and_export(
         run.phase.enter("export")
         with Checkpoint(list_checkpoints(run_dir)[-1]) as newest:
             export_weights(newest, run_dir / "model.safetensors", on_progress=run.phase.tick)
-    console.summary(run, metrics, timing)
+    print_summary(console, run, metrics, timing)
 
 
 def exit_code(why_stopped: str, run: Run, run_dir: Path) -> int:
