@@ -90,15 +90,9 @@ class Cluster:
 
     @property
     def env(self) -> dict[str, str]:
-        """The environment of a user who has logged in: this Python first on PATH, no trace of other
-        launchers.
-        """
+        """Of a user who has logged in: this Python first on PATH, no trace of other launchers."""
         others = tuple({*LAUNCHER_VARIABLES, "SBATCH_", "SQUEUE_"} - {"RANK"})
-        clean = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(others) and name != "RANK"
-        }
+        clean = {n: v for n, v in os.environ.items() if not n.startswith(others) and n != "RANK"}
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
         return clean | {
             "SLURM_CONF": str(self.folder / "slurm.conf"),
@@ -131,9 +125,7 @@ class Cluster:
         return dict(word.split("=", 1) for word in shown.split() if "=" in word)
 
     def wait(self, number: str, *states: str, timeout: float = TIMEOUT_S) -> dict[str, str]:
-        """Wait until a job is in one of `states`; one that was put back into the queue waits there for 2
-        seconds, not minutes.
-        """
+        """Wait until a job is in one of `states`; requeued, it waits for 2 seconds, not minutes."""
         end, hurried = time.monotonic() + timeout, {"0"}
         while (job := self.job(number))["JobState"] not in states:
             if time.monotonic() > end or job["JobState"] in ENDED:

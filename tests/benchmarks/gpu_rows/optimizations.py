@@ -17,8 +17,9 @@ from recipes.base import local_num_items
 from recipes.parts.data import Batch
 from strategies.precision import set_matmul_precision
 from tests.benchmarks.gpu_rows import WRONG, GpuSettings, Measurement
-from tests.benchmarks.gpu_rows.gpu_workloads import GPT2, TILE, GpuWorkload, ResNet50, ViTS
+from tests.benchmarks.gpu_rows.gpu_workloads import GPT2, TILE, GpuWorkload
 from tests.benchmarks.gpu_rows.hardware_limits import matmul_flops
+from tests.benchmarks.gpu_rows.image_workloads import ResNet50, ViTS
 from tests.benchmarks.gpu_rows.timing import free_gpu_memory
 from tests.benchmarks.loops import Setting, raw_strategies
 

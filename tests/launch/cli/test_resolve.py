@@ -8,9 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from launch.cli.help import page
 from launch.cli.resolve import Settings, find_recipe, resolve
-from launch.cli.validate import accumulation_steps
 from launch.runtime.world import World
 from launch.training.run_dir import find_run_dir, start_run_dir
 from recipes.parts.optim import Optim
@@ -243,62 +241,6 @@ def test_steps_and_epochs_replace_each_other(tmp_path: Path) -> None:
     said("say how long to train", f"recipe={TINY}:Sort")
 
 
-@pytest.mark.parametrize(
-    ("words", "ranks", "result"),
-    [(["batch_size=64"], 1, 4), (["batch_size=64"], 4, 1), (["batch_size=64", "micro_batch_size=8"], 4, 2)],
-)
-def test_accumulation_is_derived(words: list[str], ranks: int, result: int) -> None:
-    world = World(world_size=ranks, local_world_size=ranks)
-    assert accumulation_steps(resnet(*words, world=world).config, world) == result
-    alone = resolve([f"recipe={TINY}:Sort", "steps=1", "batch_size=64"], world).config
-    assert accumulation_steps(alone, world) == 1, "without a micro-batch the batch is cut once a rank"
-
-
-@pytest.mark.parametrize(
-    ("words", "world", "nearest"),
-    [
-        (
-            ["batch_size=10", "micro_batch_size=4"],
-            World(),
-            ["batch_size=8", "batch_size=12", "micro_batch_size=5"],
-        ),
-        (
-            ["batch_size=64", "micro_batch_size=7"],
-            World(),
-            ["batch_size=63", "batch_size=70", "micro_batch_size=8"],
-        ),
-        (["batch_size=30", "micro_batch_size=null"], FOUR, ["batch_size=28", "batch_size=32"]),
-        (["batch_size=2", "micro_batch_size=null"], FOUR, ["batch_size=4"]),
-        (["batch_size=64", "micro_batch_size=128"], FOUR, ["batch_size=512", "micro_batch_size=16"]),
-    ],
-)
-def test_an_impossible_split_names_possible_ones(words: list[str], world: World, nearest: list[str]) -> None:
-    for message in nearest:
-        said(message, *words, world=world)
-        possible = [word for word in words if word.partition("=")[0] != message.partition("=")[0]]
-        accumulation_steps(resnet(*possible, message, world=world).config, world)  # what is named works
-    with pytest.raises(ValueError, match="cannot be cut") as error:
-        resnet(*words, world=world)
-    assert "batch_size=0" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["ddp.bucket_mb=1", "strategy=fsdp"], "ddp.bucket_mb has no effect under strategy=fsdp"),
-        (
-            ["fsdp.shard=grad"],
-            "fsdp.shard has no effect under strategy=single; drop it, or use strategy=fsdp",
-        ),
-        (["zero.cpu_offload=true", "strategy=ddp"], "use strategy=zero1|zero2|zero3"),
-        (["clip_norm=1", "clip_value=1"], "clip_norm and clip_value are both set"),
-        (["optim.betas=0.5,0.6"], "optim.betas"),
-    ],
-)
-def test_what_has_no_effect_is_refused(words: list[str], message: str) -> None:
-    said(message, *words)
-
-
 def test_the_world_decides_what_auto_means() -> None:
     assert resnet().config.strategy == "single"
     assert resnet(world=FOUR).config.strategy == "ddp"
@@ -307,52 +249,6 @@ def test_the_world_decides_what_auto_means() -> None:
 
 
 # recipes ----------------------------------------------------------------------------------------------------
-
-
-def test_where_recipes_come_from() -> None:
-    assert find_recipe("tests.launch.tiny:Sort").__name__ == find_recipe(f"{TINY}:Sort").__name__ == "Sort"
-    said("did you mean resnet?", "recipe=resnte")
-    said("there is no such file", "recipe=./absent.py")
-    said("recipe= is missing; built in are resnet", "recipe=")
-
-
-def test_a_file_with_several_recipes_asks_which(tmp_path: Path) -> None:
-    said("must hold one recipe, it has Fit, Sort", f"recipe={TINY}", "steps=1")
-    said(f"say which: recipe={TINY}:Fit", f"recipe={TINY}", "steps=1")
-    said(f"recipe={TINY}:Absent", f"recipe={TINY}:Absent", "steps=1")
-    (tmp_path / "none.py").write_text("x = 1\n")
-    said("derive a dataclass from recipes.base.Recipe", f"recipe={tmp_path / 'none.py'}")
-
-
-BARE = """
-from dataclasses import dataclass
-from recipes.base import Recipe
-
-class NotOne: ...
-
-@dataclass(kw_only=True)
-class Bare(Recipe):
-    width: int
-    lr: float = 0.1
-"""
-
-
-def test_a_recipe_without_docstrings(tmp_path: Path) -> None:
-    (tmp_path / "bare.py").write_text(BARE)
-    word = f"recipe={tmp_path / 'bare.py'}"
-    text = page("usage", takes_run=True, recipe=str(tmp_path / "bare.py"))
-    assert "lr=0.1" in text
-    assert "width= " in text
-    assert "MISSING" not in text
-    assert "Bare(" not in text, "the docstring that dataclass makes up is no help"
-    said("width= is missing; it is int", word, "steps=1")
-    recipe: Any = resolve([word, "steps=1", "width=4"], World()).recipe
-    assert (recipe.width, recipe.lr) == (4, 0.1)
-
-
-def test_a_recipe_that_clashes_with_a_key_of_the_run_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "clash.py").write_text(BARE.replace("lr: float", "seed: float"))
-    said("Bare.seed", f"recipe={tmp_path / 'clash.py'}", "steps=1", "width=1")
 
 
 # the run directory ------------------------------------------------------------------------------------------
