@@ -14,17 +14,13 @@ import importlib.util
 import os
 import signal
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from launch.runtime.cpus import usable_cpus
 from launch.runtime.exit_codes import ExitCode
 
 AGENT_PID = "RANKZERO_AGENT_PID"
 """the environment variable that tells a rank which process must outlive it"""
-ON_PURPOSE = (ExitCode.MISTAKE, ExitCode.STOPPED, ExitCode.INTERRUPTED)
-"""exit codes after which the ranks are not restarted: it would end the same way, or is not wanted"""
-REPORTED = (ExitCode.DONE, ExitCode.FAILED, *ON_PURPOSE)
-"""exit codes of ranks that have explained themselves"""
 PR_SET_PDEATHSIG = 1
 
 
@@ -82,35 +78,6 @@ def check_topology(nproc: int, nnodes: int, node_rank: int, rendezvous: str | No
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ValueError(f"rendezvous={rendezvous} is not HOST:PORT, such as node1:29500")
     return host.strip("[]"), int(port)
-
-
-def exit_code_of(codes: Iterable[int], forwarded: Iterable[int] = ()) -> int:
-    """The exit code of an agent whose ranks ended with `codes`, negative for signals as Popen has them.
-
-    A rank that a `forwarded` signal ended, before it could stop in good order, counts as the signal; one that
-    another signal ended has failed. A failure outweighs a stop, a mistake or Ctrl-C outweighs both.
-    """
-    signaled = {-number for number in forwarded}
-    kinds = {128 - code if code in signaled else ExitCode.FAILED if code < 0 else code for code in codes}
-    for code in (ExitCode.INTERRUPTED, ExitCode.MISTAKE, ExitCode.FAILED):
-        if code in kinds:
-            return code
-    return max(kinds, default=ExitCode.DONE)
-
-
-def unexplained(codes: Mapping[int, int], host: str, forwarded: Iterable[int] = ()) -> list[str]:
-    """A line for each rank that ended without a word: by a signal that was not forwarded to it, or with a
-    code of its own.
-    """
-    lines = []
-    for rank, code in sorted(codes.items()):
-        if code < 0 and -code not in forwarded:
-            name = signal.Signals(-code).name if -code in set(signal.Signals) else "unknown"
-            cause = "; out of memory? `dmesg` tells" if -code == signal.SIGKILL else ""
-            lines.append(f"rank {rank} on {host} was killed by signal {-code} ({name}){cause}")
-        elif code > 0 and code not in REPORTED:
-            lines.append(f"rank {rank} on {host} ended with exit code {code}")
-    return lines
 
 
 def die_with_agent(environment: Mapping[str, str]) -> None:

@@ -25,8 +25,8 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-from launch.runtime.agent import ON_PURPOSE, exit_code_of, unexplained
 from launch.runtime.exit_codes import ExitCode
+from launch.runtime.rank_exits import ON_PURPOSE, exit_code_of, unexplained
 from launch.runtime.store import UnreachableError, check_own_endpoint, wait_until_open
 
 FORWARDED = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 from typing import TYPE_CHECKING
 
@@ -11,18 +11,25 @@ from recipes.parts.permutation import mix
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from recipes.parts.images import Augment, Images
+    Augment = Callable[[Tensor, Tensor], Tensor]
+    """of images [n, channels, height, width] and a seed for each, int64 [n]"""
 
 
 class InMemoryImages:
     """Images held as bytes, [N, channels, height, width], and made floats a batch at a time."""
 
-    def __init__(self, images: Tensor, classes: Tensor, options: Images, augment: Augment | None) -> None:
+    def __init__(
+        self,
+        images: Tensor,
+        classes: Tensor,
+        pixels: int,
+        mean_std: tuple[Sequence[float], Sequence[float]],
+        augment: Augment | None,
+    ) -> None:
         import torch
 
-        self.images, self.classes, self.augment = images, classes, augment
-        self.pixels = options.pixels
-        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in options.mean_std())
+        self.images, self.classes, self.pixels, self.augment = images, classes, pixels, augment
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in mean_std)
         # (x / 255 - mean) / std in one multiplication and one addition
         self.scale, self.shift = 1 / (255 * std), -mean / std
 
@@ -66,13 +73,13 @@ class SyntheticImages:
     costs nothing.
     """
 
-    def __init__(self, options: Images) -> None:
+    def __init__(self, size: int, classes: int, shape: tuple[int, int, int]) -> None:
+        """`size` images of `shape` (channels, height, width)."""
         import torch
 
-        self.size, self.classes = options.size, options.classes
-        self.shape = (options.channels, options.pixels, options.pixels)
+        self.size, self.classes, self.shape = size, classes, shape
         generator = torch.Generator().manual_seed(0)
-        self.patterns = torch.randn(options.classes, options.channels, 4, 4, generator=generator)
+        self.patterns = torch.randn(classes, shape[0], 4, 4, generator=generator)
 
     def __len__(self) -> int:
         return self.size

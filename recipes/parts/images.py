@@ -31,8 +31,7 @@ from recipes.parts.split import holdout, split
 if TYPE_CHECKING:
     from torch import Tensor
 
-    Augment = Callable[[Tensor, Tensor], Tensor]
-    """of images [n, channels, height, width] and a seed for each, int64 [n]"""
+    from recipes.parts.image_datasets import Augment
 
 USED_BY = {
     "root": ("mnist", "cifar10", "imagefolder"),
@@ -167,7 +166,8 @@ class Images(OptionGroup):
         if self.name == "digits":
             return self._split(*self._in_memory(*read_digits()))
         if self.name == "synthetic":
-            return split(SyntheticImages(self), self.val, self.test)
+            shape = (self.channels, self.pixels, self.pixels)
+            return split(SyntheticImages(self.size, self.classes, shape), self.val, self.test)
         if self.name == "imagefolder":
             return self._imagefolder()
         read = read_mnist if self.name == "mnist" else read_cifar10
@@ -181,7 +181,8 @@ class Images(OptionGroup):
 
     def _in_memory(self, images: Tensor, classes: Tensor) -> tuple[Dataset, Dataset]:
         augmentation = self._augmentation() if self.augment else None
-        return tuple(InMemoryImages(images, classes, self, vary) for vary in (augmentation, None))  # type: ignore[return-value]
+        build = partial(InMemoryImages, images, classes, self.pixels, self.mean_std())
+        return build(augmentation), build(None)
 
     def _augmentation(self) -> Augment:
         if self.name == "cifar10":

@@ -50,7 +50,7 @@ def test_splits_hold_each_digit_once() -> None:
     parts = [part for part in (splits.train, splits.val, splits.test) if part]
     held = sorted(tuple(sample(part, i)[0].flatten().tolist()) for part in parts for i in range(len(part)))
     pixels, _ = read_digits()
-    dataset = InMemoryImages(pixels, torch.zeros(len(pixels)), Images(), None)
+    dataset = InMemoryImages(pixels, torch.zeros(len(pixels)), Images().pixels, Images().mean_std(), None)
     assert held == sorted(tuple(dataset[i][0].flatten().tolist()) for i in range(len(dataset)))
 
 

@@ -16,7 +16,8 @@ import psutil
 import pytest
 
 from launch.commands import train
-from launch.runtime.agent import check_topology, exit_code_of, unexplained
+from launch.runtime.agent import check_topology
+from launch.runtime.rank_exits import exit_code_of, unexplained
 from tests.launch.processes import LAUNCHER_VARIABLES, ROOT, TINY, free_port
 from tests.launch.runs import metric_values, uninterrupted_losses
 from tests.launch.stub_home import make_stub_home
