@@ -10,7 +10,7 @@ from recipes.base import Losses, Recipe
 from recipes.parts.data import Splits
 from recipes.parts.images import Images
 from recipes.parts.optim import Optim
-from recipes.parts.options import Fraction, PositiveInt
+from recipes.parts.option_types import Fraction, PositiveInt
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from recipes.base import Recipe
 from recipes.parts.data import Splits
 from recipes.parts.optim import Optim, decay_groups
-from recipes.parts.options import Fraction, OptionGroup, PositiveInt
+from recipes.parts.option_types import Fraction, OptionGroup, PositiveInt
 from recipes.parts.schedule import Schedule
 from recipes.parts.text import Text
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from recipes.parts.image_classification import ImageClassification
 from recipes.parts.optim import Optim
-from recipes.parts.options import Fraction, PositiveInt
+from recipes.parts.option_types import Fraction, PositiveInt
 from recipes.parts.schedule import Schedule
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from strategies import activation_checkpointing, precision, torch_compat, torch_compile
+from strategies.deferred_init import initialize
 from strategies.fused_optimizer import use_fused_update
 from strategies.grad_norm import squared_norm
 from strategies.options import Options
@@ -31,7 +32,6 @@ from strategies.sharded_state import (
     tied_names,
     unique_state,
 )
-from strategies.weight_init import initialize
 from strategies.world_info import WorldInfo
 
 BuildModel = Callable[[], nn.Module]

@@ -24,10 +24,10 @@ from typing_extensions import override
 
 from strategies import torch_compat
 from strategies.base import Blocks, BuildModel, BuildOptimizer, Strategy
+from strategies.deferred_init import build_without_weights, initialize, materialize
 from strategies.grad_norm import squared_norm
 from strategies.options import Options
 from strategies.sharded_state import Shard, StateReader, TensorSlice
-from strategies.weight_init import build_without_weights, initialize, materialize
 from strategies.world_info import WorldInfo
 
 

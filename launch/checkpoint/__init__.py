@@ -21,7 +21,7 @@ What it is made of:
 
 Saving:
 
-    run_state.py        what of a run is saved
+    saved_state.py      what of a run is saved
     snapshot.py         the state of a rank, copied into host memory
     writer.py           asynchronous, atomic: written and committed in the background
 
@@ -29,14 +29,14 @@ Loading:
 
     reader.py           one checkpoint, verified and read by ranges
     resume.py           find, verify, check, load: the checkpoint that a run continues from
-    compatibility.py    whether it may
+    resume_compatibility.py  whether it may
     init_weights.py     `init=`: pretrained weights from elsewhere into a new run
     weight_sources.py   ... the files that they may come from
     name_matching.py    ... which name in the file is which name of the model
 
 `rankzero ckpt`:
 
-    inspection.py       the subcommands; console.py: what they share
+    inspection.py       the subcommands; ckpt_output.py: what they share
     describe.py         list, inspect
     compare.py          diff
     export.py           export: plain safetensors files, streamed

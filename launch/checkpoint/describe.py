@@ -13,7 +13,7 @@ from rich.filesize import decimal
 from launch.checkpoint.directory import list_checkpoints, list_quarantined
 from launch.checkpoint.manifest import Manifest
 from launch.cli.keys import flatten, format_value
-from launch.runtime.text import plural
+from launch.runtime.wording import plural
 
 
 class CheckpointSummary(NamedTuple):

@@ -17,7 +17,7 @@ from torch import Tensor
 from launch.checkpoint.name_matching import Matching, Shape, match_names
 from launch.checkpoint.weight_sources import SourceTensor, locate, open_source
 from launch.runtime.collectives import broadcast_object, first_error
-from launch.runtime.text import join_names, shape_text
+from launch.runtime.wording import join_names, shape_text
 from launch.state.run import Run
 
 

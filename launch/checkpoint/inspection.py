@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from rich.filesize import decimal
 
 from launch.checkpoint import directory
-from launch.checkpoint.console import (
+from launch.checkpoint.ckpt_output import (
     CheckpointRemoved,
     find_checkpoint,
     open_checkpoint,
@@ -29,7 +29,7 @@ from launch.checkpoint.describe import (
 )
 from launch.checkpoint.manifest import MANIFEST_NAME, DamagedCheckpoint, Manifest
 from launch.cli.keys import flatten, format_value
-from launch.runtime.text import plural
+from launch.runtime.wording import plural
 
 if TYPE_CHECKING:
     from launch.checkpoint.compare import Change, CheckpointDifference

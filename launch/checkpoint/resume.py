@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from launch.checkpoint.compatibility import check_compatible
 from launch.checkpoint.directory import (
     checkpoints_dir,
     list_checkpoints,
@@ -17,6 +16,7 @@ from launch.checkpoint.directory import (
 )
 from launch.checkpoint.manifest import MANIFEST_NAME
 from launch.checkpoint.reader import Checkpoint
+from launch.checkpoint.resume_compatibility import check_compatible
 from launch.runtime.collectives import barrier, broadcast_object, first_error
 from launch.runtime.restarts import restart_count
 from launch.runtime.world import World

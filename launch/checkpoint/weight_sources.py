@@ -25,7 +25,7 @@ from launch.checkpoint.manifest import MANIFEST_NAME
 from launch.checkpoint.name_matching import Shape
 from launch.checkpoint.reader import Checkpoint
 from launch.checkpoint.tensor_file import TensorFile
-from launch.runtime.text import join_names
+from launch.runtime.wording import join_names
 from launch.runtime.world import World
 
 INDEX_SUFFIX = ".safetensors.index.json"

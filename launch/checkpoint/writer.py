@@ -39,7 +39,7 @@ from launch.checkpoint.directory import (
     remove_partial,
 )
 from launch.checkpoint.manifest import FileEntry, Manifest, TensorEntry
-from launch.checkpoint.run_state import manifest_of, slices_of
+from launch.checkpoint.saved_state import manifest_of, slices_of
 from launch.checkpoint.snapshot import Snapshot, specs_of
 from launch.runtime.collectives import first_error
 from launch.runtime.files import check_free_space, remove_folder, sync, write_hashed, write_text_atomically

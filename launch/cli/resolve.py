@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launch.cli.check_config import validate
 from launch.cli.config import Config
 from launch.cli.keys import Key, build, check_known, keys_of, parse_value, read_argv, read_yaml
-from launch.cli.validate import validate
 from launch.runtime.world import World
 from recipes import RECIPES
 from recipes.base import Recipe

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from launch.diagnostics.exchange import Exchange
 from launch.diagnostics.rank_report import RankReport, group_by_node, node_leaders
 from launch.runtime.store import open_store, within
-from launch.runtime.torch_compat import all_gather_single
+from launch.runtime.torch_private import all_gather_single
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]  # torch exports it, its stubs do not

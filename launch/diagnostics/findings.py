@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from launch.runtime.store import within
-from launch.runtime.text import join_names
+from launch.runtime.wording import join_names
 
 Status = Literal["pass", "warn", "fail"]
 MAX_NAMED = 4

@@ -14,7 +14,7 @@ from torch import nn
 from launch.cli.rich_table import make_table
 from launch.data.batch import tensors_of
 from launch.runtime.seeding import seed_device
-from launch.runtime.text import shape_text
+from launch.runtime.wording import shape_text
 
 if TYPE_CHECKING:
     from launch.state.run import Run

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from launch.runtime.torch_compat import all_gather_single
+from launch.runtime.torch_private import all_gather_single
 
 MESSAGE_BYTES = 1000
 """of an error message that travels between ranks"""

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from launch.runtime.torch_compat import seed_host_generator
+from launch.runtime.torch_private import seed_host_generator
 from recipes.parts import permutation
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from launch.cli.check_config import accumulation_steps
 from launch.cli.config import Config
 from launch.cli.resolve import Settings
-from launch.cli.validate import accumulation_steps
 from launch.data.batch_plan import BatchPlan
 from launch.data.in_memory import as_in_memory, to_device_if_small
 from launch.runtime.phase import Phase

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torchmetrics import Metric
 
     from launch.state.run import Run
-    from launch.training.requests import Requests
+    from launch.training.stop_and_save import Requests
     from recipes.parts.data import Dataset
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from launch.checkpoint.writer import CheckpointWriter
     from launch.reporting.metrics import Metrics
     from launch.state.run import Run
-    from launch.training.requests import Requests
+    from launch.training.stop_and_save import Requests
     from recipes.parts.data import Batch
     from strategies.base import Strategy
 

@@ -33,8 +33,8 @@ from launch.state.run import Run
 from launch.training import debug
 from launch.training.evaluate import evaluate
 from launch.training.loop import finish, train
-from launch.training.requests import Requests
 from launch.training.run_dir import start_run_dir
+from launch.training.stop_and_save import Requests
 from launch.training.supervise import supervise
 from launch.watchdog import auto_micro_batch, fault_injection
 from launch.watchdog.stop import PREEMPTION_SIGNALS, StopRequest, deadline, write_stop_file

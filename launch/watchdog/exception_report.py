@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 from rich.filesize import decimal
 
-from launch.runtime.text import shape_text
+from launch.runtime.wording import shape_text
 from launch.watchdog.failure_report import FailureReport
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.checkpoint.directory import list_checkpoints
-from launch.cli.faults import parse_fault
+from launch.cli.fault_syntax import parse_fault
 from launch.runtime.restarts import restart_count
 
 if TYPE_CHECKING:
@@ -108,4 +108,4 @@ FAULTS: dict[str, Inject] = {
     "torn_checkpoint": torn_checkpoint,
     "oom": oom,
 }
-"""by the kinds of `launch.cli.faults`"""
+"""by the kinds of `launch.cli.fault_syntax`"""

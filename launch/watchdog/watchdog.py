@@ -24,7 +24,7 @@ from launch.runtime.process_exit import exit_at_once
 from launch.runtime.rendezvous import RendezvousError, heartbeat_key, meet
 from launch.runtime.restarts import reexec
 from launch.runtime.store import is_open, rendezvous_endpoint, wait_for
-from launch.watchdog import auto_micro_batch, rank_reports
+from launch.watchdog import auto_micro_batch, hang_report
 from launch.watchdog.failure_report import FailureReport, render, write_once, write_torchelastic_error
 from launch.watchdog.heartbeats import FINISHED, Heartbeats, write_heartbeat
 
@@ -99,7 +99,7 @@ class Watchdog:
         except (*STORE_ERRORS, RendezvousError):
             # the others have not succeeded, if this process is still there after a while
             if not self.finished.wait(LOST_CONNECTION * self.interval):
-                self.shut_down(rank_reports.disconnected(self.world, self.phase), None)
+                self.shut_down(hang_report.disconnected(self.world, self.phase), None)
 
     def beat(self, store: Store) -> None:
         """One heartbeat each interval, and what goes with it."""
@@ -110,8 +110,8 @@ class Watchdog:
             write_heartbeat(store, rank, count, self.phase)
             if store.check([REPORT]):
                 self.shut_down(FailureReport.from_json(store.get(REPORT)), store)
-            if store.check([rank_reports.STACKS_WANTED]):
-                rank_reports.write_stack(store, rank, self.phase)
+            if store.check([hang_report.STACKS_WANTED]):
+                hang_report.write_stack(store, rank, self.phase)
             if rank == 0:
                 heartbeats.read(store)
                 if time.monotonic() - last > 5 * self.interval:
@@ -132,24 +132,24 @@ class Watchdog:
             silent = 0 if self.store_answered.is_set() or not self.connected else silent + 1
             self.store_answered.clear()
             if silent > LOST:
-                self.shut_down(rank_reports.disconnected(self.world, self.phase), None)
+                self.shut_down(hang_report.disconnected(self.world, self.phase), None)
 
     # 1. detect ----------------------------------------------------------------------------------------------
 
     def detect(self, store: Store, heartbeats: Heartbeats) -> FailureReport | None:
         """On rank zero: the report on ranks that are lost, or on a hang of all; None if all is well."""
         if lost := heartbeats.silent_ranks(LOST * self.interval):
-            return rank_reports.lost_ranks(lost, store, heartbeats, self.world, self.phase)
+            return hang_report.lost_ranks(lost, store, heartbeats, self.world, self.phase)
         slow = self.phase.step <= 1 or self.phase.name == "evaluate"
         timeout = self.hang_timeout * (SLOW_PHASES if slow else 1)
         if heartbeats.seconds_without_progress() <= timeout:
             return None
         patience = STACKS * self.interval
-        report = rank_reports.hang(store, self.world, self.phase, timeout, self.hang_timeout, patience)
+        report = hang_report.hang(store, self.world, self.phase, timeout, self.hang_timeout, patience)
         heartbeats.read(store)
         if heartbeats.seconds_without_progress() > timeout:
             return report
-        store.delete_key(rank_reports.STACKS_WANTED)  # there was progress after all
+        store.delete_key(hang_report.STACKS_WANTED)  # there was progress after all
         return None
 
     def fail(self, report: FailureReport, lost_peer: bool = False) -> NoReturn:
@@ -163,7 +163,7 @@ class Watchdog:
                 report = self.cause(store) or report
             report = self.publish(report, store)
         except STORE_ERRORS:
-            report = rank_reports.disconnected(self.world, self.phase) if lost_peer else report
+            report = hang_report.disconnected(self.world, self.phase) if lost_peer else report
             self.shut_down(report, None)
         self.shut_down(report, store)
 
@@ -176,7 +176,7 @@ class Watchdog:
         heartbeats.read(store)
         silent = heartbeats.silent_ranks(LOST_CONNECTION * self.interval)
         lost = [rank for rank in silent if rank != self.world.rank]
-        return rank_reports.lost_ranks(lost, store, heartbeats, self.world, self.phase) if lost else None
+        return hang_report.lost_ranks(lost, store, heartbeats, self.world, self.phase) if lost else None
 
     # 2. publish ---------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from recipes.base import Recipe
-from recipes.parts.options import Fraction
+from recipes.parts.option_types import Fraction
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -25,7 +25,7 @@ from recipes.parts.image_files import (
     read_digits,
     read_mnist,
 )
-from recipes.parts.options import Fraction, OptionGroup, PositiveInt, refuse_unused
+from recipes.parts.option_types import Fraction, OptionGroup, PositiveInt, refuse_unused
 from recipes.parts.split import holdout, split
 
 if TYPE_CHECKING:

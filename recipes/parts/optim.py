@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from recipes.parts.options import Fraction, NonNegativeFloat, OptionGroup, refuse_unused
+from recipes.parts.option_types import Fraction, NonNegativeFloat, OptionGroup, refuse_unused
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

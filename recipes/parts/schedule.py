@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
 
-from recipes.parts.options import (
+from recipes.parts.option_types import (
     NonNegativeFloat,
     NonNegativeInt,
     OptionGroup,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from recipes.parts.data import Splits
-from recipes.parts.options import Fraction, OptionGroup, PositiveInt
+from recipes.parts.option_types import Fraction, OptionGroup, PositiveInt
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -27,7 +27,7 @@ from rich.filesize import decimal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from launch.checkpoint.run_state import slices_of
+from launch.checkpoint.saved_state import slices_of
 from launch.cli.command import read_command
 from tests.benchmarks import checkpoint_storage as storage
 from tests.benchmarks.checkpoint_run import dense, ratio, say, steps, timed

@@ -17,7 +17,7 @@ from launch.checkpoint.directory import list_checkpoints
 from launch.checkpoint.manifest import FileEntry, Manifest, TensorEntry
 from launch.checkpoint.reader import Checkpoint
 from launch.checkpoint.resume import verify
-from launch.checkpoint.run_state import slices_of
+from launch.checkpoint.saved_state import slices_of
 from launch.runtime.files import CHUNK
 from launch.state.run import Run
 from launch.training.loop import finish, save, train_step

@@ -157,7 +157,7 @@ def train_rankzero(recipe: Recipe, options: Options, run_dir: Path, save: bool) 
     from launch.state.build import prepare
     from launch.training import trainer
     from launch.training.loop import train
-    from launch.training.requests import Requests
+    from launch.training.stop_and_save import Requests
 
     world = find_world(os.environ)
     micro = BATCH // world.world_size

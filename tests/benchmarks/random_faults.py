@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from launch.checkpoint.directory import list_checkpoints
 from launch.cli.command import read_command
-from launch.cli.faults import FAULT_KINDS
+from launch.cli.fault_syntax import FAULT_KINDS
 from launch.equivalence.observed_run import last_saved_step, read_metrics
 from launch.equivalence.subprocesses import ProcessResult, RankLayout, run_process, subprocess_environment
 from tests.benchmarks.fault_checks import (

@@ -18,7 +18,7 @@ from launch.runtime.world import World
 from launch.state.build import prepare
 from launch.state.run import Run
 from launch.training.loop import finish, train
-from launch.training.requests import Requests
+from launch.training.stop_and_save import Requests
 from launch.watchdog.consensus import PERIOD_S
 from launch.watchdog.stop import StopRequest
 from tests import ranks

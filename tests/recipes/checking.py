@@ -6,7 +6,7 @@ from dataclasses import field, make_dataclass
 
 from launch.cli.keys import build, flatten, to_dict
 from recipes.base import Recipe
-from recipes.parts.options import OptionGroup, check_groups
+from recipes.parts.option_types import OptionGroup, check_groups
 
 
 def check_options(group: str, options: OptionGroup) -> None:

@@ -65,7 +65,7 @@ def test_importing_the_recipes_imports_neither_torch_nor_numpy() -> None:
 
 
 def test_checking_a_recipe_imports_no_torch() -> None:
-    lines = ["import sys", "from recipes.parts.options import check_groups"]
+    lines = ["import sys", "from recipes.parts.option_types import check_groups"]
     for module in RECIPES.values():
         lines += [
             f"import {module} as m",

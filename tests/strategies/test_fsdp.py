@@ -14,10 +14,10 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from launch.equivalence.whole_model import whole_model
 from strategies.base import Strategy
+from strategies.deferred_init import build_without_weights, initialize, materialize
 from strategies.fsdp import FSDP, check_options, separate_blocks
 from strategies.options import FSDPOptions, Options
 from strategies.sharded_state import TensorSlice
-from strategies.weight_init import build_without_weights, initialize, materialize
 from tests.ranks import CpuWorld, run_ranks
 from tests.strategies import models
 from tests.strategies.training import Case, assert_equal, set_up, train, train_step

@@ -22,7 +22,7 @@ from recipes.parts.data import Batch, Splits
 from recipes.parts.permutation import Permutation
 from recipes.parts.text import stdlib_source
 from recipes.parts.transformer import Decoder
-from strategies.weight_init import initialize
+from strategies.deferred_init import initialize
 from tests.benchmarks.loops import Setting
 
 COMPARED_STEPS = 20

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from launch.cli.check_config import accumulation_steps
 from launch.cli.resolve import resolve
-from launch.cli.validate import accumulation_steps
 from launch.runtime.world import World
 from tests.launch.cli.test_resolve import FOUR, resnet, said
 from tests.launch.processes import TINY

@@ -11,7 +11,7 @@ from typing import Any
 from launch.checkpoint.manifest import Manifest
 from launch.checkpoint.reader import Checkpoint
 from launch.cli.keys import flatten, to_dict
-from launch.runtime.text import shape_text
+from launch.runtime.wording import shape_text
 from launch.state.run import Run
 from strategies import OPTIONS_GROUPS
 

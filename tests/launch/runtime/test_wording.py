@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from launch.runtime.text import join_names, plural, shape_text
+from launch.runtime.wording import join_names, plural, shape_text
 
 
 def test_shapes() -> None:

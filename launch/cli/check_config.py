@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from launch.cli.config import Config
 from launch.cli.durations import parse_duration
-from launch.cli.faults import parse_fault
+from launch.cli.fault_syntax import parse_fault
 from launch.runtime.world import World
 from recipes.base import Recipe
-from recipes.parts.options import check_groups
+from recipes.parts.option_types import check_groups
 from strategies import OPTIONS_GROUPS, STRATEGIES, missing_package, strategies_with
 from strategies.options import CUDA_GRAPH_MODES
 

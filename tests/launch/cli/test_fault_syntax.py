@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from launch.cli.faults import FAULT_KINDS, Fault, parse_fault
+from launch.cli.fault_syntax import FAULT_KINDS, Fault, parse_fault
 from launch.watchdog.fault_injection import FAULTS
 
 

@@ -13,7 +13,7 @@ from torch.distributed import Store  # type: ignore[attr-defined]  # its stubs f
 
 from launch.runtime.rendezvous import rank_info_key
 from launch.runtime.store import spans, wait_for
-from launch.runtime.torch_compat import frame_of_thread, nccl_flight_recorder
+from launch.runtime.torch_private import frame_of_thread, nccl_flight_recorder
 from launch.watchdog.exception_report import innermost_frame, origin
 from launch.watchdog.failure_report import FailureReport
 from launch.watchdog.heartbeats import Heartbeats
