@@ -93,7 +93,7 @@ def test_a_hanging_worker_fails_the_test_and_the_pool_recovers() -> None:
 @pytest.mark.slow
 def test_nothing_is_left_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ranks.shut_down()
-    monkeypatch.setattr("tests.ranks.IMPORTED", ("torch",))
+    monkeypatch.setattr("tests.ranks.PRELOADED_MODULES", ("torch",))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     before, environment = set(psutil.Process().children(recursive=True)), dict(os.environ)
     pids = [pid for pid, _, _ in run_ranks(4, place)]

@@ -160,6 +160,8 @@ def test_every_other_command_runs(folder: Path) -> None:
     others = documented(*SHORT)
     assert {command for _, command, *_ in others} == set(SHORT)
     for ranks, command, *arguments in others:
+        if arguments[:1] in (["status"], ["cancel"]):
+            continue  # of a job that is queued: tests/slurm asks for them
         short = () if "--help" in arguments else SHORT[command]
         size = small(arguments) if command in ("profile", "resume_check") else ()
         run(ranks, command, *arguments, *size, *short, cwd=folder)
