@@ -97,7 +97,7 @@ def test_an_image_is_run_in(
     monkeypatch.setenv("PATH", f"{stand_in.parent}:{os.environ['PATH']}")
     monkeypatch.setenv("RANKZERO_CONTAINER", "torch.sif")
     cluster.done(cluster.submit("launcher=srun", "run_dir=run", cwd=tmp_path, home=stub))
-    assert (tmp_path / "said").read_text().startswith(f"exec --nv --bind {tmp_path} torch.sif python ")
+    assert (tmp_path / "arguments").read_text().startswith(f"exec --nv --bind {tmp_path} torch.sif python ")
     assert len(rank_records(tmp_path / "run")) == 1
 
 

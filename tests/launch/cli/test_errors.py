@@ -103,8 +103,8 @@ def test_help_imports_no_torch(tmp_path: Path, words: list[str]) -> None:
 
 def test_help_tells_each_key_with_type_default_and_meaning(tmp_path: Path) -> None:
     general, resnet = (
-        run_command("--help", cwd=tmp_path).stdout,
-        run_command("recipe=resnet", "--help", cwd=tmp_path).stdout,
+        run_command("--help", cwd=tmp_path, env={"COLUMNS": "110"}).stdout,
+        run_command("recipe=resnet", "--help", cwd=tmp_path, env={"COLUMNS": "110"}).stdout,
     )
     assert re.search(r"^ +batch_size=64 +int +GLOBAL batch", general, re.MULTILINE)
     assert re.search(r"^ +precision=fp32 +fp32\|tf32\|bf16\|fp16 +\w", general, re.MULTILINE)

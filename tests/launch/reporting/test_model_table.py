@@ -11,7 +11,7 @@ from torch import nn
 from launch.reporting.model_table import MAX_ROWS, build_tree, model_tables, table_rows
 from launch.state.run import Run
 from tests.launch.processes import TINY
-from tests.launch.training.test_debug import make_run
+from tests.launch.training.test_debug import make_run, recipe  # noqa: F401  # a fixture
 
 
 def table(run: Run) -> list[list[str]]:
@@ -35,7 +35,7 @@ def test_each_model_has_its_table() -> None:
     assert ["judge", "Linear", "10 x 1", "(2 calls)", "float32", "6"] in found
 
 
-def test_equal_blocks_are_one_row(recipe: Path) -> None:
+def test_equal_blocks_are_one_row(recipe: Path) -> None:  # noqa: F811
     found = table(make_run(f"recipe={recipe}"))
     assert ["0 to 11, 12 alike", "Sequential", "4 x 8", "float32", "72"] in found
 
