@@ -150,7 +150,7 @@ def supervise(agent: RankAgent) -> int:
     try:
         agent.run()
     except RanksEnded:
-        pass
+        pass  # no error: how RankAgent leaves torch's loop; `agent.ended` holds the exit codes
     except SignalException as error:  # between the start of the ranks and our own handlers
         return 128 + int(error.sigval)
     finally:
